@@ -1,0 +1,59 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+
+__version__ = "0.1.0"
+
+# A name is imported when it is first asked for (PEP 562): `import trl_udm` alone loads neither PyTorch nor TRL.
+_MODULES = {
+    "AutoencoderVQ": ".models.autoencoder_vq",
+    "GenEvalReward": ".rewards.geneval",
+    "KineticOptimalScheduler": ".schedulers.scheduling_kinetic_optimal",
+    "UDMGRPOConfig": ".trainer.udm_grpo_config",
+    "UDMGRPOTrainer": ".trainer.udm_grpo_trainer",
+    "UDMPipeline": ".pipelines.pipeline_udm",
+    "URSAConfig": ".models.configuration_ursa",
+    "URSAForImageGeneration": ".models.modeling_ursa",
+    "URSAModel": ".models.modeling_ursa",
+    "URSAPipeline": ".pipelines.pipeline_ursa",
+}
+
+__all__ = list(_MODULES)
+
+if TYPE_CHECKING:
+    from .models.autoencoder_vq import AutoencoderVQ as AutoencoderVQ
+    from .models.configuration_ursa import URSAConfig as URSAConfig
+    from .models.modeling_ursa import URSAForImageGeneration as URSAForImageGeneration
+    from .models.modeling_ursa import URSAModel as URSAModel
+    from .pipelines.pipeline_udm import UDMPipeline as UDMPipeline
+    from .pipelines.pipeline_ursa import URSAPipeline as URSAPipeline
+    from .rewards.geneval import GenEvalReward as GenEvalReward
+    from .schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler as KineticOptimalScheduler
+    from .trainer.udm_grpo_config import UDMGRPOConfig as UDMGRPOConfig
+    from .trainer.udm_grpo_trainer import UDMGRPOTrainer as UDMGRPOTrainer
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name], __name__), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -1,0 +1,130 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from typing import Any
+
+import torch
+from diffusers import ModelMixin as ModelMixin  # diffusers looks a component's loader up by this name
+from diffusers import VQModel
+from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
+
+
+class AutoencoderVQ(VQModel):
+    r"""
+    Image tokenizer: diffusers' [`~diffusers.VQModel`], whose codes are looked up by the largest inner product (index
+    backpropagation quantisation, https://huggingface.co/papers/2412.02692), as the image tokenizers of URSA do. Its
+    arguments are those of [`~diffusers.VQModel`].
+
+    Of the original quantizers, `"VQuantizer"` (a learned codebook, IBQ) and `"LFQuantizer"` (lookup-free: the channels of
+    code `k` are the signs of its bits, so the largest inner product is the sign of each channel) are supported.
+    `"FSQuantizer"` belongs to the video tokenizers, which have another encoder and decoder, and is refused.
+    """
+
+    @property
+    def spatial_stride(self) -> int:
+        """`int`: Pixels a token covers in each direction."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    @property
+    def codebook(self) -> torch.Tensor:
+        """`torch.Tensor` of shape `(num_vq_embeddings, vq_embed_dim)`: The codes as they are stored, not normalised."""
+        return self.quantize.embedding.weight
+
+    @apply_forward_hook
+    def encode_to_ids(self, sample: torch.Tensor) -> torch.LongTensor:
+        """
+        Image to token ids, by the largest inner product with a code.
+
+        Args:
+            sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`):
+                Images in `[-1, 1]`; sides are multiples of `spatial_stride`.
+
+        Returns:
+            `torch.LongTensor` of shape `(batch_size, height / spatial_stride, width / spatial_stride)`: Ids in
+            `[0, num_vq_embeddings)`.
+        """
+        latents = self.encode(sample).latents.permute(0, 2, 3, 1)  # (B, h, w, d)
+        return nn.functional.linear(latents, self.codebook).argmax(dim=-1)
+
+    @apply_forward_hook
+    def decode_ids(self, ids: torch.LongTensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+        """
+        Token ids to image.
+
+        Args:
+            ids (`torch.LongTensor` of shape `(batch_size, height, width)`):
+                Ids in `[0, num_vq_embeddings)`.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return a [`~diffusers.models.autoencoders.vae.DecoderOutput`] or a plain tuple.
+
+        Returns:
+            [`~diffusers.models.autoencoders.vae.DecoderOutput`] or `tuple`: `sample` of shape `(batch_size,
+            out_channels, height * spatial_stride, width * spatial_stride)`, about in `[-1, 1]`.
+        """
+        codes = self.quantize.embedding(ids).permute(0, 3, 1, 2)  # (B, d, h, w)
+        return self.decode(codes, force_not_quantize=True, return_dict=return_dict)
+
+    @classmethod
+    def from_original_config(cls, config: dict[str, Any]) -> "AutoencoderVQ":
+        """
+        Builds the autoencoder that the `config.json` of an original checkpoint (`AutoencoderVQ`) describes.
+
+        Args:
+            config (`dict`):
+                The configuration, whose quantizer is named by `_quantizer_name`.
+
+        Returns:
+            [`AutoencoderVQ`]: With random weights, but for the fixed codebook of an `"LFQuantizer"`.
+
+        Raises:
+            ValueError: If its quantizer is not supported.
+        """
+        quantizer = config.get("_quantizer_name", "VQuantizer")
+        if quantizer not in ("VQuantizer", "LFQuantizer"):
+            raise ValueError(f"`_quantizer_name` must be 'VQuantizer' or 'LFQuantizer', got {quantizer!r}.")
+        num_blocks = len(config["block_out_channels"])
+        down_block_types = ["DownEncoderBlock2D"] * num_blocks
+        up_block_types = ["UpDecoderBlock2D"] * num_blocks
+        if config.get("attn_down_block", False):
+            down_block_types[-1] = "AttnDownEncoderBlock2D"
+        if config.get("attn_up_block", False):
+            up_block_types[0] = "AttnUpDecoderBlock2D"
+        same = (
+            "in_channels",
+            "out_channels",
+            "block_out_channels",
+            "layers_per_block",
+            "act_fn",
+            "latent_channels",
+            "norm_num_groups",
+            "sample_size",
+            "num_vq_embeddings",
+            "vq_embed_dim",
+        )
+        autoencoder = cls(
+            **{key: config[key] for key in same if key in config},
+            down_block_types=tuple(down_block_types),
+            up_block_types=tuple(up_block_types),
+        )
+        if quantizer == "LFQuantizer":
+            num_codes, num_bits = autoencoder.codebook.shape
+            bits = 2 ** torch.arange(num_bits - 1, -1, -1)
+            signs = 2 * torch.arange(num_codes).unsqueeze(-1).bitwise_and(bits).ne(0).float() - 1
+            autoencoder.quantize.embedding.weight = nn.Parameter(signs, requires_grad=False)
+        return autoencoder
+
+
+__all__ = ["AutoencoderVQ"]

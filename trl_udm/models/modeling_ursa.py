@@ -1,0 +1,193 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+from transformers import PreTrainedModel as PreTrainedModel  # diffusers looks a component's loader up by this name
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3PreTrainedModel, Qwen3RotaryEmbedding
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_ursa import URSAConfig
+
+
+class URSARotaryEmbedding(Qwen3RotaryEmbedding):
+    r"""
+    Rotary embedding over three axes (frame, row, column).
+
+    Of the D/2 frequencies base^(−2j/D) of a head with D channels, the first 3·(D/8) turn with the axes frame, row,
+    column, frame, row, column, …, the others with row, column, row, column, … . On text, where the three positions are
+    equal, it is the ordinary rotary embedding.
+    """
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            x (`torch.Tensor`):
+                Only its dtype and device are used.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length, 3)`):
+                Frame, row and column of each token.
+
+        Returns:
+            `tuple`: Cosine and sine, each of shape `(batch_size, sequence_length, head_dim)`.
+        """
+        inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float)  # (D/2,)
+        index = torch.arange(inv_freq.numel(), device=x.device)
+        num_interleaved = 3 * (inv_freq.numel() // 4)
+        axes = torch.where(index < num_interleaved, index % 3, 1 + (index - num_interleaved) % 2)
+        freqs = position_ids[..., axes].float() * inv_freq  # (B, L, D/2)
+        emb = torch.cat((freqs, freqs), dim=-1)  # (B, L, D)
+        return emb.cos().to(dtype=x.dtype), emb.sin().to(dtype=x.dtype)
+
+
+class URSAPreTrainedModel(Qwen3PreTrainedModel):
+    config_class = URSAConfig
+
+
+class URSAModel(URSAPreTrainedModel, Qwen3Model):
+    """
+    The Qwen3 backbone with bidirectional attention and three-axis rotary positions.
+
+    Args:
+        config ([`URSAConfig`]):
+            Its configuration.
+    """
+
+    def __init__(self, config: URSAConfig):
+        super().__init__(config)
+        self.rotary_emb = URSARotaryEmbedding(config=config)
+        for layer in self.layers:
+            layer.self_attn.is_causal = False
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutput:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
+        if use_cache:
+            raise ValueError("`use_cache` must be False: every token is predicted anew in each step.")
+        if position_ids is None or position_ids.dim() != 3 or position_ids.size(-1) != 3:
+            raise ValueError(
+                "`position_ids` must have shape (batch_size, sequence_length, 3), got "
+                f"{None if position_ids is None else tuple(position_ids.shape)}. Build them with "
+                "`URSAPipeline.prepare_position_ids`."
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states = inputs_embeds  # (B, L, D)
+        # The positions themselves stay out of the layers: FlashAttention would read them as packed sequences
+        for decoder_layer in self.layers:
+            hidden_states = decoder_layer(
+                hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
+            )
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
+
+
+class URSAForImageGeneration(URSAPreTrainedModel):
+    """
+    URSA's denoiser: logits over the image codebook for every position.
+
+    The logits are shifted by one: those at the beginning-of-vision token predict image token 0, those at image token
+    `n` predict image token `n + 1`. [`URSAPipeline`] builds the inputs and undoes the shift.
+
+    Args:
+        config ([`URSAConfig`]):
+            Its configuration.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from trl_udm import URSAConfig, URSAForImageGeneration
+
+    >>> config = URSAConfig(
+    ...     text_vocab_size=320, codebook_size=256, bov_token_id=315, hidden_size=64, intermediate_size=128,
+    ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    ... )
+    >>> model = URSAForImageGeneration(config)
+    >>> positions = torch.arange(10).view(1, 10, 1).expand(1, 10, 3)
+    >>> model(input_ids=torch.zeros(1, 10, dtype=torch.long), position_ids=positions).logits.shape
+    torch.Size([1, 10, 256])
+    ```
+    """
+
+    def __init__(self, config: URSAConfig):
+        super().__init__(config)
+        self.model = URSAModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.codebook_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        logits_to_keep: int = 0,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+                Text ids, the beginning-of-vision id, and image codes plus `config.text_vocab_size`.
+            attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                0 for tokens to hide. URSA was trained with its text padding visible: leave it out for URSA's weights.
+            position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length, 3)`):
+                Frame, row and column of each token.
+            inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+                Instead of `input_ids`.
+            logits_to_keep (`int`, *optional*, defaults to `0`):
+                Compute the logits of the last `logits_to_keep` positions only; 0 means all.
+
+        Returns:
+            [`~transformers.modeling_outputs.MaskedLMOutput`]: With `logits` of shape `(batch_size, sequence_length,
+            codebook_size)`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return MaskedLMOutput(
+            logits=self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:]),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+AutoConfig.register("ursa", URSAConfig)
+AutoModel.register(URSAConfig, URSAModel)
+AutoModelForMaskedLM.register(URSAConfig, URSAForImageGeneration)
+
+
+__all__ = ["URSAForImageGeneration", "URSAModel", "URSAPreTrainedModel"]

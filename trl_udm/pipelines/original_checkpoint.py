@@ -1,0 +1,156 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Reads the folders of the original URSA repositories, whose `model_index.json` names classes of the authors' package."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from ..models.autoencoder_vq import AutoencoderVQ
+from ..models.configuration_ursa import URSAConfig
+from ..models.modeling_ursa import URSAForImageGeneration
+from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
+
+
+_HUB_KWARGS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
+_COMPONENTS = ("transformer", "scheduler", "tokenizer", "vae")
+_WEIGHTS_NAME = "diffusion_pytorch_model"
+
+
+def is_original_checkpoint(pretrained_model_name_or_path: str | Path, **kwargs) -> bool:
+    """
+    Whether a folder or Hub repository is in the original format, by the class its `model_index.json` gives the transformer.
+
+    Args:
+        pretrained_model_name_or_path (`str` or `Path`):
+            Folder or repository.
+        kwargs:
+            Hub options; others are ignored.
+
+    Returns:
+        `bool`: Whether it is.
+    """
+    hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+    index = DiffusionPipeline.load_config(pretrained_model_name_or_path, **hub_kwargs)
+    return index.get("transformer", (None, None))[1] == "URSATransformer3DModel"
+
+
+def load_original_components(
+    pretrained_model_name_or_path: str | Path, torch_dtype: torch.dtype | None = None, **kwargs
+) -> dict[str, Any]:
+    """
+    Loads the components of [`URSAPipeline`] from the original format.
+
+    Args:
+        pretrained_model_name_or_path (`str` or `Path`):
+            Folder or Hub repository.
+        torch_dtype (`torch.dtype`, *optional*):
+            Dtype of transformer and tokenizer; float32 by default. The scheduler's codebook is always float32.
+        kwargs:
+            Hub options, `max_prompt_length`, and components to use instead of the stored ones.
+
+    Returns:
+        `dict[str, Any]`: Arguments of [`URSAPipeline`].
+
+    Raises:
+        OSError: If a part is missing.
+        TypeError: If an argument is unknown.
+        ValueError: If a part has the wrong shape, or holds more than tensors.
+    """
+    unknown = sorted(set(kwargs) - {*_HUB_KWARGS, *_COMPONENTS, "max_prompt_length"})
+    if unknown:
+        raise TypeError(f"Arguments not supported for checkpoints in the original format: {unknown}.")
+    folder = Path(pretrained_model_name_or_path)
+    if not folder.is_dir():
+        hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+        patterns = [f"{name}/*" for name in _COMPONENTS]
+        folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **hub_kwargs))
+
+    components = {name: value for name, value in kwargs.items() if name not in _HUB_KWARGS}
+    if "transformer" not in components:
+        config = URSAConfig.from_original_config(_load_config(folder / "transformer"))
+        state_dict = _load_state_dict(folder / "transformer")
+        with torch.device("meta"):
+            _check_state_dict(state_dict, URSAForImageGeneration(config).state_dict(), folder / "transformer")
+        components["transformer"] = URSAForImageGeneration.from_pretrained(
+            None, config=config, state_dict=state_dict, dtype=torch_dtype or torch.float32
+        )
+    if "vae" not in components:
+        vae = AutoencoderVQ.from_original_config(_load_config(folder / "vae"))
+        state_dict = {
+            name.replace("quantizer.", "quantize."): tensor for name, tensor in _load_state_dict(folder / "vae").items()
+        }
+        # An LFQuantizer's codebook follows from its size, and the original format leaves it out
+        if not vae.codebook.requires_grad:
+            state_dict["quantize.embedding.weight"] = vae.codebook
+        _check_state_dict(state_dict, vae.state_dict(), folder / "vae")
+        vae.load_state_dict(state_dict)
+        components["vae"] = vae.to(torch_dtype or torch.float32).eval()
+    if "scheduler" not in components:
+        components["scheduler"] = KineticOptimalScheduler.from_pretrained(folder / "scheduler")
+    if "tokenizer" not in components:
+        components["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    return components
+
+
+def _load_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"The checkpoint has no {path}.")
+    return json.loads(path.read_text())
+
+
+def _load_state_dict(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of one component: safetensors, sharded or not, or a pickle of plain tensors."""
+    single, pickled = folder / f"{_WEIGHTS_NAME}.safetensors", folder / f"{_WEIGHTS_NAME}.bin"
+    index = folder / f"{_WEIGHTS_NAME}.safetensors.index.json"
+    if index.is_file():
+        shards = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    elif single.is_file() or pickled.is_file():
+        shards = [single if single.is_file() else pickled]
+    else:
+        raise FileNotFoundError(f"The checkpoint has neither {single} nor {pickled}.")
+    state_dict = {}
+    for shard in shards:
+        if not shard.is_file():
+            raise FileNotFoundError(f"The checkpoint has no {shard}, which {index.name} lists.")
+        try:
+            if shard.suffix == ".safetensors":
+                state_dict.update(load_file(shard))
+            else:
+                state_dict.update(torch.load(shard, map_location="cpu", weights_only=True))
+        except (SafetensorError, pickle.UnpicklingError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{shard} does not hold plain tensors only, so it is not loaded.") from error
+    return state_dict
+
+
+def _check_state_dict(state_dict: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], folder: Path) -> None:
+    missing, unexpected = sorted(expected.keys() - state_dict.keys()), sorted(state_dict.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(f"The weights in {folder} miss {missing or 'nothing'} and have unexpected {unexpected or 'none'}.")
+    for name, tensor in expected.items():
+        if state_dict[name].shape != tensor.shape:
+            raise ValueError(
+                f"`{name}` in {folder} must have shape {tuple(tensor.shape)} by its config.json, got "
+                f"{tuple(state_dict[name].shape)}."
+            )

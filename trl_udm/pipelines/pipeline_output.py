@@ -1,0 +1,85 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers.utils import BaseOutput
+
+
+@dataclass
+class UDMTrajectory(BaseOutput):
+    """
+    The way a sampler took, S steps long.
+
+    Args:
+        timesteps (`torch.LongTensor` of shape `(S,)`):
+            Step indices, as `scheduler.timesteps` has them.
+        noised_samples (`torch.LongTensor` of shape `(S, batch_size, num_tokens)`):
+            The state x_t that entered each step; the first is uniform noise.
+        pred_original_samples (`torch.LongTensor` of shape `(S, batch_size, num_tokens)`):
+            The clean tokens x₁ drawn in each step; the last are the sample.
+    """
+
+    timesteps: torch.LongTensor
+    noised_samples: torch.LongTensor
+    pred_original_samples: torch.LongTensor
+
+
+@dataclass
+class UDMSamplerOutput(BaseOutput):
+    """
+    Output of [`UDMPipeline.sample_tokens`].
+
+    Args:
+        clean_samples (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
+            The final tokens x̂₁, in `[0, codebook_size)`.
+        trajectory ([`UDMTrajectory`], *optional*):
+            The way there, where asked for.
+    """
+
+    clean_samples: torch.LongTensor
+    trajectory: UDMTrajectory | None = None
+
+    @classmethod
+    def cat(cls, outputs: list["UDMSamplerOutput"]) -> "UDMSamplerOutput":
+        """Joins outputs of the same sampler along the batch."""
+        trajectory = None
+        if outputs[0].trajectory is not None:
+            ways = [output.trajectory for output in outputs]
+            trajectory = UDMTrajectory(
+                timesteps=ways[0].timesteps,
+                noised_samples=torch.cat([way.noised_samples for way in ways], dim=1),
+                pred_original_samples=torch.cat([way.pred_original_samples for way in ways], dim=1),
+            )
+        return cls(clean_samples=torch.cat([output.clean_samples for output in outputs]), trajectory=trajectory)
+
+
+@dataclass
+class URSAPipelineOutput(BaseOutput):
+    """
+    Output of [`URSAPipeline`].
+
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
+            By `output_type`: PIL images; `(batch_size, height, width, 3)` or `(batch_size, 3, height, width)` floats in
+            `[0, 1]`; or, for `"latent"`, token ids of shape `(batch_size, *latent_shape)`.
+        trajectory ([`UDMTrajectory`], *optional*):
+            The states that the sampler passed through, where asked for.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    trajectory: UDMTrajectory | None = None

@@ -1,0 +1,214 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from .pipeline_output import UDMSamplerOutput, UDMTrajectory
+
+
+class UDMPipeline(DiffusionPipeline):
+    """
+    What a uniform discrete diffusion model must offer to be sampled and to be trained by [`UDMGRPOTrainer`].
+
+    A family registers the components `transformer` (a [`~transformers.PreTrainedModel`] whose output embeddings are the
+    head over its codebook), `scheduler` (which offers `config.codebook_size`, `set_timesteps`, `timesteps`, `timestep_to_t`,
+    `step` and `add_noise`, see [`KineticOptimalScheduler`]), `tokenizer`, and a decoder where it has one. It implements
+    the five methods below that raise `NotImplementedError`; the sampler is common to all.
+
+    Shapes: B samples, N tokens a sample (the product of the latent shape), T prompt tokens, V codes.
+    """
+
+    @abstractmethod
+    def latent_shape(self, **kwargs) -> tuple[int, ...]:
+        """
+        Shape of a sample's token grid for the family's own size options, such as `height` and `width` or a length.
+        Without options, the model's native size.
+
+        Returns:
+            `tuple[int, ...]`: Its product is the number of tokens N.
+        """
+        raise NotImplementedError
+
+    @abstractmethod
+    def encode_prompt(self, prompt: list[Any]) -> tuple[torch.LongTensor, torch.Tensor]:
+        """
+        Prompts to the conditioning.
+
+        Args:
+            prompt (`list[str]` or `list[list[dict]]`):
+                B prompts, as text or as messages.
+
+        Returns:
+            `tuple`: `prompt_ids` and `prompt_mask` (1 for prompt, 0 for padding), each of shape `(B, T)`.
+        """
+        raise NotImplementedError
+
+    @abstractmethod
+    def prepare_denoiser_inputs(
+        self,
+        prompt_ids: torch.LongTensor,
+        prompt_mask: torch.Tensor,
+        noised_samples: torch.LongTensor,
+        latent_shape: tuple[int, ...],
+        labels: torch.LongTensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """
+        Keyword arguments of the network for given conditioning and noised tokens.
+
+        Args:
+            prompt_ids (`torch.LongTensor` of shape `(B, T)`):
+                From `encode_prompt`.
+            prompt_mask (`torch.Tensor` of shape `(B, T)`):
+                From `encode_prompt`.
+            noised_samples (`torch.LongTensor` of shape `(B, N)`):
+                The state x_t, in `[0, V)`.
+            latent_shape (`tuple[int, ...]`):
+                From `latent_shape`.
+            labels (`torch.LongTensor` of shape `(B, N)`, *optional*):
+                Tokens to score. With them, the result also has `shift_labels` of the sequence's length: each label where
+                the network predicts it, in the order of the tokens, and -100 elsewhere.
+
+        Returns:
+            `dict[str, torch.Tensor]`: The keyword arguments.
+        """
+        raise NotImplementedError
+
+    @abstractmethod
+    def denoise(
+        self,
+        prompt_ids: torch.LongTensor,
+        prompt_mask: torch.Tensor,
+        noised_samples: torch.LongTensor,
+        latent_shape: tuple[int, ...],
+    ) -> torch.Tensor:
+        """
+        One call of the network.
+
+        Args:
+            prompt_ids, prompt_mask, noised_samples, latent_shape:
+                As in `prepare_denoiser_inputs`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, N, V)`: Logits of p_θ(x₁ | x_t, c), token by token.
+        """
+        raise NotImplementedError
+
+    @abstractmethod
+    def decode(self, clean_samples: torch.LongTensor, latent_shape: tuple[int, ...]) -> list[Any]:
+        """
+        Tokens to what reward functions see.
+
+        Args:
+            clean_samples (`torch.LongTensor` of shape `(B, N)`):
+                Clean tokens.
+            latent_shape (`tuple[int, ...]`):
+                From `latent_shape`.
+
+        Returns:
+            `list[PIL.Image.Image]` or `list[str]`: B of them.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def sample_tokens(
+        self,
+        prompt_ids: torch.LongTensor,
+        prompt_mask: torch.Tensor,
+        latent_shape: tuple[int, ...],
+        num_inference_steps: int,
+        guidance_scale: float = 1.0,
+        guidance_trunc: float = 0.9,
+        negative_prompt_ids: torch.LongTensor | None = None,
+        negative_prompt_mask: torch.Tensor | None = None,
+        latents: torch.LongTensor | None = None,
+        generator: torch.Generator | None = None,
+        return_trajectory: bool = False,
+        callback: Callable[[int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+    ) -> UDMSamplerOutput:
+        """
+        Draws clean tokens, from uniform noise at t = 0 to the sample at t = 1.
+
+        With guidance the logits are z = z_uncond + w·(z_cond − z_uncond) while t < `guidance_trunc`, and z_cond after.
+
+        Args:
+            prompt_ids (`torch.LongTensor` of shape `(B, T)`):
+                From `encode_prompt`.
+            prompt_mask (`torch.Tensor` of shape `(B, T)`):
+                From `encode_prompt`.
+            latent_shape (`tuple[int, ...]`):
+                From `latent_shape`.
+            num_inference_steps (`int`):
+                Number of denoising steps S, > 0.
+            guidance_scale (`float`, *optional*, defaults to `1.0`):
+                Guidance weight w. No guidance, and no second forward, at 1.
+            guidance_trunc (`float`, *optional*, defaults to `0.9`):
+                Time from which on there is no guidance, in `[0, 1]`.
+            negative_prompt_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                Conditioning of z_uncond. Needed with guidance.
+            negative_prompt_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
+                Its mask.
+            latents (`torch.LongTensor` of shape `(B, N)`, *optional*):
+                Tokens to start from instead of uniform noise.
+            generator (`torch.Generator`, *optional*):
+                Source of every random draw.
+            return_trajectory (`bool`, *optional*, defaults to `False`):
+                Whether to return the states that the sampler passed through.
+            callback (`Callable`, *optional*):
+                Called after each step with the step's number, its timestep and `{"latents", "logits"}`; the `latents`
+                it returns replace the state.
+
+        Returns:
+            [`UDMSamplerOutput`]: The clean tokens and, where asked for, the trajectory.
+        """
+        batch_size, device = prompt_ids.size(0), prompt_ids.device
+        num_tokens = torch.Size(latent_shape).numel()
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        if latents is None:
+            # A CPU generator serves any device, as in diffusers' `randn_tensor`
+            draw_device = device if generator is None else generator.device
+            size = (batch_size, num_tokens)
+            latents = torch.randint(self.scheduler.config.codebook_size, size, generator=generator, device=draw_device)
+            latents = latents.to(device)
+        noised_samples, pred_original_samples = [], []
+        for i, timestep in enumerate(self.progress_bar(self.scheduler.timesteps.tolist())):
+            if guidance_scale != 1.0 and self.scheduler.timestep_to_t(timestep) < guidance_trunc:
+                logits, negative_logits = self.denoise(
+                    torch.cat([prompt_ids, negative_prompt_ids]),
+                    torch.cat([prompt_mask, negative_prompt_mask]),
+                    torch.cat([latents, latents]),
+                    latent_shape,
+                ).chunk(2)
+                logits = torch.lerp(negative_logits, logits, guidance_scale)
+            else:
+                logits = self.denoise(prompt_ids, prompt_mask, latents, latent_shape)  # (B, N, V)
+            output = self.scheduler.step(logits, timestep, latents, generator=generator)
+            if return_trajectory:
+                noised_samples.append(latents)
+                pred_original_samples.append(output.pred_original_sample)
+            latents = output.prev_sample
+            if callback is not None:
+                latents = callback(i, timestep, {"latents": latents, "logits": logits}).pop("latents", latents)
+        trajectory = None
+        if return_trajectory:
+            trajectory = UDMTrajectory(
+                timesteps=self.scheduler.timesteps,
+                noised_samples=torch.stack(noised_samples),
+                pred_original_samples=torch.stack(pred_original_samples),
+            )
+        return UDMSamplerOutput(clean_samples=latents, trajectory=trajectory)

@@ -1,0 +1,404 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.image_processor import VaeImageProcessor
+from transformers import PreTrainedTokenizerBase
+
+from ..models.autoencoder_vq import AutoencoderVQ
+from ..models.modeling_ursa import URSAForImageGeneration
+from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
+from .original_checkpoint import is_original_checkpoint, load_original_components
+from .pipeline_output import URSAPipelineOutput
+from .pipeline_udm import UDMPipeline
+
+
+class URSAPipeline(UDMPipeline):
+    r"""
+    Text-to-image generation with URSA (https://huggingface.co/papers/2510.24717).
+
+    The network reads `[text, BOV, image tokens]`: the text left-padded to `max_prompt_length` with its padding visible,
+    the beginning-of-vision token, and the image's codes plus the text vocabulary's size. Text token i stands at (i, i, i),
+    BOV at (T, T, T), the image token of frame f, row r, column q at (T + 1 + f, r, q). Its logits are shifted by one: those
+    at BOV predict image token 0.
+
+    Args:
+        transformer ([`URSAForImageGeneration`]):
+            The denoiser.
+        scheduler ([`KineticOptimalScheduler`]):
+            The forward and reverse process.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The text tokenizer.
+        vae ([`AutoencoderVQ`]):
+            The image tokenizer.
+        max_prompt_length (`int`, *optional*, defaults to `320`):
+            Length T that every prompt is padded or truncated to, in tokens.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from trl_udm import URSAPipeline
+
+    >>> pipe = URSAPipeline.from_pretrained("BAAI/URSA-1.7B-IBQ512", torch_dtype=torch.bfloat16).to("cuda")
+    >>> image = pipe("a photo of a red car left of a blue bench", height=512, width=512).images[0]
+    ```
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _callback_tensor_inputs = ["latents", "logits"]
+
+    def __init__(
+        self,
+        transformer: URSAForImageGeneration,
+        scheduler: KineticOptimalScheduler,
+        tokenizer: PreTrainedTokenizerBase,
+        vae: AutoencoderVQ,
+        max_prompt_length: int = 320,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, tokenizer=tokenizer, vae=vae)
+        self.register_to_config(max_prompt_length=max_prompt_length)
+        sizes = {
+            "transformer.config.codebook_size": transformer.config.codebook_size,
+            "scheduler.config.codebook_size": scheduler.config.codebook_size,
+            "vae.config.num_vq_embeddings": vae.config.num_vq_embeddings,
+        }
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"The components must share one codebook, got sizes {sizes}.")
+        self.image_processor = VaeImageProcessor(vae_scale_factor=vae.spatial_stride)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "URSAPipeline":
+        """
+        Loads a pipeline from a folder or a Hub repository, in this library's format or in the original one (whose
+        `model_index.json` names classes of the authors' package: none of their code is run, and no pickle that holds
+        more than tensors is opened).
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`):
+                A folder, or a repository such as `"BAAI/URSA-1.7B-IBQ512"`.
+            kwargs:
+                As in [`~diffusers.DiffusionPipeline.from_pretrained`]. For the original format: `torch_dtype`, `cache_dir`,
+                `revision`, `token`, `local_files_only`, `force_download`, `max_prompt_length` and components.
+
+        Returns:
+            [`URSAPipeline`]: The pipeline, in evaluation mode.
+
+        Raises:
+            OSError: If a part is missing.
+            ValueError: If a part has the wrong shape, or holds more than tensors.
+        """
+        if is_original_checkpoint(pretrained_model_name_or_path, **kwargs):
+            return cls(**load_original_components(pretrained_model_name_or_path, **kwargs))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def load_lora_weights(self, pretrained_model_name_or_path: str, adapter_name: str = "default", **kwargs) -> None:
+        """
+        Loads a PEFT adapter, such as a LoRA run of [`UDMGRPOTrainer`] saves, into the transformer and activates it.
+
+        Args:
+            pretrained_model_name_or_path (`str`):
+                Folder or Hub repository with `adapter_model.safetensors` and `adapter_config.json`.
+            adapter_name (`str`, *optional*, defaults to `"default"`):
+                Name to refer to it by.
+            kwargs:
+                As in `transformer.load_adapter`.
+        """
+        self.transformer.load_adapter(str(pretrained_model_name_or_path), adapter_name=adapter_name, **kwargs)
+
+    def unload_lora_weights(self, adapter_name: str = "default") -> None:
+        """
+        Removes an adapter again.
+
+        Args:
+            adapter_name (`str`, *optional*, defaults to `"default"`):
+                Its name.
+        """
+        self.transformer.delete_adapter(adapter_name)
+
+    def latent_shape(
+        self, height: int | None = None, width: int | None = None, num_frames: int = 1
+    ) -> tuple[int, int, int]:
+        """
+        Shape of the token grid.
+
+        Args:
+            height (`int`, *optional*):
+                Image height in pixels, a multiple of the tokenizer's stride. Defaults to `vae.config.sample_size`.
+            width (`int`, *optional*):
+                Image width in pixels, likewise.
+            num_frames (`int`, *optional*, defaults to `1`):
+                Number of frames of tokens.
+
+        Returns:
+            `tuple[int, int, int]`: Frames, rows and columns.
+        """
+        height = self.vae.config.sample_size if height is None else height
+        width = self.vae.config.sample_size if width is None else width
+        stride = self.vae.spatial_stride
+        for name, value in (("height", height), ("width", width)):
+            if value <= 0 or value % stride != 0:
+                nearest = max(stride, round(value / stride) * stride)
+                raise ValueError(f"`{name}` must be a positive multiple of {stride}, got {value}. Try {nearest}.")
+        if num_frames < 1:
+            raise ValueError(f"`num_frames` must be > 0, got {num_frames}.")
+        return num_frames, height // stride, width // stride
+
+    def encode_prompt(self, prompt: list[str]) -> tuple[torch.LongTensor, torch.Tensor]:
+        encoded = self.tokenizer(
+            prompt,
+            padding="max_length",
+            padding_side="left",
+            truncation=True,
+            max_length=self.config.max_prompt_length,
+            return_tensors="pt",
+        )
+        device = self._execution_device
+        return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)  # (B, T)
+
+    @staticmethod
+    def prepare_position_ids(
+        num_text_tokens: int, latent_shape: tuple[int, ...], device: torch.device | None = None
+    ) -> torch.LongTensor:
+        """
+        Three-axis positions of `[text, BOV, image tokens]`.
+
+        Args:
+            num_text_tokens (`int`):
+                Number of text tokens T.
+            latent_shape (`tuple[int, int, int]`):
+                Frames, rows and columns, whose product is the number of image tokens N.
+            device (`torch.device`, *optional*):
+                Device of the result.
+
+        Returns:
+            `torch.LongTensor` of shape `(T + 1 + N, 3)`: Frame, row and column of each token.
+        """
+        text = torch.arange(num_text_tokens + 1, device=device).unsqueeze(-1).expand(-1, 3)
+        grid = torch.meshgrid(*(torch.arange(size, device=device) for size in latent_shape), indexing="ij")
+        image = torch.stack(grid, dim=-1).flatten(0, 2)  # (N, 3)
+        image[:, 0] += num_text_tokens + 1
+        return torch.cat([text, image])
+
+    def prepare_denoiser_inputs(
+        self,
+        prompt_ids: torch.LongTensor,
+        prompt_mask: torch.Tensor,
+        noised_samples: torch.LongTensor,
+        latent_shape: tuple[int, ...],
+        labels: torch.LongTensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        # `prompt_mask` has no use: URSA was trained with its padding visible
+        batch_size, num_text_tokens = prompt_ids.shape
+        config = self.transformer.config
+        bov = prompt_ids.new_full((batch_size, 1), config.bov_token_id)
+        position_ids = self.prepare_position_ids(num_text_tokens, latent_shape, device=prompt_ids.device)
+        inputs = {
+            "input_ids": torch.cat([prompt_ids, bov, noised_samples + config.text_vocab_size], dim=1),  # (B, T + 1 + N)
+            "position_ids": position_ids.unsqueeze(0).expand(batch_size, -1, -1),
+        }
+        if labels is not None:
+            shift_labels = torch.full_like(inputs["input_ids"], -100)
+            shift_labels[:, num_text_tokens:-1] = labels
+            inputs["shift_labels"] = shift_labels
+        return inputs
+
+    def denoise(
+        self,
+        prompt_ids: torch.LongTensor,
+        prompt_mask: torch.Tensor,
+        noised_samples: torch.LongTensor,
+        latent_shape: tuple[int, ...],
+    ) -> torch.Tensor:
+        inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape)
+        return self.transformer(**inputs, logits_to_keep=noised_samples.size(1) + 1).logits[:, :-1]
+
+    def decode(
+        self, clean_samples: torch.LongTensor, latent_shape: tuple[int, ...], output_type: str = "pil"
+    ) -> list[Any]:
+        """
+        Tokens to images.
+
+        Args:
+            clean_samples (`torch.LongTensor` of shape `(B, N)`):
+                Codes.
+            latent_shape (`tuple[int, int, int]`):
+                From `latent_shape`, of one frame.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                `"pil"`, `"np"` or `"pt"`.
+
+        Returns:
+            `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`: As in [`URSAPipelineOutput`].
+        """
+        if latent_shape[0] != 1:
+            raise ValueError(f"`decode` takes images, of one frame; got {latent_shape[0]} frames.")
+        images = self.vae.decode_ids(clean_samples.view(-1, *latent_shape[1:])).sample
+        return self.image_processor.postprocess(images.float(), output_type=output_type)
+
+    def check_inputs(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        num_inference_steps: int,
+        guidance_trunc: float,
+        num_images_per_prompt: int,
+        output_type: str,
+        callback_on_step_end_tensor_inputs: list[str],
+    ):
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
+            raise ValueError(f"`prompt` must be a string or a non-empty list of strings, got {prompt!r}.")
+        if isinstance(negative_prompt, list) and len(negative_prompt) != len(prompts):
+            raise ValueError(
+                f"`negative_prompt` must have one entry a prompt ({len(prompts)}), got {len(negative_prompt)}."
+            )
+        if num_inference_steps < 1:
+            raise ValueError(f"`num_inference_steps` must be > 0, got {num_inference_steps}.")
+        if not 0 <= guidance_trunc <= 1:
+            raise ValueError(f"`guidance_trunc` must be in [0, 1], got {guidance_trunc}.")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` must be > 0, got {num_images_per_prompt}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, but found {unknown}."
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str],
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = 7.0,
+        guidance_trunc: float = 0.9,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | None = None,
+        latents: torch.LongTensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        return_trajectory: bool = False,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict]
+        | PipelineCallback
+        | MultiPipelineCallbacks
+        | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> URSAPipelineOutput | tuple:
+        """
+        Generates images.
+
+        Args:
+            prompt (`str` or `list[str]`):
+                What to draw.
+            negative_prompt (`str` or `list[str]`, *optional*):
+                What to guide away from; the empty prompt by default. Of no use without guidance.
+            height (`int`, *optional*):
+                Height in pixels, a multiple of the tokenizer's stride. Defaults to `vae.config.sample_size`.
+            width (`int`, *optional*):
+                Width in pixels, likewise.
+            num_inference_steps (`int`, *optional*, defaults to `25`):
+                Number of denoising steps, > 0.
+            guidance_scale (`float`, *optional*, defaults to `7.0`):
+                Weight of classifier-free guidance; 1 for none, as for models trained CFG-Free.
+            guidance_trunc (`float`, *optional*, defaults to `0.9`):
+                Time from which on there is no guidance, in `[0, 1]`.
+            num_images_per_prompt (`int`, *optional*, defaults to `1`):
+                Images a prompt, > 0.
+            generator (`torch.Generator`, *optional*):
+                Source of every random draw; a CPU generator serves any device.
+            latents (`torch.LongTensor` of shape `(batch_size * num_images_per_prompt, num_tokens)`, *optional*):
+                Token ids to start from instead of uniform noise.
+            output_type (`str`, *optional*, defaults to `"pil"`):
+                `"pil"`, `"np"`, `"pt"` or `"latent"` (token ids).
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return a [`URSAPipelineOutput`] or a tuple of its fields that are set.
+            return_trajectory (`bool`, *optional*, defaults to `False`):
+                Whether to return the states that the sampler passed through as well.
+            callback_on_step_end (`Callable`, `PipelineCallback` or `MultiPipelineCallbacks`, *optional*):
+                Called after each step with `(pipeline, step, timestep, callback_kwargs)`; `latents` in the dictionary it
+                returns replace the state.
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
+                What goes into `callback_kwargs`: `"latents"` (the state) and `"logits"`.
+
+        Returns:
+            [`URSAPipelineOutput`] or `tuple`: The images, prompt by prompt.
+
+        Raises:
+            ValueError: If an argument is out of its range.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if callback_on_step_end_tensor_inputs is None:
+            callback_on_step_end_tensor_inputs = ["latents"]
+        self.check_inputs(
+            prompt,
+            negative_prompt,
+            num_inference_steps,
+            guidance_trunc,
+            num_images_per_prompt,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        latent_shape = self.latent_shape(height=height, width=width)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        negative_prompts = negative_prompt
+        if not isinstance(negative_prompt, list):
+            negative_prompts = [negative_prompt or ""] * len(prompts)
+        prompt_ids, prompt_mask = self.encode_prompt(prompts)
+        negative_prompt_ids, negative_prompt_mask = self.encode_prompt(negative_prompts)
+
+        callback = None
+        if callback_on_step_end is not None:
+
+            def callback(step, timestep, tensors):
+                callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                return callback_on_step_end(self, step, timestep, callback_kwargs)
+
+        output = self.sample_tokens(
+            prompt_ids.repeat_interleave(num_images_per_prompt, dim=0),
+            prompt_mask.repeat_interleave(num_images_per_prompt, dim=0),
+            latent_shape,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            guidance_trunc=guidance_trunc,
+            negative_prompt_ids=negative_prompt_ids.repeat_interleave(num_images_per_prompt, dim=0),
+            negative_prompt_mask=negative_prompt_mask.repeat_interleave(num_images_per_prompt, dim=0),
+            latents=latents,
+            generator=generator,
+            return_trajectory=return_trajectory,
+            callback=callback,
+        )
+        if output_type == "latent":
+            images = output.clean_samples.view(-1, *latent_shape)
+        else:
+            images = self.decode(output.clean_samples, latent_shape, output_type=output_type)
+        self.maybe_free_model_hooks()
+
+        result = URSAPipelineOutput(images=images, trajectory=output.trajectory)
+        if not return_dict:
+            return result.to_tuple()
+        return result
+
+
+__all__ = ["URSAPipeline"]

@@ -1,0 +1,541 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The GenEval reward: does the image show the objects, counts, colors and positions that the prompt asks for?
+
+The benchmark is described in https://huggingface.co/papers/2310.11513. A detector finds the objects in an image, a
+color classifier names their colors, and a row of metadata says what should be found. The functions of this module come
+in the order in which they are applied: [`check_metadata`], [`keep_detections`], then [`evaluate`] or
+[`evaluate_reward`].
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from PIL import Image
+
+
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+RELATIONS = ("left of", "right of", "above", "below")
+
+THRESHOLD = 0.3
+COUNTING_THRESHOLD = 0.9
+MAX_OBJECTS = 16
+NMS_THRESHOLD = 1.0
+POSITION_THRESHOLD = 0.1
+
+Box = tuple[float, float, float, float]
+
+
+# Compared by identity: masks are arrays, whose `==` has no single truth value.
+@dataclass(frozen=True, eq=False)
+class Detection:
+    """
+    One object found in an image.
+
+    Args:
+        box (`tuple[float, float, float, float]`):
+            Corners `(x1, y1, x2, y2)` in pixels, y growing downwards.
+        score (`float`):
+            Confidence, in `[0, 1]`.
+        mask (`np.ndarray` of shape `(height, width)` and dtype `bool`, *optional*):
+            The object's pixels, for color classifiers that look at nothing else.
+    """
+
+    box: Box
+    score: float
+    mask: np.ndarray | None = None
+
+
+class Detector(Protocol):
+    """
+    Finds objects in images.
+
+    `class_names` are the classes that it knows, in GenEval's order. Called with a list of images, it returns for each
+    of them a dict from class name to detections, in any order and with any score: [`keep_detections`] selects.
+    """
+
+    class_names: Sequence[str]
+
+    def __call__(self, images: list[Image.Image]) -> list[dict[str, list[Detection]]]: ...
+
+
+class ColorClassifier(Protocol):
+    """Names one of `COLORS` for each of an image's detections, all of one class."""
+
+    def __call__(self, image: Image.Image, detections: list[Detection], class_name: str) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """
+    What a rule says of an image.
+
+    Args:
+        correct (`bool`):
+            Whether every requirement is met.
+        reward (`float`):
+            1.0 or 0.0 by [`evaluate`]; the partial credit, at most 1.0, by [`evaluate_reward`].
+        reason (`str`):
+            What is not met, one requirement a line; empty if `correct`.
+    """
+
+    correct: bool
+    reward: float
+    reason: str
+
+
+def check_metadata(row: dict[str, Any], class_names: Sequence[str], index: int) -> None:
+    """
+    Refuse a row of metadata that does not follow GenEval's format. A key whose value is `None` counts as absent, since
+    `datasets` fills rows up in this way.
+
+    Args:
+        row (`dict[str, Any]`):
+            A row with `"tag"`, `"include"` and optionally `"exclude"` and `"prompt"`.
+        class_names (`Sequence[str]`):
+            The classes that the detector knows.
+        index (`int`):
+            The row's number, for the message.
+
+    Raises:
+        `ValueError`: If a field is missing or breaks its rule. The message names the row, the field, the rule and the
+        value.
+
+    Example:
+
+    ```python
+    >>> row = {"tag": "counting", "include": [{"class": "clock", "count": 0}], "prompt": "a photo of no clocks"}
+    >>> check_metadata(row, class_names=["bench", "clock"], index=7)
+    Traceback (most recent call last):
+    ValueError: Row 7 ('a photo of no clocks'): `include[0].count` must be an integer >= 1, got 0.
+    ```
+    """
+
+    def require(holds: bool, field: str, rule: str, value: Any) -> None:
+        if not holds:
+            raise ValueError(f"Row {index} ({row.get('prompt')!r}): `{field}` must be {rule}, got {value!r}.")
+
+    tag, include, exclude = row.get("tag"), row.get("include"), row.get("exclude")
+    require(tag in TAGS, "tag", f"one of {TAGS}", tag)
+    require(isinstance(include, list) and len(include) > 0, "include", "a list with at least one clause", include)
+    require(exclude is None or isinstance(exclude, list), "exclude", "a list of clauses or `None`", exclude)
+
+    for name, clauses, keys in (
+        ("include", include, {"class", "count", "color", "position"}),
+        ("exclude", exclude or [], {"class", "count"}),
+    ):
+        for number, clause in enumerate(clauses):
+            field = f"{name}[{number}]"
+            require(isinstance(clause, dict), field, f"a dict with keys among {sorted(keys)}", clause)
+            unknown = sorted(key for key, value in clause.items() if value is not None and key not in keys)
+            require(not unknown, field, f"a dict with keys among {sorted(keys)}", unknown)
+
+            class_name, count = clause.get("class"), clause.get("count")
+            require(class_name in class_names, f"{field}.class", "a class that the detector knows", class_name)
+            require(type(count) is int and count >= 1, f"{field}.count", "an integer >= 1", count)
+
+            color, position = clause.get("color"), clause.get("position")
+            require(color is None or color in COLORS, f"{field}.color", f"one of {COLORS}", color)
+            if position is not None:
+                is_pair = isinstance(position, (list, tuple)) and len(position) == 2
+                require(is_pair, f"{field}.position", "[relation, index of an earlier clause]", position)
+                relation, target = position
+                require(relation in RELATIONS, f"{field}.position[0]", f"one of {RELATIONS}", relation)
+                is_earlier = type(target) is int and 0 <= target < number
+                require(is_earlier, f"{field}.position[1]", f"the index of a clause before {field}", target)
+
+
+def compute_iou(box_a: Box, box_b: Box) -> float:
+    """
+    Return the intersection over union of two boxes whose corners are inclusive pixels, as in the benchmark: a side
+    from x1 to x2 is x2 - x1 + 1 long.
+
+    Args:
+        box_a (`tuple[float, float, float, float]`):
+            Corners `(x1, y1, x2, y2)` of a box.
+        box_b (`tuple[float, float, float, float]`):
+            Corners of the other box.
+
+    Returns:
+        `float`: The ratio, in `[0, 1]`; 0.0 if both boxes are empty.
+    """
+
+    def area(x1: float, y1: float, x2: float, y2: float) -> float:
+        return max(x2 - x1 + 1, 0) * max(y2 - y1 + 1, 0)
+
+    intersection = area(*map(max, box_a[:2], box_b[:2]), *map(min, box_a[2:], box_b[2:]))
+    union = area(*box_a) + area(*box_b) - intersection
+    return intersection / union if union else 0.0
+
+
+def keep_detections(
+    detected: dict[str, list[Detection]], tag: str, nms_threshold: float = NMS_THRESHOLD
+) -> dict[str, list[Detection]]:
+    """
+    Select the detections that count: by class, those above the score threshold (a higher one for counting), the best
+    `MAX_OBJECTS` of them, by falling score.
+
+    Args:
+        detected (`dict[str, list[Detection]]`):
+            What the detector found in an image, by class name.
+        tag (`str`):
+            The row's tag.
+        nms_threshold (`float`, *optional*, defaults to `1.0`):
+            Drop a detection whose overlap with a better one of its class, by [`compute_iou`], reaches this value. The
+            benchmark's 1.0 drops none, not even a box found twice.
+
+    Returns:
+        `dict[str, list[Detection]]`: The selected detections; classes without any are left out.
+    """
+    threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
+    kept = {}
+    for class_name, detections in detected.items():
+        # Reversed, not `reverse=True`: of equal scores the benchmark puts the later detection first.
+        by_falling_score = sorted(detections, key=lambda detection: detection.score)[::-1]
+        candidates = [detection for detection in by_falling_score if detection.score > threshold][:MAX_OBJECTS]
+        group = []
+        for candidate in candidates:
+            if nms_threshold == 1 or all(compute_iou(candidate.box, other.box) < nms_threshold for other in group):
+                group.append(candidate)
+        if group:
+            kept[class_name] = group
+    return kept
+
+
+def relative_position(box_a: Box, box_b: Box) -> set[str]:
+    """
+    Say where box A lies as seen from box B.
+
+    The offset between the centers is first shortened, along each axis, by `POSITION_THRESHOLD` times the sum of the
+    two boxes' sides. A relation holds if what remains along its axis is more than half of the length of the whole
+    offset, so that two relations hold near the diagonal and none where the boxes nearly coincide.
+
+    Args:
+        box_a (`tuple[float, float, float, float]`):
+            Corners `(x1, y1, x2, y2)` of box A.
+        box_b (`tuple[float, float, float, float]`):
+            Corners of box B.
+
+    Returns:
+        `set[str]`: The members of `RELATIONS` that hold, at most two.
+    """
+    offset, shortened = [], []
+    for axis in (0, 1):
+        (a1, a2), (b1, b2) = box_a[axis::2], box_b[axis::2]
+        distance = (a1 + a2) / 2 - (b1 + b2) / 2
+        margin = POSITION_THRESHOLD * (abs(a2 - a1) + abs(b2 - b1))
+        offset.append(distance)
+        shortened.append(math.copysign(max(abs(distance) - margin, 0), distance))
+    if max(map(abs, shortened)) < 1e-3:
+        return set()
+
+    dx, dy = (component / math.sqrt(offset[0] ** 2 + offset[1] ** 2) for component in shortened)
+    holds = {"left of": dx < -0.5, "right of": dx > 0.5, "above": dy < -0.5, "below": dy > 0.5}
+    return {relation for relation in RELATIONS if holds[relation]}
+
+
+def evaluate(
+    image: Image.Image,
+    objects: dict[str, list[Detection]],
+    metadata: dict[str, Any],
+    color_classifier: ColorClassifier | None = None,
+) -> Verdict:
+    """
+    Apply the benchmark's rule, which is what accuracy on GenEval means.
+
+    Of each `include` clause's class, the `count` best detections must exist, all have the `color`, and all stand in
+    the `position` to each of the target clause's. Further ones are ignored, unless an `exclude` clause forbids `count`
+    or more.
+
+    Args:
+        image (`Image.Image`):
+            The image, for the color classifier.
+        objects (`dict[str, list[Detection]]`):
+            The detections that count, by class name and falling score.
+        metadata (`dict[str, Any]`):
+            A row that [`check_metadata`] accepts.
+        color_classifier (`ColorClassifier`, *optional*):
+            Needed for rows that name a color.
+
+    Returns:
+        [`Verdict`]: Its reward is 1.0 if the image is correct, else 0.0.
+    """
+    _, reasons = _check_include(image, objects, metadata["include"], color_classifier, exact=False)
+    for clause in metadata.get("exclude") or []:
+        num_found = len(objects.get(clause["class"], []))
+        if num_found >= clause["count"]:
+            reasons.append(f"expected {clause['class']}<{clause['count']}, found {num_found}")
+    return Verdict(correct=not reasons, reward=float(not reasons), reason="\n".join(reasons))
+
+
+def evaluate_reward(
+    image: Image.Image,
+    objects: dict[str, list[Detection]],
+    metadata: dict[str, Any],
+    color_classifier: ColorClassifier | None = None,
+) -> Verdict:
+    """
+    Apply the training rule, which gives partial credit and wants exact counts.
+
+    A requirement that n objects be there, or have a color, scores 1 - |n - found| / n, which is below 0 for more than
+    2n. A position scores 1 or 0. Where the count is wrong, color and position are not looked at and score 0 together;
+    where a color is wrong, the position is left out. The reward is the mean of the scores. `exclude` clauses have no
+    say: an image that shows a forbidden object can be correct here and wrong by [`evaluate`].
+
+    Args:
+        image (`Image.Image`):
+            The image, for the color classifier.
+        objects (`dict[str, list[Detection]]`):
+            The detections that count, by class name and falling score.
+        metadata (`dict[str, Any]`):
+            A row that [`check_metadata`] accepts.
+        color_classifier (`ColorClassifier`, *optional*):
+            Needed for rows that name a color.
+
+    Returns:
+        [`Verdict`]: Its reward is at most 1.0, and 1.0 if the image is correct.
+    """
+    scores, reasons = _check_include(image, objects, metadata["include"], color_classifier, exact=True)
+    return Verdict(correct=not reasons, reward=sum(scores) / len(scores), reason="\n".join(reasons))
+
+
+def _check_include(
+    image: Image.Image,
+    objects: dict[str, list[Detection]],
+    include: list[dict[str, Any]],
+    color_classifier: ColorClassifier | None,
+    exact: bool,
+) -> tuple[list[float], list[str]]:
+    """
+    Return the scores of all requirements, and for each clause that fails the reason. The two rules differ only in what
+    is taken for found: all detections of the class (`exact`), or no more than asked for.
+    """
+    scores, reasons = [], []
+    groups = []
+    for clause in include:
+        found = objects.get(clause["class"], [])
+        found = found if exact else found[: clause["count"]]
+        clause_scores, reason = _check_clause(image, found, clause, groups, color_classifier, exact)
+        scores.extend(clause_scores)
+        if reason is not None:
+            reasons.append(reason)
+        groups.append(found if reason is None else None)
+    return scores, reasons
+
+
+def _check_clause(
+    image: Image.Image,
+    found: list[Detection],
+    clause: dict[str, Any],
+    groups: list[list[Detection] | None],
+    color_classifier: ColorClassifier | None,
+    exact: bool,
+) -> tuple[list[float], str | None]:
+    """
+    Return the scores of one clause's requirements, up to the first that fails, and the reason for it. `groups` holds
+    the detections of each earlier clause, or `None` where it failed.
+    """
+    class_name, count, color, position = (clause.get(key) for key in ("class", "count", "color", "position"))
+
+    scores = [1 - abs(count - len(found)) / count]
+    if len(found) != count:
+        if color is not None or position is not None:
+            scores.append(0.0)
+        return scores, f"expected {class_name}{'==' if exact else '>='}{count}, found {len(found)}"
+
+    if color is not None:
+        colors = color_classifier(image, found, class_name)
+        if len(colors) != count:
+            raise ValueError(f"`color_classifier` must return a color for each of {count} detections, got {colors!r}.")
+        num_right = colors.count(color)
+        scores.append(1 - abs(count - num_right) / count)
+        if num_right != count:
+            seen = ", ".join(f"{colors.count(name)} {name}" for name in COLORS if name in colors)
+            return scores, f"expected {color} {class_name}>={count}, found {num_right} {color}; and {seen}"
+
+    if position is not None:
+        relation, target_index = position
+        targets = groups[target_index]
+        if targets is None:
+            return [*scores, 0.0], f"no target for {class_name} to be {relation}"
+        for detection, target in itertools.product(found, targets):
+            relations = relative_position(detection.box, target.box)
+            if relation not in relations:
+                seen = " and ".join(sorted(relations))
+                return [*scores, 0.0], f"expected {class_name} {relation} target, found {seen} target"
+        scores.append(1.0)
+
+    return scores, None
+
+
+class GenEvalReward:
+    """
+    GenEval as a reward function for [`UDMGRPOTrainer`].
+
+    The metadata comes from the dataset's columns `tag`, `include` and `exclude`. All rows are checked before any
+    detection. The accuracy by tag is logged as `geneval/<tag>`, by the benchmark's rule in both modes.
+
+    Args:
+        detector ([`Detector`]):
+            Finds the objects.
+        color_classifier ([`ColorClassifier`], *optional*):
+            Names their colors. Needed if a row asks for a color.
+        mode (`str`, *optional*, defaults to `"official"`):
+            `"official"` rewards 1.0 or 0.0 by [`evaluate`], under the name `geneval_accuracy`; `"dense"` gives the
+            partial credit of [`evaluate_reward`], under the name `geneval_reward`.
+
+    Raises:
+        `ValueError`: If `mode` is neither.
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from trl_udm.rewards.geneval import Detection, GenEvalReward
+
+    >>> class WholeImageDetector:
+    ...     class_names = ["bench", "dog"]
+    ...
+    ...     def __call__(self, images):
+    ...         return [{"bench": [Detection(box=(0, 0, *image.size), score=0.95)]} for image in images]
+
+    >>> reward = GenEvalReward(WholeImageDetector())
+    >>> reward(
+    ...     prompts=["a photo of a bench", "a photo of a dog"],
+    ...     completions=[Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8))],
+    ...     tag=["single_object", "single_object"],
+    ...     include=[[{"class": "bench", "count": 1}], [{"class": "dog", "count": 1}]],
+    ... )
+    [1.0, 0.0]
+    ```
+    """
+
+    def __init__(
+        self,
+        detector: Detector,
+        color_classifier: ColorClassifier | None = None,
+        mode: Literal["official", "dense"] = "official",
+    ):
+        if mode not in ("official", "dense"):
+            raise ValueError(f"`mode` must be 'official' or 'dense', got {mode!r}.")
+        self.detector = detector
+        self.color_classifier = color_classifier
+        self.mode = mode
+        self.__name__ = "geneval_accuracy" if mode == "official" else "geneval_reward"
+
+    def __call__(
+        self,
+        prompts: list[str],
+        completions: list[Image.Image],
+        tag: list[str],
+        include: list[list[dict[str, Any]]],
+        exclude: list[list[dict[str, Any]] | None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        """
+        Reward images.
+
+        Args:
+            prompts (`list[str]`):
+                The prompts, for messages.
+            completions (`list[Image.Image]`):
+                The generated images.
+            tag (`list[str]`):
+                The kind of each row, one of `TAGS`.
+            include (`list[list[dict[str, Any]]]`):
+                What each image must show.
+            exclude (`list[list[dict[str, Any]] | None]`, *optional*):
+                What each image must not show.
+            log_metric (`Callable[[str, float], None]`, *optional*):
+                The trainer's logging function.
+            columns (`dict[str, Any]`):
+                Whatever else the trainer passes; not used.
+
+        Returns:
+            `list[float]`: A reward for each image.
+
+        Raises:
+            `ValueError`: If a row's metadata is malformed or asks for a color without a color classifier, or if the
+            detector or the color classifier returns the wrong number of results.
+        """
+        exclude = exclude if exclude is not None else [None] * len(prompts)
+        rows = [
+            {"prompt": prompt, "tag": row_tag, "include": row_include, "exclude": row_exclude}
+            for prompt, row_tag, row_include, row_exclude in zip(prompts, tag, include, exclude, strict=True)
+        ]
+        for index, row in enumerate(rows):
+            check_metadata(row, self.detector.class_names, index)
+            if self.color_classifier is None and any(clause.get("color") is not None for clause in row["include"]):
+                raise ValueError(
+                    f"Row {index} ({row['prompt']!r}) asks for a color: `color_classifier` must be given, got None."
+                )
+
+        detected = self.detector(completions)
+        if len(detected) != len(completions):
+            raise ValueError(
+                f"`detector` must return a dict for each of {len(completions)} images, got {len(detected)} results."
+            )
+
+        rewards = []
+        for image, image_detected, row in zip(completions, detected, rows, strict=True):
+            objects = keep_detections(image_detected, row["tag"])
+            official = evaluate(image, objects, row, self.color_classifier)
+            if self.mode == "official":
+                rewards.append(official.reward)
+            else:
+                rewards.append(evaluate_reward(image, objects, row, self.color_classifier).reward)
+            if log_metric is not None:
+                log_metric(f"geneval/{row['tag']}", official.reward)
+        return rewards
+
+
+def accuracy_by_tag(results: Iterable[tuple[str, bool]]) -> dict[str, float]:
+    """
+    Summarise an evaluation as the benchmark does.
+
+    Args:
+        results (`Iterable[tuple[str, bool]]`):
+            For each sample its tag and whether it is correct by [`evaluate`].
+
+    Returns:
+        `dict[str, float]`: The accuracy of each tag in the results, and under `"overall"` the mean over those tags,
+        which is GenEval's score.
+
+    Raises:
+        `ValueError`: If there are no results, or one has an unknown tag.
+
+    Example:
+
+    ```python
+    >>> accuracy_by_tag([("counting", True), ("counting", False), ("position", True)])
+    {'counting': 0.5, 'position': 1.0, 'overall': 0.75}
+    ```
+    """
+    outcomes = {tag: [] for tag in TAGS}
+    for tag, correct in results:
+        if tag not in outcomes:
+            raise ValueError(f"A tag in `results` must be one of {TAGS}, got {tag!r}.")
+        outcomes[tag].append(bool(correct))
+    accuracies = {tag: sum(correct) / len(correct) for tag, correct in outcomes.items() if correct}
+    if not accuracies:
+        raise ValueError("`results` must have at least one sample, got none.")
+    return {**accuracies, "overall": sum(accuracies.values()) / len(accuracies)}

@@ -1,0 +1,613 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput, _get_model_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+@dataclass
+class KineticOptimalSchedulerOutput(BaseOutput):
+    """
+    Output class for the kinetic-optimal scheduler's `step`.
+
+    Args:
+        prev_sample (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
+            Token ids of the next state, one step closer to the clean sample.
+        pred_original_sample (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
+            Clean token ids x₁ drawn from the model's logits at this step.
+    """
+
+    prev_sample: torch.LongTensor
+    pred_original_sample: torch.LongTensor
+
+
+class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
+    """
+    Scheduler of uniform discrete diffusion: the probability paths of "Flow Matching with General Discrete Paths: A
+    Kinetic-Optimal Perspective" (https://huggingface.co/papers/2412.03487), as UDM-GRPO
+    (https://huggingface.co/papers/2604.18518) uses them.
+
+    Time runs from noise, t = 0, to the clean sample, t = 1. Tokens are independent given the clean sample x₁, and V is
+    `codebook_size`.
+
+    **Metric path** (`alpha` is a number). The codes are the L2-normalised rows e of a codebook, `d(j, k) = ‖e_j −
+    e_k‖²`, `beta_t = c · (t / (1 − t))^alpha`, and
+
+        p_t(k | x₁) = softmax_k(−beta_t · d(x₁, k)).
+
+    **Mixture path** (`alpha` is `None`). `p_t(k | x₁) = t · [k = x₁] + (1 − t) / V`.
+
+    Both are uniform over V codes at t = 0 and a point mass on x₁ at t = 1.
+
+    **Time grid.** Step i of N has `sigma = 1 − i / N` and `t = 1 − shift · sigma / (1 + (shift − 1) · sigma)`.
+
+    **Reverse step** from t to t + h. Draw x₁ ~ softmax(logits). A token in state x_t jumps to code k ≠ x_t at the rate
+
+        u(k) = p_t(k | x₁) · beta'_t · max(0, d(x_t, x₁) − d(k, x₁))        metric path
+        u(k) = [k = x₁] / (1 − t)                                           mixture path
+
+    with `beta'_t = c · alpha · t^(alpha − 1) / (1 − t)^(alpha + 1)`, and 0 at t = 0: it jumps with probability
+    `1 − exp(−h · λ)`, λ = Σ_k u(k), to k ~ u / λ, and else it stays. The last step returns x₁ itself.
+
+    Probabilities of V codes are formed for at most `max_chunk_elements` elements at a time, and at most four float32
+    tensors of that size exist at once: 256 MiB beside the caller's logits, whatever the batch. Codes and distances are
+    float32, whatever dtype the logits have and also under autocast. Leave TF32 matrix products off, as they are by
+    default: they round a code to 10 bits, as float16 does, which moves p_t by up to 0.003 in total variation.
+
+    Args:
+        alpha (`float`, *optional*, defaults to 0.9):
+            Exponent of `beta_t`, in `(0, ∞)`. `None` selects the mixture path.
+        c (`float`, *optional*, defaults to 3.0):
+            Factor of `beta_t`, in `(0, ∞)`. Not used by the mixture path.
+        shift (`float`, defaults to 1.0):
+            Shift of the time grid, in `(0, ∞)`. Above 1, more steps are spent close to the noise.
+        eps (`float`, defaults to 1e-5):
+            Smallest norm by which an embedding is divided when it is normalised.
+        codebook_size (`int`, *optional*):
+            Number of codes V. Taken from the codebook when there is one.
+        codebook_dim (`int`, *optional*):
+            Length of a code. Taken from the codebook when there is one.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from trl_udm.schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
+
+    >>> scheduler = KineticOptimalScheduler(shift=2.0)
+    >>> scheduler.set_codebook(torch.randn(256, 8))
+
+    >>> clean_samples = torch.randint(256, (2, 64))
+    >>> noised_samples = scheduler.add_noise(clean_samples, torch.tensor([0.1, 0.6]))
+
+    >>> scheduler.set_timesteps(10)
+    >>> sample = torch.randint(256, (2, 64))
+    >>> for timestep in scheduler.timesteps:
+    ...     logits = torch.randn(2, 64, 256)  # a denoiser's output at (sample, timestep)
+    ...     sample = scheduler.step(logits, timestep, sample).prev_sample
+    ```
+    """
+
+    order = 1
+    weights_name = "scheduler_model.safetensors"
+    original_weights_name = "scheduler_model.pth"
+    max_chunk_elements = 2**24
+
+    @register_to_config
+    def __init__(
+        self,
+        alpha: float | None = 0.9,
+        c: float | None = 3.0,
+        shift: float = 1.0,
+        eps: float = 1e-5,
+        codebook_size: int | None = None,
+        codebook_dim: int | None = None,
+    ):
+        for name, value in {"shift": shift, "eps": eps, "alpha": alpha, "c": c}.items():
+            is_unused = alpha is None and name in ("alpha", "c")
+            if not is_unused and (value is None or not 0 < value < math.inf):
+                raise ValueError(f"`{name}` must be a number > 0, got {value}.")
+
+        self.codebook = None
+        self.num_inference_steps = None
+        self.timesteps = None
+
+    def set_codebook(self, embeddings: torch.Tensor) -> None:
+        """
+        Take the codes of a codebook, L2-normalised, and register its two sizes in the config.
+
+        Args:
+            embeddings (`torch.Tensor` of shape `(codebook_size, codebook_dim)`):
+                The codebook, one code a row, as the image tokenizer has it. It is not changed.
+
+        Raises:
+            ValueError: If the shape is not that of a codebook, differs from the config's, or an entry is not finite.
+        """
+        self._register_codebook(embeddings)
+        norms = self.codebook.norm(dim=-1, keepdim=True)
+        self.codebook = self.codebook / norms.clamp(min=self.config.eps)
+
+    def _register_codebook(self, codebook: torch.Tensor) -> None:
+        if codebook.ndim != 2 or not codebook.isfinite().all():
+            raise ValueError(
+                "A codebook must be a finite matrix of shape (`codebook_size`, `codebook_dim`), got shape "
+                f"{tuple(codebook.shape)}{' with NaN or infinite entries' if codebook.ndim == 2 else ''}."
+            )
+        for name, size in zip(("codebook_size", "codebook_dim"), codebook.shape, strict=True):
+            if self.config[name] not in (None, size):
+                raise ValueError(f"`{name}` is {self.config[name]} in the config, got a codebook with {size}.")
+        self.codebook = codebook.detach().float()
+        self.register_to_config(codebook_size=codebook.shape[0], codebook_dim=codebook.shape[1])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,
+    ) -> KineticOptimalScheduler | tuple[KineticOptimalScheduler, dict[str, Any]]:
+        """
+        Load a scheduler from a local folder or a repository on the Hub: its config and its codebook.
+
+        The codebook is read from `scheduler_model.safetensors` or, where there is none, from the `scheduler_model.pth`
+        of the original repositories, of which nothing but tensors is unpickled.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `os.PathLike`):
+                A folder, or the id of a repository on the Hub.
+            subfolder (`str`, *optional*):
+                Folder of the scheduler inside the repository.
+            return_unused_kwargs (`bool`, defaults to `False`):
+                Whether to also return the keyword arguments that nothing consumed.
+            kwargs (`dict[str, Any]`, *optional*):
+                Settings that override the config's, and the Hub's `cache_dir`, `force_download`, `proxies`,
+                `local_files_only`, `token` and `revision`.
+
+        Returns:
+            [`KineticOptimalScheduler`] or `tuple`:
+                The scheduler and, if `return_unused_kwargs` is `True`, a dictionary of the unused keyword arguments.
+
+        Raises:
+            OSError: If the config, or a codebook that the path needs, is missing.
+            ValueError: If the file of the codebook does not hold one.
+        """
+        scheduler, unused_kwargs = super().from_pretrained(
+            pretrained_model_name_or_path, subfolder=subfolder, return_unused_kwargs=True, **kwargs
+        )
+        hub_names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+        hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
+        scheduler._load_codebook(pretrained_model_name_or_path, subfolder=subfolder, **hub_kwargs)
+        return (scheduler, unused_kwargs) if return_unused_kwargs else scheduler
+
+    def _load_codebook(self, pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs: Any) -> None:
+        for weights_name in (self.weights_name, self.original_weights_name):
+            try:
+                file = _get_model_file(pretrained_model_name_or_path, weights_name=weights_name, **hub_kwargs)
+                break
+            except OSError as error:
+                missing = error
+        else:
+            if self.config.alpha is None and self.config.codebook_size is not None:
+                return
+            raise OSError(
+                f"Found no codebook, `{self.weights_name}` or `{self.original_weights_name}`, in "
+                f"{pretrained_model_name_or_path}."
+            ) from missing
+
+        try:
+            if weights_name == self.weights_name:
+                self._register_codebook(load_file(file)["codebook"])
+            else:
+                self.set_codebook(torch.load(file, map_location="cpu", weights_only=True)["path.emb"])
+        except KeyError as error:
+            raise ValueError(f"{file} must hold the codebook as {error}, and does not.") from error
+        except (ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{file} holds no codebook that can be loaded: {error}") from error
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """
+        Save the config and, if there is one, the codebook to a folder that
+        [`~KineticOptimalScheduler.from_pretrained`] loads.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                Folder to save to, created if it does not exist.
+            push_to_hub (`bool`, defaults to `False`):
+                Whether to push the folder to the Hub afterwards.
+            kwargs (`dict[str, Any]`, *optional*):
+                Passed along to [`~utils.PushToHubMixin.push_to_hub`].
+        """
+        if self.codebook is not None:
+            os.makedirs(save_directory, exist_ok=True)
+            file = os.path.join(save_directory, self.weights_name)
+            save_file({"codebook": self.codebook.contiguous()}, file, metadata={"format": "pt"})
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """
+        Set the grid of the reverse process.
+
+        Args:
+            num_inference_steps (`int`):
+                Number of steps, in `[1, ∞)`.
+            device (`str` or `torch.device`, *optional*):
+                Where `timesteps`, and the codebook with it, shall be.
+
+        Raises:
+            ValueError: If `num_inference_steps` is not positive.
+        """
+        if num_inference_steps <= 0:
+            raise ValueError(f"`num_inference_steps` must be > 0, got {num_inference_steps}.")
+        self.num_inference_steps = num_inference_steps
+        self.timesteps = torch.arange(num_inference_steps, device=device, dtype=torch.long)
+        if self.codebook is not None:
+            self.codebook = self.codebook.to(device)
+
+    def timestep_to_t(self, timestep: int | torch.Tensor) -> float:
+        """
+        Time of a step of the grid.
+
+        Args:
+            timestep (`int` or `torch.Tensor`):
+                Step index, in `[0, num_inference_steps - 1]`.
+
+        Returns:
+            `float`: The time t, in `[0, 1)`.
+
+        Raises:
+            ValueError: If `set_timesteps` was not called or the grid has no such step.
+        """
+        return self._sigma_to_t(1 - self._step_index(timestep) / self.num_inference_steps)
+
+    def _step_index(self, timestep: int | torch.Tensor) -> int:
+        if self.num_inference_steps is None:
+            raise ValueError("The scheduler has no time grid yet: call `set_timesteps` first.")
+        step_index = int(timestep)
+        if step_index != timestep or not 0 <= step_index < self.num_inference_steps:
+            raise ValueError(
+                f"`timestep` must be a step index in [0, {self.num_inference_steps - 1}], got {timestep}."
+            )
+        return step_index
+
+    def _sigma_to_t(self, sigma: float | torch.Tensor) -> float | torch.Tensor:
+        shift = self.config.shift
+        return 1 - shift * sigma / (1 + (shift - 1) * sigma)
+
+    def sample_timesteps(
+        self,
+        size: int | tuple[int, ...],
+        device: str | torch.device | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """
+        Draw noise levels for training: the time grid's map on `sigma = 1 − 0.999 · u`, u uniform on `[0, 1)`.
+
+        Args:
+            size (`int` or `tuple[int, ...]`):
+                Shape of the result.
+            device (`str` or `torch.device`, *optional*):
+                Device of the result.
+            generator (`torch.Generator`, *optional*):
+                RNG of the draw.
+
+        Returns:
+            `torch.Tensor` of shape `size`: Times t in float32, in `[0, 1)`.
+        """
+        return self._sigma_to_t(1 - 0.999 * _rand(size, torch.float32, device, generator))
+
+    def beta(self, t: float | torch.Tensor) -> torch.Tensor:
+        """Inverse temperature `beta_t` of the metric path at times `t` in `[0, 1]`: 0 at t = 0, infinite at t = 1."""
+        t = torch.as_tensor(t)
+        return self.config.c * (t / (1 - t)) ** self.config.alpha
+
+    def beta_derivative(self, t: float | torch.Tensor) -> torch.Tensor:
+        """Derivative `beta'_t` in time of `beta_t`, at times `t` in `[0, 1)`, with 0 at t = 0."""
+        t = torch.as_tensor(t)
+        alpha = self.config.alpha
+        return torch.where(t > 0, self.config.c * alpha * t ** (alpha - 1) / (1 - t) ** (alpha + 1), 0.0)
+
+    @torch.no_grad()
+    def add_noise(
+        self,
+        original_samples: torch.LongTensor,
+        t: float | torch.Tensor,
+        generator: torch.Generator | None = None,
+    ) -> torch.LongTensor:
+        """
+        Draw noised samples x_t ~ p_t(· | x₁), each token by itself.
+
+        Args:
+            original_samples (`torch.LongTensor` of shape `(batch_size, ...)`):
+                Clean token ids x₁, in `[0, codebook_size)`.
+            t (`float` or `torch.Tensor`):
+                Times in `[0, 1]`: one for all, or a tensor whose shape is that of the first dimensions of
+                `original_samples`, so `(batch_size,)` is a time per sample and the full shape a time per token.
+            generator (`torch.Generator`, *optional*):
+                RNG of the draw.
+
+        Returns:
+            `torch.LongTensor`: Noised token ids x_t, of the shape of `original_samples`.
+
+        Raises:
+            ValueError: If an id or a time is out of range, or the shape of `t` does not fit.
+        """
+        self._check_token_ids("original_samples", original_samples)
+        t = self._expand_t(t, original_samples)
+        uniforms = _rand((2, original_samples.numel()), torch.float64, original_samples.device, generator)
+        chunks = zip(
+            original_samples.flatten().split(self._chunk_length),
+            t.flatten().split(self._chunk_length),
+            uniforms.split(self._chunk_length, dim=1),
+            strict=True,
+        )
+        noised_samples = [_draw(self._probabilities(x_1, t), uniforms) for x_1, t, uniforms in chunks]
+        return torch.cat(noised_samples).view(original_samples.shape)
+
+    def probabilities(self, original_samples: torch.LongTensor, t: float | torch.Tensor) -> torch.Tensor:
+        """
+        The probabilities p_t(k | x₁) that [`~KineticOptimalScheduler.add_noise`] draws from.
+
+        Args:
+            original_samples (`torch.LongTensor` of shape `(batch_size, ...)`):
+                Clean token ids x₁, in `[0, codebook_size)`.
+            t (`float` or `torch.Tensor`):
+                Times in `[0, 1]`, as in [`~KineticOptimalScheduler.add_noise`].
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, ..., codebook_size)`: The probabilities in float32, not in chunks.
+
+        Raises:
+            ValueError: If an id or a time is out of range, or the shape of `t` does not fit.
+        """
+        self._check_token_ids("original_samples", original_samples)
+        t = self._expand_t(t, original_samples)
+        return self._probabilities(original_samples.flatten(), t.flatten()).view(*original_samples.shape, -1)
+
+    def _probabilities(
+        self, original_samples: torch.LongTensor, t: torch.Tensor, distances: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        original_samples, t = original_samples.unsqueeze(-1), t.unsqueeze(-1)  # (T, 1), (T, 1)
+        if self.config.alpha is None:
+            uniform = (1 - t) / self.config.codebook_size
+            return uniform.repeat(1, self.config.codebook_size).scatter_add_(-1, original_samples, t)
+        if distances is None:
+            distances = self._distances(original_samples.squeeze(-1))
+        # The smallest distance but x₁'s own is positive, so an infinite beta_t leaves a point mass and no NaN. The
+        # largest weight is x₁'s own, 1, so the softmax needs no maximum.
+        weights = (distances * -self.beta(t)).exp_().scatter_(-1, original_samples, 1.0)  # (T, V)
+        return weights.div_(weights.sum(dim=-1, keepdim=True))
+
+    def _distances(self, token_ids: torch.LongTensor) -> torch.Tensor:
+        if self.codebook is None:
+            raise ValueError(
+                "The metric path needs a codebook: call `set_codebook` or load one with `from_pretrained`."
+            )
+        self.codebook = self.codebook.to(token_ids.device)
+        squared_norms = self.codebook.square().sum(dim=-1)
+        with torch.autocast(token_ids.device.type, enabled=False):
+            products = self.codebook[token_ids] @ self.codebook.T  # (T, V)
+        distances = products.mul_(-2).add_(squared_norms).add_(squared_norms[token_ids].unsqueeze(-1))
+        return distances.clamp_(min=torch.finfo(distances.dtype).tiny)
+
+    def velocity(
+        self, noised_samples: torch.LongTensor, original_samples: torch.LongTensor, t: float | torch.Tensor
+    ) -> torch.Tensor:
+        """
+        The rates u(k) at which a token jumps from x_t to every other code k, given x₁.
+
+        Args:
+            noised_samples (`torch.LongTensor` of shape `(batch_size, ...)`):
+                Token ids of the state x_t, in `[0, codebook_size)`.
+            original_samples (`torch.LongTensor` of shape `(batch_size, ...)`):
+                Clean token ids x₁, in `[0, codebook_size)`.
+            t (`float` or `torch.Tensor`):
+                Times in `[0, 1)`, as in [`~KineticOptimalScheduler.add_noise`].
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, ..., codebook_size)`:
+                The rates in float32, not in chunks, 0 at k = x_t.
+
+        Raises:
+            ValueError: If an id or a time is out of range, or shapes do not fit.
+        """
+        self._check_token_ids("noised_samples", noised_samples)
+        self._check_token_ids("original_samples", original_samples)
+        if noised_samples.shape != original_samples.shape:
+            raise ValueError(
+                "`noised_samples` and `original_samples` must have one shape, got "
+                f"{tuple(noised_samples.shape)} and {tuple(original_samples.shape)}."
+            )
+        t = self._expand_t(t, original_samples)
+        if (t == 1).any():
+            raise ValueError("`t` must be in [0, 1), got 1: the velocity is infinite there.")
+        velocity = self._velocity(noised_samples.flatten(), original_samples.flatten(), t.flatten())
+        return velocity.view(*original_samples.shape, -1)
+
+    def _velocity(
+        self, noised_samples: torch.LongTensor, original_samples: torch.LongTensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        noised_samples = noised_samples.unsqueeze(-1)  # (T, 1)
+        if self.config.alpha is None:
+            velocity = torch.zeros(len(t), self.config.codebook_size, device=t.device)
+            velocity.scatter_(-1, original_samples.unsqueeze(-1), 1 / (1 - t.unsqueeze(-1)))
+        else:
+            distances = self._distances(original_samples)  # (T, V)
+            velocity = self._probabilities(original_samples, t, distances)
+            gains = distances.neg_().add_(-distances.gather(-1, noised_samples)).clamp_(min=0)
+            velocity.mul_(gains).mul_(self.beta_derivative(t).unsqueeze(-1))
+        return velocity.scatter_(-1, noised_samples, 0.0)
+
+    @torch.no_grad()
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.LongTensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> KineticOptimalSchedulerOutput | tuple[torch.LongTensor, torch.LongTensor]:
+        """
+        Take one step of the reverse process.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(batch_size, num_tokens, codebook_size)`):
+                Logits of x₁, of any floating dtype.
+            timestep (`int` or `torch.Tensor`):
+                Step index, in `[0, num_inference_steps - 1]`.
+            sample (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
+                Token ids of the state x_t, in `[0, codebook_size)`. It is not changed.
+            generator (`torch.Generator`, *optional*):
+                RNG of the draws.
+            return_dict (`bool`, defaults to `True`):
+                Whether to return a [`KineticOptimalSchedulerOutput`] or a plain tuple.
+
+        Returns:
+            [`KineticOptimalSchedulerOutput`] or `tuple`: The next state, and the clean sample drawn on the way.
+
+        Raises:
+            ValueError: If the step is not in the grid, shapes do not fit, or an id or the logits are out of range.
+        """
+        step_index = self._step_index(timestep)
+        self._check_token_ids("sample", sample)
+        expected_shape = (*sample.shape, self.config.codebook_size)
+        if sample.ndim != 2 or model_output.shape != expected_shape:
+            raise ValueError(
+                "`model_output` must have shape (batch_size, num_tokens, codebook_size) and `sample` its first two "
+                f"dimensions, with `codebook_size` {self.config.codebook_size}, got {tuple(model_output.shape)} and "
+                f"{tuple(sample.shape)}."
+            )
+        is_last_step = step_index == self.num_inference_steps - 1
+        t = self.timestep_to_t(step_index)
+        step_size = 1 - t if is_last_step else self.timestep_to_t(step_index + 1) - t
+
+        # Drawn at once, so that no draw depends on the size of the chunks or on what other tokens do.
+        uniforms = _rand((5, sample.numel()), torch.float64, sample.device, generator)
+        pred_original_sample, prev_sample = [], []
+        for tokens in torch.arange(sample.numel(), device=sample.device).split(self._chunk_length):
+            # Logits are often a slice of the model's output, which `flatten` would copy as a whole.
+            logits = model_output[tokens // sample.shape[1], tokens % sample.shape[1]]  # (T, V)
+            x_1 = _draw(torch.softmax(logits, dim=-1, dtype=torch.float32), uniforms[:2, tokens])
+            pred_original_sample.append(x_1)
+            if is_last_step:
+                prev_sample.append(x_1)
+            else:
+                prev_sample.append(self._jump(sample.flatten()[tokens], x_1, t, step_size, uniforms[2:, tokens]))
+        pred_original_sample = torch.cat(pred_original_sample).view(sample.shape)
+        prev_sample = torch.cat(prev_sample).view(sample.shape)
+
+        if not return_dict:
+            return prev_sample, pred_original_sample
+        return KineticOptimalSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+
+    def _jump(
+        self,
+        noised_samples: torch.LongTensor,
+        original_samples: torch.LongTensor,
+        t: float,
+        step_size: float,
+        uniforms: torch.Tensor,
+    ) -> torch.LongTensor:
+        next_samples = noised_samples.clone()
+        # A token at x₁ has no rate to leave it, and costs no pass over V.
+        moving = (noised_samples != original_samples).nonzero().squeeze(-1)
+        velocity = self._velocity(
+            noised_samples[moving], original_samples[moving], torch.full(moving.shape, t, device=moving.device)
+        )
+        jump_probability = -torch.expm1(-step_size * velocity.sum(dim=-1))
+        jumps = 1 - uniforms[0, moving] <= jump_probability
+        jumping = moving[jumps]
+        next_samples[jumping] = _draw(velocity[jumps], uniforms[1:, jumping])
+        return next_samples
+
+    @property
+    def _chunk_length(self) -> int:
+        return max(1, self.max_chunk_elements // self.config.codebook_size)
+
+    def _check_token_ids(self, name: str, token_ids: torch.LongTensor) -> None:
+        codebook_size = self.config.codebook_size
+        if codebook_size is None:
+            raise ValueError("The scheduler does not know its `codebook_size`: pass it, or call `set_codebook`.")
+        if token_ids.dtype != torch.long:
+            raise TypeError(f"`{name}` must be a `torch.long` tensor, got {token_ids.dtype}.")
+        smallest, largest = token_ids.aminmax()
+        if smallest < 0 or largest >= codebook_size:
+            raise ValueError(
+                f"`{name}` must be in [0, {codebook_size}), got ids from {smallest.item()} to {largest.item()}."
+            )
+
+    def _expand_t(self, t: float | torch.Tensor, samples: torch.LongTensor) -> torch.Tensor:
+        t = torch.as_tensor(t, dtype=torch.float32, device=samples.device)
+        if t.shape != samples.shape[: t.ndim]:
+            raise ValueError(
+                "`t` must be a scalar or have the shape of the first dimensions of the samples, "
+                f"{tuple(samples.shape)}, got {tuple(t.shape)}."
+            )
+        if not ((t >= 0) & (t <= 1)).all():
+            raise ValueError(f"`t` must be in [0, 1], got values from {t.min().item()} to {t.max().item()}.")
+        return t.view(*t.shape, *[1] * (samples.ndim - t.ndim)).expand(samples.shape)
+
+
+def _rand(
+    size: int | tuple[int, ...],
+    dtype: torch.dtype,
+    device: str | torch.device | None,
+    generator: torch.Generator | None,
+) -> torch.Tensor:
+    # As diffusers' `randn_tensor`: a generator on the CPU gives one and the same draw on every device.
+    random_device = device if generator is None else generator.device
+    return torch.rand(size, dtype=dtype, device=random_device, generator=generator).to(device)
+
+
+def _draw(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.LongTensor:
+    """
+    Draw one code a row by inverting the cumulative distribution, first of blocks of codes and then within a block.
+
+    One pass over the row and two uniforms do, whatever V: a race of exponentials (`torch.multinomial`) draws V random
+    numbers a row, and a cumulative sum is a second copy of it, too coarse in float32 (a step of 2^-24 near 1 is 1 % of
+    1 / 131,072).
+
+    Args:
+        probabilities (`torch.Tensor` of shape `(..., codebook_size)`):
+            Non-negative weights, of any positive sum.
+        uniforms (`torch.Tensor` of shape `(2, ...)`):
+            Uniform numbers on `[0, 1)` in float64.
+    """
+    codebook_size = probabilities.shape[-1]
+    block_size = max(size for size in range(1, math.isqrt(codebook_size) + 1) if codebook_size % size == 0)
+    blocks = probabilities.unflatten(-1, (-1, block_size))  # (..., V / block_size, block_size)
+    block = _invert_cumulative(blocks.sum(dim=-1), uniforms[0])  # (...)
+    index = block[..., None, None].expand(*block.shape, 1, block_size)
+    return block * block_size + _invert_cumulative(blocks.gather(-2, index).squeeze(-2), uniforms[1])
+
+
+def _invert_cumulative(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.LongTensor:
+    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    total = cumulative[..., -1:]
+    if not total.isfinite().all():
+        raise ValueError("Cannot draw tokens from probabilities that are not finite: are the logits finite?")
+    # 1 − u is in (0, 1], so that the first entry to reach the threshold exists and never has weight 0.
+    return torch.searchsorted(cumulative, total * (1 - uniforms.unsqueeze(-1))).squeeze(-1)

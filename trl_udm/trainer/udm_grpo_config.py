@@ -1,0 +1,234 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import math
+import os
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+
+@dataclass
+class UDMGRPOConfig(GRPOConfig):
+    r"""
+    Configuration of [`UDMGRPOTrainer`].
+
+    It has the arguments of [`~trl.GRPOConfig`] and those below; the defaults are those of UDM-GRPO
+    (https://huggingface.co/papers/2604.18518).
+
+    One row of a training batch is one *(sample, timestep)* pair, so `per_device_train_batch_size` counts rows: a
+    generation batch of `per_device_train_batch_size * steps_per_generation * num_processes` rows holds that number divided
+    by `num_train_timesteps` samples, which must be whole groups of `num_generations`.
+
+    Args:
+        > Parameters that control the rollout
+
+        num_inference_steps (`int`, *optional*, defaults to `10`):
+            Denoising steps of a rollout.
+        guidance_scale (`float`, *optional*, defaults to `1.0`):
+            Weight of classifier-free guidance in rollouts. 1 is no guidance (*CFG-Free*).
+        guidance_trunc (`float`, *optional*, defaults to `0.9`):
+            Time from which on guidance, where there is any, is left out, in `[0, 1]`.
+        rollout_batch_size (`int`, *optional*):
+            Samples that are denoised and decoded at a time. By default all that a process has in a generation batch.
+        pipeline_kwargs (`dict` or `str`, *optional*):
+            The pipeline family's own size options, such as `{"height": 512, "width": 512}`, passed to
+            `pipeline.latent_shape`. By default the model's native size.
+
+        > Parameters that control the trajectory
+
+        action (`str`, *optional*, defaults to `"clean"`):
+            Whose probability is scored: `"clean"`, the final sample x̂₁, or `"intermediate"`, the clean tokens that were
+            drawn in the step itself.
+        trajectory (`str`, *optional*, defaults to `"forward"`):
+            Where the noised states come from: `"forward"`, drawn afresh from the sample by the forward process, or
+            `"backward"`, those the sampler passed through.
+        num_train_timesteps (`int`, *optional*, defaults to `3`):
+            Consecutive steps K of the rollout's grid that a sample is trained on (*Reduced-Step*).
+        timestep_window (`list[int]`, *optional*, defaults to `[0, 2]`):
+            First and last step at which the K steps may start; for each sample the start is drawn uniformly.
+
+        > Parameters that control the advantages
+
+        advantage_clip (`float`, *optional*, defaults to `5.0`):
+            Advantages are clamped to plus or minus this value. `None` for no bound.
+
+        > Parameters that control evaluation
+
+        num_inference_steps_eval (`int`, *optional*, defaults to `25`):
+            Denoising steps in evaluation.
+        guidance_scale_eval (`float`, *optional*, defaults to `1.0`):
+            Weight of classifier-free guidance in evaluation.
+
+    Changed defaults: `learning_rate` 1e-6, `adam_beta2` 0.95, `weight_decay` 0.01, `lr_scheduler_type` "constant", `beta`
+    0.05, `epsilon` 1e-4, `loss_type` "grpo", `importance_sampling_level` "sequence", `use_bias_correction_kl` False,
+    `num_generations` 8, `num_generations_eval` 1, `per_device_train_batch_size` 24 (one group of 8 samples, 3 timesteps).
+
+    Raises:
+        ValueError: If a value is out of its range, or the batch does not hold whole groups.
+    """
+
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["pipeline_kwargs"]
+
+    # Defaults of the paper
+    learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Second-moment decay of AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
+    per_device_train_batch_size: int = field(
+        default=24, metadata={"help": "Rows, which are (sample, timestep) pairs, a device and a forward pass."}
+    )
+    num_generations: int = field(default=8, metadata={"help": "Samples a prompt (G)."})
+    num_generations_eval: int | None = field(default=1, metadata={"help": "Samples a prompt in evaluation."})
+    beta: float = field(default=0.05, metadata={"help": "Weight of the KL divergence to the reference policy."})
+    epsilon: float = field(default=1e-4, metadata={"help": "Clip range of the probability ratio."})
+    loss_type: str = field(default="grpo", metadata={"help": "Loss, as in `GRPOConfig`."})
+    importance_sampling_level: str = field(
+        default="sequence",
+        metadata={"help": "'sequence': one mean log-probability a row. 'token': one log-probability a token."},
+    )
+    use_bias_correction_kl: bool = field(
+        default=False, metadata={"help": "Whether to weight the KL divergence by the probability ratio."}
+    )
+
+    # Parameters that control the rollout
+    num_inference_steps: int = field(default=10, metadata={"help": "Denoising steps of a rollout."})
+    guidance_scale: float = field(
+        default=1.0, metadata={"help": "Weight of classifier-free guidance in rollouts. 1 is no guidance (CFG-Free)."}
+    )
+    guidance_trunc: float = field(
+        default=0.9, metadata={"help": "Time in [0, 1] from which on guidance is left out."}
+    )
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Samples denoised and decoded at a time. By default all of a process."}
+    )
+    pipeline_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Size options of the pipeline family, such as '{\"height\": 512, \"width\": 512}'."},
+    )
+
+    # Parameters that control the trajectory
+    action: str = field(
+        default="clean",
+        metadata={"help": "Whose probability is scored.", "choices": ["clean", "intermediate"]},
+    )
+    trajectory: str = field(
+        default="forward",
+        metadata={"help": "Where the noised states come from.", "choices": ["forward", "backward"]},
+    )
+    num_train_timesteps: int = field(
+        default=3, metadata={"help": "Consecutive steps (K) of the rollout's grid that a sample is trained on."}
+    )
+    timestep_window: list[int] = field(
+        default_factory=lambda: [0, 2], metadata={"help": "First and last step at which the K steps may start."}
+    )
+
+    # Parameters that control the advantages
+    advantage_clip: float | None = field(
+        default=5.0, metadata={"help": "Advantages are clamped to plus or minus this value."}
+    )
+
+    # Parameters that control evaluation
+    num_inference_steps_eval: int = field(default=25, metadata={"help": "Denoising steps in evaluation."})
+    guidance_scale_eval: float = field(
+        default=1.0, metadata={"help": "Weight of classifier-free guidance in evaluation."}
+    )
+
+    def __post_init__(self):
+        for name in ("num_inference_steps", "num_inference_steps_eval", "num_train_timesteps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be > 0, got {getattr(self, name)}.")
+        if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
+            raise ValueError(f"`rollout_batch_size` must be > 0 or None, got {self.rollout_batch_size}.")
+        if self.num_generations < 2:
+            raise ValueError(
+                f"`num_generations` must be >= 2, got {self.num_generations}: a sample's advantage is measured against "
+                "the others of its group."
+            )
+        if self.action not in ("clean", "intermediate"):
+            raise ValueError(f"`action` must be 'clean' or 'intermediate', got {self.action!r}.")
+        if self.trajectory not in ("forward", "backward"):
+            raise ValueError(f"`trajectory` must be 'forward' or 'backward', got {self.trajectory!r}.")
+        if not 0 <= self.guidance_trunc <= 1:
+            raise ValueError(f"`guidance_trunc` must be in [0, 1], got {self.guidance_trunc}.")
+        if self.advantage_clip is not None and self.advantage_clip <= 0:
+            raise ValueError(f"`advantage_clip` must be > 0 or None, got {self.advantage_clip}.")
+        self._check_timestep_window()
+        self._check_batch_geometry()
+        for name, only in (
+            ("use_vllm", False),
+            ("use_transformers_continuous_batching", False),
+            ("sync_ref_model", False),
+            ("mask_truncated_completions", False),
+            ("temperature", 1.0),
+        ):
+            if getattr(self, name) != only:
+                raise ValueError(
+                    f"`{name}` must be {only}, got {getattr(self, name)}: it belongs to autoregressive generation or to "
+                    "a moving reference policy, which UDM-GRPO does not have."
+                )
+        super().__post_init__()
+
+    def _check_timestep_window(self):
+        num_steps = min(self.num_inference_steps, self.num_inference_steps_eval)
+        last_start = num_steps - self.num_train_timesteps
+        window = self.timestep_window
+        if len(window) != 2 or not 0 <= window[0] <= window[1]:
+            raise ValueError(f"`timestep_window` must be [first, last] with 0 <= first <= last, got {window}.")
+        if window[1] > last_start:
+            raise ValueError(
+                f"`timestep_window` must end at {last_start} at the latest, for {self.num_train_timesteps} training "
+                f"timesteps to fit on a grid of {num_steps} steps, got {window}. Lower it or `num_train_timesteps`, or "
+                "raise `num_inference_steps`."
+            )
+
+    def _check_batch_geometry(self):
+        # `self.world_size` is not known before `super().__post_init__`, whose own checks count samples, not rows
+        num_processes = int(os.environ.get("WORLD_SIZE", 1))
+        if self.generation_batch_size is not None:
+            if self.generation_batch_size % (self.per_device_train_batch_size * num_processes) != 0:
+                return  # `GRPOConfig` names this one
+            steps = self.generation_batch_size // (self.per_device_train_batch_size * num_processes)
+        else:
+            steps = self.steps_per_generation or self.gradient_accumulation_steps
+        group_rows = self.num_generations * self.num_train_timesteps
+
+        def fits(batch_size: int, num_generations: int) -> bool:
+            local_rows = batch_size * steps
+            whole_groups = local_rows * num_processes % (num_generations * self.num_train_timesteps) == 0
+            return whole_groups and local_rows % self.num_train_timesteps == 0
+
+        batch_size = self.per_device_train_batch_size
+        if fits(batch_size, self.num_generations):
+            return
+        period = math.lcm(group_rows, self.num_train_timesteps * num_processes)
+        nearest_batch_sizes = [
+            next((size for size in sizes if fits(size, self.num_generations)), None)
+            for sizes in (range(batch_size - 1, 0, -1), range(batch_size + 1, batch_size + period + 1))
+        ]
+        nearest_num_generations = [
+            next((size for size in sizes if fits(batch_size, size)), None)
+            for sizes in (range(self.num_generations - 1, 1, -1), range(self.num_generations + 1, 1025))
+        ]
+        raise ValueError(
+            f"A generation batch of {batch_size * steps * num_processes} rows (`per_device_train_batch_size` {batch_size} "
+            f"* {steps} steps * {num_processes} processes) must hold whole groups of {group_rows} rows "
+            f"(`num_generations` {self.num_generations} * `num_train_timesteps` {self.num_train_timesteps}), and each "
+            f"process whole samples. Nearest valid `per_device_train_batch_size`: {_join(nearest_batch_sizes)}; nearest "
+            f"valid `num_generations`: {_join(nearest_num_generations)}."
+        )
+
+
+def _join(values: list[int | None]) -> str:
+    return " or ".join(str(value) for value in values if value is not None) or "none"

@@ -1,0 +1,527 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import copy
+import functools
+import math
+import os
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, is_peft_model
+from datasets import Dataset, IterableDataset
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import GenerationConfig, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
+from trl import GRPOTrainer
+from trl.extras.profiling import profiling_context, profiling_decorator
+from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import (
+    RepeatSampler,
+    add_fused_lm_head,
+    disable_dropout_in_model,
+    get_callable_name,
+    is_async_callable,
+    use_adapter,
+)
+
+from ..pipelines.pipeline_output import UDMSamplerOutput
+from ..pipelines.pipeline_udm import UDMPipeline
+from .completion_logging import log_images_to_tensorboard, make_image_grid
+from .udm_grpo_config import UDMGRPOConfig
+
+
+class UDMGRPOTrainer(GRPOTrainer):
+    r"""
+    Trainer for UDM-GRPO (https://huggingface.co/papers/2604.18518): group relative policy optimisation of uniform discrete
+    diffusion models.
+
+    For each prompt the current policy draws G samples x̂₁, which are scored and compared within their group. A sample's
+    action is the clean sample itself, and its states are rebuilt by the forward process, at K early steps of the grid:
+
+        x̂_t ~ p_t(· | x̂₁),    log π = (1/N) Σ_n log p_θ(x̂₁ⁿ | x̂_t, c).
+
+    One row of a training batch is one (sample, timestep) pair, whose "prompt" is the conditioning followed by x̂_t and whose
+    "completion" is x̂₁. So the loss, its options and what it logs are those of [`~trl.GRPOTrainer`]; this class replaces the
+    rollout and the scoring of tokens. It knows no model family: it speaks to a [`UDMPipeline`].
+
+    Args:
+        pipeline ([`UDMPipeline`]):
+            What is trained: its `transformer`, in place or by an adapter.
+        reward_funcs (`Callable` or `list[Callable]`):
+            Reward functions `f(prompts, completions, **columns) -> list[float | None]`, synchronous or not, as in
+            [`~trl.GRPOTrainer`]. `completions` are what `pipeline.decode` gives: PIL images, or strings.
+        args ([`UDMGRPOConfig`], *optional*):
+            Configuration.
+        train_dataset ([`~datasets.Dataset`]):
+            Dataset with a column `"prompt"`; its other columns are passed to the reward functions.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Dataset of evaluation prompts.
+        callbacks (`list[TrainerCallback]`, *optional*):
+            As in [`~transformers.Trainer`].
+        optimizers (`tuple`, *optional*, defaults to `(None, None)`):
+            Optimizer and learning rate scheduler, as in [`~transformers.Trainer`].
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter to train, instead of all weights. The reference policy is then the model without it; otherwise it is a
+            frozen copy of the weights that the trainer was given.
+
+    Example:
+
+    ```python
+    >>> from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
+
+    >>> trainer = UDMGRPOTrainer(
+    ...     URSAPipeline.from_pretrained("BAAI/URSA-1.7B-IBQ512"),
+    ...     reward_funcs=my_reward,
+    ...     args=UDMGRPOConfig("URSA-UDM-GRPO", pipeline_kwargs={"height": 512, "width": 512}),
+    ...     train_dataset=my_prompts,
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    _tag_names = ["trl", "trl-udm", "udm-grpo"]
+    _name = "UDM-GRPO"
+    _paper = {
+        "title": "UDM-GRPO",
+        "id": "2604.18518",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{wang2026udmgrpo,
+                title        = {{UDM-GRPO}},
+                author       = {Wang and others},
+                year         = 2026,
+                booktitle    = {International Conference on Machine Learning},
+                eprint       = {arXiv:2604.18518},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        pipeline: UDMPipeline,
+        reward_funcs: Callable | list[Callable],
+        args: UDMGRPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: Any | None = None,
+    ):
+        # Args
+        if not isinstance(pipeline, UDMPipeline):
+            raise TypeError(f"`pipeline` must be a `UDMPipeline`, got {type(pipeline).__name__}.")
+        if args is None:
+            args = UDMGRPOConfig(f"{type(pipeline).__name__}-UDM-GRPO")
+        if not isinstance(args, UDMGRPOConfig):
+            raise TypeError(f"`args` must be a `UDMGRPOConfig`, got {type(args).__name__}.")
+        _check_dataset("train_dataset", train_dataset)
+        if eval_dataset is not None:
+            for name, dataset in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():
+                _check_dataset(f"eval_dataset[{name!r}]" if name else "eval_dataset", dataset)
+        self.pipeline = pipeline
+        self.latent_shape = pipeline.latent_shape(**(args.pipeline_kwargs or {}))
+
+        # Reference model. `GRPOTrainer` would load one by the name of the model's class; ours is a copy of the weights
+        # given, so it is held back from `GRPOTrainer.__init__` by a beta of zero in a copy of the arguments.
+        transformer = pipeline.transformer
+        ref_model = None
+        if args.beta != 0.0 and peft_config is None:
+            ref_model = copy.deepcopy(transformer).requires_grad_(False).eval()
+        beta, args = args.beta, copy.copy(args)
+        args.beta = 0.0
+
+        # `GRPOTrainer` writes the padding token into it
+        if not hasattr(transformer, "generation_config"):
+            transformer.generation_config = GenerationConfig()
+        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        super().__init__(
+            model=transformer,
+            reward_funcs=[_name_failures(reward_func) for reward_func in reward_funcs],
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=pipeline.tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+        )
+        self.beta = self.args.beta = beta
+        self.max_completion_length = math.prod(self.latent_shape)
+
+        if ref_model is not None:
+            if args.disable_dropout:
+                disable_dropout_in_model(ref_model)
+            add_fused_lm_head(ref_model, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
+            if self.is_deepspeed_enabled:
+                ref_model = prepare_deepspeed(ref_model, self.accelerator)
+            elif self.is_fsdp_enabled:
+                ref_model = prepare_fsdp(ref_model, self.accelerator)
+            else:
+                ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
+            self.ref_model = ref_model
+
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module) and component is not transformer:
+                component.requires_grad_(False).eval().to(self.accelerator.device)
+
+    # A sample gives K rows, which lie side by side in the generation batch
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        num_rows = self.num_generations * self.args.num_train_timesteps
+        return RepeatSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=num_rows,
+            batch_size=self.args.generation_batch_size // num_rows,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+
+    @profiling_decorator
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        """
+        Log-probabilities of the actions: (B, N), or their mean over the tokens (B, 1) at sequence level.
+
+        `input_ids` are the conditioning, the noised tokens and the action, of lengths T, N and N = `logits_to_keep`.
+        """
+        num_prompt_tokens = input_ids.size(1) - 2 * logits_to_keep
+        batch_size = batch_size or input_ids.size(0)  # Chunk inputs into smaller batches to reduce memory peak
+        all_logps, all_entropies = [], []
+        for input_ids_batch, mask_batch in zip(
+            input_ids.split(batch_size), attention_mask.split(batch_size), strict=True
+        ):
+            prompt_ids, noised_samples, actions = input_ids_batch.split(
+                [num_prompt_tokens, logits_to_keep, logits_to_keep], dim=1
+            )
+            model_inputs = self.pipeline.prepare_denoiser_inputs(
+                prompt_ids, mask_batch[:, :num_prompt_tokens], noised_samples, self.latent_shape, labels=actions
+            )
+            with self.accelerator.autocast():
+                outputs = model(**model_inputs, fused_lm_head=True)
+            is_label = model_inputs["shift_labels"] != -100
+            all_logps.append(outputs.log_probs[is_label].view_as(actions))
+            if compute_entropy:
+                all_entropies.append(outputs.entropy[is_label].view_as(actions))
+        logps = torch.cat(all_logps)  # (B, N)
+        entropies = torch.cat(all_entropies) if compute_entropy else None  # (B, N)
+        if self.importance_sampling_level == "sequence":
+            logps = logps.mean(dim=1, keepdim=True)  # (B, 1)
+        return logps, entropies, None
+
+    @torch.no_grad()
+    def _rollout(self, prompts: list[Any], mode: str) -> tuple[torch.Tensor, torch.Tensor, UDMSamplerOutput, list[Any]]:
+        """Draws a sample for each prompt: conditioning and its mask (B, T), samples (B, N), completions."""
+        num_inference_steps = self.args.num_inference_steps if mode == "train" else self.args.num_inference_steps_eval
+        guidance_scale = self.args.guidance_scale if mode == "train" else self.args.guidance_scale_eval
+        prompt_ids, prompt_mask = self.pipeline.encode_prompt(prompts)
+        prompt_ids, prompt_mask = prompt_ids.to(self.accelerator.device), prompt_mask.to(self.accelerator.device)
+        negative_prompt_ids = negative_prompt_mask = None
+        batch_size = self.args.rollout_batch_size or len(prompts)
+        outputs, completions = [], []
+        with (
+            profiling_context(self, "rollout"),
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            self.accelerator.autocast(),
+        ):
+            for ids, mask in zip(prompt_ids.split(batch_size), prompt_mask.split(batch_size), strict=True):
+                if guidance_scale != 1.0:
+                    negative_prompt_ids, negative_prompt_mask = self.pipeline.encode_prompt([""] * len(ids))
+                output = self.pipeline.sample_tokens(
+                    ids,
+                    mask,
+                    self.latent_shape,
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    guidance_trunc=self.args.guidance_trunc,
+                    negative_prompt_ids=negative_prompt_ids,
+                    negative_prompt_mask=negative_prompt_mask,
+                    return_trajectory=self.args.action == "intermediate" or self.args.trajectory == "backward",
+                )
+                outputs.append(output)
+                completions += self.pipeline.decode(output.clean_samples, self.latent_shape)
+        return prompt_ids, prompt_mask, UDMSamplerOutput.cat(outputs), completions
+
+    @torch.no_grad()
+    def _build_rows(self, output: UDMSamplerOutput) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noised states and actions of K timesteps for each of B samples: both (B * K, N), sample by sample."""
+        args, scheduler = self.args, self.pipeline.scheduler
+        num_samples, device = output.clean_samples.size(0), output.clean_samples.device
+        first, last = args.timestep_window
+        starts = torch.randint(first, last + 1, (num_samples, 1), device=device)
+        timesteps = (starts + torch.arange(args.num_train_timesteps, device=device)).flatten()  # (B * K,)
+        rows = torch.arange(num_samples, device=device).repeat_interleave(args.num_train_timesteps)  # (B * K,)
+        clean_samples = output.clean_samples[rows]  # (B * K, N)
+        if args.trajectory == "forward":
+            grid = torch.tensor([scheduler.timestep_to_t(i) for i in range(scheduler.num_inference_steps)])
+            noised_samples = scheduler.add_noise(clean_samples, grid.to(device)[timesteps])
+        else:
+            noised_samples = output.trajectory.noised_samples[timesteps, rows]
+        if args.action == "intermediate":
+            return noised_samples, output.trajectory.pred_original_samples[timesteps, rows]
+        return noised_samples, clean_samples
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        silent = torch.isnan(rewards_per_func).all(dim=0).tolist()
+        names = [name for name, is_silent in zip(self.reward_func_names, silent, strict=True) if is_silent]
+        if names and len(names) == len(silent):
+            raise ValueError(
+                f"The reward functions {names} returned None or NaN for all {len(rewards_per_func)} samples of a batch, the "
+                f"first of which has the prompt {prompts[0]!r}."
+            )
+        return rewards_per_func
+
+    def _compute_advantages(
+        self, rewards_per_func: torch.Tensor, num_generations: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Advantages Â = (R − mean) / (std + 1e-4) with the group's mean and, unlike in `GRPOTrainer`, the population's
+        standard deviation, clamped to ±`advantage_clip`.
+
+        Rewards (B, F) have NaN where a function abstained. A sample that no function scored is left out of its group's
+        statistics and gets no advantage. Returns advantages, weighted rewards, and standard deviations, each (B,).
+        """
+
+        def std(values: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+            mean = torch.nanmean(values, dim=dim, keepdim=True)
+            return torch.nanmean((values - mean).square(), dim=dim, keepdim=True).sqrt()
+
+        weights = self.reward_weights.to(rewards_per_func.device)
+        unscorable = torch.isnan(rewards_per_func).all(dim=1)  # (B,)
+        rewards = (rewards_per_func * weights).nansum(dim=1).masked_fill(unscorable, torch.nan)  # (B,)
+        if self.multi_objective_aggregation == "sum_then_normalize":
+            grouped = rewards.view(-1, num_generations)
+            std_rewards = std(grouped, dim=1).expand_as(grouped).flatten()
+            advantages = (grouped - torch.nanmean(grouped, dim=1, keepdim=True)).flatten()
+            if self.scale_rewards == "batch":
+                std_rewards = std(rewards).expand_as(rewards)
+            if self.scale_rewards != "none":
+                advantages = advantages / (std_rewards + 1e-4)
+        elif self.multi_objective_aggregation == "normalize_then_sum":
+            grouped = rewards_per_func.view(-1, num_generations, rewards_per_func.size(1))
+            centered = grouped - torch.nanmean(grouped, dim=1, keepdim=True)
+            normalized = (centered / (std(grouped, dim=1) + 1e-4)).view_as(rewards_per_func)
+            total = (normalized * weights).nansum(dim=1).masked_fill(unscorable, torch.nan)
+            std_rewards = std(total).expand_as(total)
+            advantages = (total - torch.nanmean(total)) / (std_rewards + 1e-4)
+        else:
+            raise ValueError(
+                f"Invalid multi_objective_aggregation: {self.multi_objective_aggregation}. Must be "
+                "'sum_then_normalize' or 'normalize_then_sum'."
+            )
+        advantages = torch.nan_to_num(advantages, nan=0.0)
+        if self.args.advantage_clip is not None:
+            advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
+        return advantages, rewards, std_rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        device = self.accelerator.device
+        mode = "train" if self.model.training else "eval"
+        num_timesteps = self.args.num_train_timesteps
+        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
+        if mode == "train":
+            inputs = inputs[::num_timesteps]  # the sampler repeats a sample for each of its rows
+        prompts = [x["prompt"] for x in inputs]
+
+        prompt_ids, prompt_mask, output, completions = self._rollout(prompts, mode)
+        rewards_per_func = self._calculate_rewards(inputs, prompts, completions, output.clean_samples.tolist())
+        advantages, rewards, std_rewards = self._compute_advantages(rewards_per_func, num_generations)
+        self._log_rollout(mode, prompts, completions, rewards_per_func, rewards, std_rewards, advantages)
+        process_slice = slice(
+            self.accelerator.process_index * len(prompts),
+            (self.accelerator.process_index + 1) * len(prompts),
+        )
+        advantages = advantages[process_slice].repeat_interleave(num_timesteps)  # (B * K,)
+
+        noised_samples, actions = self._build_rows(output)  # (B * K, N)
+        prompt_ids = torch.cat([prompt_ids.repeat_interleave(num_timesteps, dim=0), noised_samples], dim=1)
+        prompt_mask = torch.cat(
+            [prompt_mask.repeat_interleave(num_timesteps, dim=0), torch.ones_like(noised_samples)], dim=1
+        )
+        completion_mask = torch.ones_like(actions)
+        input_ids = torch.cat([prompt_ids, actions], dim=1)  # (B * K, T + N + N)
+        attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)
+        batch_size = (
+            self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+        )
+        score = functools.partial(
+            self._get_per_token_logps_and_entropies,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            logits_to_keep=actions.size(1),
+            batch_size=batch_size,
+        )
+        batch = {
+            "prompt_ids": prompt_ids,
+            "prompt_mask": prompt_mask,
+            "completion_ids": actions,
+            "completion_mask": completion_mask,
+            "advantages": advantages,
+            "num_items_in_batch": self.accelerator.gather(completion_mask.sum()).sum(),
+        }
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            # With one update a rollout the ratio is 1, and `_compute_loss` takes the current log-probabilities for the
+            # old. With several, the old ones are the rollout policy's, of the same action at the same noised state.
+            generate_every = self.args.steps_per_generation * self.num_iterations  # generation frequency
+            if self.args.gradient_accumulation_steps % generate_every != 0:
+                batch["old_per_token_logps"] = score(self.model)[0]
+            if self.beta != 0.0:
+                if self.ref_model is not None:
+                    batch["ref_per_token_logps"] = score(self.ref_model)[0]
+                else:
+                    with use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None):
+                        batch["ref_per_token_logps"] = score(self.model)[0]
+        return {name: tensor.to(device) for name, tensor in batch.items()}
+
+    def _log_rollout(self, mode, prompts, completions, rewards_per_func, rewards, std_rewards, advantages):
+        """Logs what `GRPOTrainer` logs of a generation batch, under its names."""
+        for i, name in enumerate(self.reward_func_names):
+            func_rewards = rewards_per_func[:, i]
+            func_rewards = func_rewards[~torch.isnan(func_rewards)]
+            self._metrics[mode][f"rewards/{name}/mean"].append(func_rewards.mean().item())
+            self._metrics[mode][f"rewards/{name}/std"].append(func_rewards.std().item())
+        scored = rewards[~torch.isnan(rewards)]
+        is_std_zero = torch.isclose(std_rewards, torch.zeros_like(std_rewards))
+        self._metrics[mode]["reward"].append(scored.mean().item())
+        self._metrics[mode]["reward_std"].append(scored.std().item())
+        self._metrics[mode]["frac_reward_zero_std"].append(is_std_zero.float().mean().item())
+
+        # Flush user-logged metrics (from log_metric), averaging across processes. Keys must be sorted so that all ranks
+        # gather in the same order.
+        for name in sorted(set(gather_object(list(self._pending_metrics)))):
+            values = self._pending_metrics.get(name, [])
+            local_stats = torch.tensor([sum(values), len(values)], dtype=torch.float32, device=rewards.device)
+            total, count = self.accelerator.gather(local_stats).view(-1, 2).sum(dim=0).tolist()
+            self._metrics[mode][name].append(total / count)
+        self._pending_metrics.clear()
+
+        if not self.log_completions:
+            self._pending_extra_logs.clear()
+            return
+        # Only the latest generation batch is kept, as in `GRPOTrainer`, whose buffers are sized for a sample a row
+        for buffer in self._logs.values():
+            buffer.clear()
+        is_image = not isinstance(completions[0], str)
+        self._logs["prompt"].extend(gather_object(prompts))
+        self._logs["completion"].extend(gather_object(["<image>"] * len(completions) if is_image else completions))
+        if is_image:
+            self._logs["images"].extend(gather_object([[image] for image in completions]))
+        for i, name in enumerate(self.reward_func_names):
+            self._logs["rewards"][name].extend(rewards_per_func[:, i].tolist())
+        self._logs["advantages"].extend(advantages.tolist())
+        for column in sorted(set(gather_object(list(self._pending_extra_logs)))):
+            values = self._pending_extra_logs.get(column, [None] * len(prompts))
+            self._logs["extra"][column].extend(gather_object(values))
+        self._pending_extra_logs.clear()
+
+    # `GRPOTrainer.log` writes the table of completions and sends it, with the images, to wandb and trackio
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if self.accelerator.is_main_process and self.log_completions and self._logs["images"]:
+            rewards = list(zip(*self._logs["rewards"].values(), strict=True))
+            images = [image for (image,) in self._logs["images"]]
+            grid = make_image_grid(images, list(self._logs["prompt"]), rewards)
+            grid.save(os.path.join(self.args.output_dir, "completions", f"completions_{self.state.global_step:05d}.png"))
+            log_images_to_tensorboard(self.callback_handler.callbacks, grid, self.state.global_step)
+
+    # A full run saves the whole pipeline, which `from_pretrained` loads as it is; an adapter is saved as PEFT saves it
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if is_peft_model(self.model):
+            super()._save(output_dir, state_dict)
+            return
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        self.pipeline.save_config(output_dir)
+        for name, component in self.pipeline.components.items():
+            if component is not self.pipeline.transformer:
+                component.save_pretrained(os.path.join(output_dir, name))
+        model = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(os.path.join(output_dir, "transformer"), state_dict=state_dict)
+        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not is_peft_model(self.model):
+            resume_from_checkpoint = os.path.join(resume_from_checkpoint, "transformer")
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+def _check_dataset(name: str, dataset: Any) -> None:
+    if isinstance(dataset, IterableDataset):
+        raise TypeError(
+            f"`{name}` must be a `Dataset`, got an `IterableDataset`. Prompts are small: load them without streaming, or "
+            "use `Dataset.from_generator`."
+        )
+    if not isinstance(dataset, Dataset):
+        raise TypeError(f"`{name}` must be a `Dataset`, got `{type(dataset).__name__}`.")
+    if "prompt" not in dataset.column_names:
+        raise ValueError(f"`{name}` must have a column 'prompt', got {dataset.column_names}.")
+    if len(dataset) == 0:
+        raise ValueError(f"`{name}` must have at least one row.")
+
+
+def _name_failures(reward_func: Callable) -> Callable:
+    """Makes a reward function's failures say whose they are, and on which prompts."""
+    if isinstance(reward_func, nn.Module) or isinstance(reward_func, str):
+        return reward_func
+    name = get_callable_name(reward_func)
+
+    def failed(prompts: list[Any], reason: str) -> str:
+        return f"The reward function '{name}' {reason} on {len(prompts)} prompts, the first of which is {prompts[0]!r}."
+
+    def check(prompts: list[Any], rewards: list[float | None]) -> list[float | None]:
+        if not hasattr(rewards, "__len__") or len(rewards) != len(prompts):
+            got = len(rewards) if hasattr(rewards, "__len__") else type(rewards).__name__
+            raise ValueError(failed(prompts, f"must return one reward a completion, but returned {got}"))
+        for prompt, reward in zip(prompts, rewards, strict=True):
+            if reward is not None and math.isinf(reward):
+                raise ValueError(f"The reward function '{name}' returned {reward} for the prompt {prompt!r}.")
+        return rewards
+
+    if is_async_callable(reward_func):
+
+        async def wrapper(prompts, **kwargs):
+            try:
+                rewards = await reward_func(prompts=prompts, **kwargs)
+            except Exception as error:
+                raise RuntimeError(failed(prompts, "failed")) from error
+            return check(prompts, rewards)
+
+    else:
+
+        def wrapper(prompts, **kwargs):
+            try:
+                rewards = reward_func(prompts=prompts, **kwargs)
+            except Exception as error:
+                raise RuntimeError(failed(prompts, "failed")) from error
+            return check(prompts, rewards)
+
+    wrapper.__name__ = name
+    return wrapper
