@@ -55,6 +55,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 
+LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPES_CONFIG_PATH = Path(__file__).parent / "configs" / "shapes.yaml"
 
 
@@ -187,16 +188,15 @@ def format_table(before: dict[str, float], after: dict[str, float]) -> str:
 
 def main(argv: list[str]) -> dict[str, Any]:
     parser = TrlParser((ScriptArguments, UDMGRPOConfig, ModelConfig))
-    if "--config" not in argv and "--model_name_or_path" not in argv:
+    if not any(argument.partition("=")[0] in ("--config", "--model_name_or_path") for argument in argv):
         argv = ["--config", str(SHAPES_CONFIG_PATH), *argv]
     script_args, training_args, model_args = parser.parse_args_and_config(args=argv)
 
     path, detector, color_classifier, train_rows, eval_rows = load_world(script_args, model_args.model_name_or_path)
     train_dataset = geneval_dataset(train_rows, detector.class_names)
     eval_dataset = geneval_dataset(eval_rows, detector.class_names)
-    peft_config = get_peft_config(model_args)
-    if peft_config is not None:
-        peft_config.task_type = None  # PEFT's task classes are for `generate`
+    if model_args.lora_target_modules is None:
+        model_args.lora_target_modules = LORA_TARGET_MODULES
     dtype = None if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
     pipeline = URSAPipeline.from_pretrained(path, torch_dtype=dtype)
     if model_args.attn_implementation is not None:
@@ -207,7 +207,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        peft_config=peft_config,
+        peft_config=get_peft_config(model_args),
     )
     accuracy = GenEvalReward(detector, color_classifier, mode="official")
     output_dir = Path(training_args.output_dir)

@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import os
 from typing import Any
 
 import torch
@@ -32,6 +33,25 @@ class AutoencoderVQ(VQModel):
     code `k` are the signs of its bits, so the largest inner product is the sign of each channel) are supported.
     `"FSQuantizer"` belongs to the video tokenizers, which have another encoder and decoder, and is refused.
     """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "AutoencoderVQ":
+        """
+        As in diffusers, except that a weight which the checkpoint lacks is an error: diffusers would leave it random and
+        warn.
+
+        Raises:
+            ValueError: If a weight is missing or has the wrong shape.
+        """
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, **{**kwargs, "output_loading_info": True}
+            )
+        except ValueError as error:  # which names the tensor, but not where it is
+            raise ValueError(f"The weights in {pretrained_model_name_or_path} do not fit: {error}") from error
+        if info["missing_keys"]:
+            raise ValueError(f"The weights in {pretrained_model_name_or_path} miss {sorted(info['missing_keys'])}.")
+        return (model, info) if kwargs.get("output_loading_info", False) else model
 
     @property
     def spatial_stride(self) -> int:
@@ -75,7 +95,10 @@ class AutoencoderVQ(VQModel):
             out_channels, height * spatial_stride, width * spatial_stride)`, about in `[-1, 1]`.
         """
         codes = self.quantize.embedding(ids).permute(0, 3, 1, 2)  # (B, d, h, w)
-        return self.decode(codes, force_not_quantize=True, return_dict=return_dict)
+        sample = self.decode(codes, force_not_quantize=True).sample
+        if not return_dict:
+            return (sample,)
+        return DecoderOutput(sample=sample)
 
     @classmethod
     def from_original_config(cls, config: dict[str, Any]) -> "AutoencoderVQ":

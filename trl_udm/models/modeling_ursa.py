@@ -12,7 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import os
+
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 from transformers import PreTrainedModel as PreTrainedModel  # diffusers looks a component's loader up by this name
@@ -57,6 +60,32 @@ class URSARotaryEmbedding(Qwen3RotaryEmbedding):
 
 class URSAPreTrainedModel(Qwen3PreTrainedModel):
     config_class = URSAConfig
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs
+    ) -> "URSAPreTrainedModel":
+        """
+        As in transformers, except that a weight which the checkpoint lacks is an error: transformers would leave it random
+        and warn. With `ignore_mismatched_sizes=True` it does that here too.
+
+        Raises:
+            ValueError: If a weight is missing or has the wrong shape, or a file is damaged.
+        """
+        settings = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        try:
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **settings)
+        except SafetensorError as error:
+            raise ValueError(f"The weights in {pretrained_model_name_or_path} are damaged: {error}.") from error
+        absent = sorted(info["missing_keys"]) + sorted(
+            f"{name} (as {old})" for name, old, _ in info["mismatched_keys"]
+        )
+        if absent and not kwargs.get("ignore_mismatched_sizes", False):
+            raise ValueError(
+                f"The weights in {pretrained_model_name_or_path} miss, or have in another shape than its config.json "
+                f"says: {absent}."
+            )
+        return (model, info) if kwargs.get("output_loading_info", False) else model
 
 
 class URSAModel(URSAPreTrainedModel, Qwen3Model):

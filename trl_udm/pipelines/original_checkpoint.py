@@ -33,7 +33,12 @@ from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
 
 
 _HUB_KWARGS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
-_COMPONENTS = ("transformer", "scheduler", "tokenizer", "vae")
+_CONFIG_NAMES = {
+    "transformer": "config.json",
+    "scheduler": "scheduler_config.json",
+    "tokenizer": "tokenizer_config.json",
+    "vae": "config.json",
+}
 _WEIGHTS_NAME = "diffusion_pytorch_model"
 
 
@@ -55,8 +60,31 @@ def is_original_checkpoint(pretrained_model_name_or_path: str | Path, **kwargs) 
     return index.get("transformer", (None, None))[1] == "URSATransformer3DModel"
 
 
+def check_configs(folder: Path, **components) -> None:
+    """
+    Checks that a folder in either format has the configuration of every component. Without one, transformers would take
+    the default configuration, and an empty tokenizer.
+
+    Args:
+        folder (`Path`):
+            The folder.
+        components:
+            Those which are not loaded from it; others are ignored.
+
+    Raises:
+        FileNotFoundError: If one is missing.
+    """
+    for name, config_name in _CONFIG_NAMES.items():
+        path = folder / name / config_name
+        if name not in components and not path.is_file():
+            raise FileNotFoundError(f"The checkpoint has no {path}.")
+
+
 def load_original_components(
-    pretrained_model_name_or_path: str | Path, torch_dtype: torch.dtype | None = None, **kwargs
+    pretrained_model_name_or_path: str | Path,
+    dtype: torch.dtype | None = None,
+    torch_dtype: torch.dtype | None = None,
+    **kwargs,
 ) -> dict[str, Any]:
     """
     Loads the components of [`URSAPipeline`] from the original format.
@@ -64,8 +92,10 @@ def load_original_components(
     Args:
         pretrained_model_name_or_path (`str` or `Path`):
             Folder or Hub repository.
+        dtype (`torch.dtype`, *optional*):
+            Dtype of transformer and VQ autoencoder; float32 by default. The scheduler's codebook is always float32.
         torch_dtype (`torch.dtype`, *optional*):
-            Dtype of transformer and tokenizer; float32 by default. The scheduler's codebook is always float32.
+            The name that diffusers had for `dtype`.
         kwargs:
             Hub options, `max_prompt_length`, and components to use instead of the stored ones.
 
@@ -77,35 +107,39 @@ def load_original_components(
         TypeError: If an argument is unknown.
         ValueError: If a part has the wrong shape, or holds more than tensors.
     """
-    unknown = sorted(set(kwargs) - {*_HUB_KWARGS, *_COMPONENTS, "max_prompt_length"})
+    unknown = sorted(set(kwargs) - {*_HUB_KWARGS, *_CONFIG_NAMES, "max_prompt_length"})
     if unknown:
         raise TypeError(f"Arguments not supported for checkpoints in the original format: {unknown}.")
+    dtype = dtype or torch_dtype or torch.float32
     folder = Path(pretrained_model_name_or_path)
     if not folder.is_dir():
         hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
-        patterns = [f"{name}/*" for name in _COMPONENTS]
+        patterns = [f"{name}/*" for name in _CONFIG_NAMES]
         folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **hub_kwargs))
 
     components = {name: value for name, value in kwargs.items() if name not in _HUB_KWARGS}
+    check_configs(folder, **components)
     if "transformer" not in components:
         config = URSAConfig.from_original_config(_load_config(folder / "transformer"))
         state_dict = _load_state_dict(folder / "transformer")
         with torch.device("meta"):
             _check_state_dict(state_dict, URSAForImageGeneration(config).state_dict(), folder / "transformer")
         components["transformer"] = URSAForImageGeneration.from_pretrained(
-            None, config=config, state_dict=state_dict, dtype=torch_dtype or torch.float32
+            None, config=config, state_dict=state_dict, dtype=dtype
         )
     if "vae" not in components:
         vae = AutoencoderVQ.from_original_config(_load_config(folder / "vae"))
         state_dict = {
-            name.replace("quantizer.", "quantize."): tensor for name, tensor in _load_state_dict(folder / "vae").items()
+            name.replace("quantizer.", "quantize."): tensor
+            for name, tensor in _load_state_dict(folder / "vae").items()
         }
         # An LFQuantizer's codebook follows from its size, and the original format leaves it out
         if not vae.codebook.requires_grad:
             state_dict["quantize.embedding.weight"] = vae.codebook
         _check_state_dict(state_dict, vae.state_dict(), folder / "vae")
-        vae.load_state_dict(state_dict)
-        components["vae"] = vae.to(torch_dtype or torch.float32).eval()
+        # Assigned rather than cast with `to`, of which diffusers warns
+        vae.load_state_dict({name: tensor.to(dtype) for name, tensor in state_dict.items()}, assign=True)
+        components["vae"] = vae.eval()
     if "scheduler" not in components:
         components["scheduler"] = KineticOptimalScheduler.from_pretrained(folder / "scheduler")
     if "tokenizer" not in components:
@@ -115,9 +149,10 @@ def load_original_components(
 
 def _load_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"The checkpoint has no {path}.")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
 
 
 def _load_state_dict(folder: Path) -> dict[str, torch.Tensor]:
@@ -136,18 +171,23 @@ def _load_state_dict(folder: Path) -> dict[str, torch.Tensor]:
             raise FileNotFoundError(f"The checkpoint has no {shard}, which {index.name} lists.")
         try:
             if shard.suffix == ".safetensors":
-                state_dict.update(load_file(shard))
+                tensors = load_file(shard)
             else:
-                state_dict.update(torch.load(shard, map_location="cpu", weights_only=True))
-        except (SafetensorError, pickle.UnpicklingError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{shard} does not hold plain tensors only, so it is not loaded.") from error
+                tensors = torch.load(shard, map_location="cpu", weights_only=True)
+        except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
+            raise ValueError(f"{shard} is damaged, or holds more than tensors, so it is not loaded.") from error
+        if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+            raise ValueError(f"{shard} must hold a dictionary of tensors and nothing else.")
+        state_dict.update(tensors)
     return state_dict
 
 
 def _check_state_dict(state_dict: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], folder: Path) -> None:
     missing, unexpected = sorted(expected.keys() - state_dict.keys()), sorted(state_dict.keys() - expected.keys())
     if missing or unexpected:
-        raise ValueError(f"The weights in {folder} miss {missing or 'nothing'} and have unexpected {unexpected or 'none'}.")
+        raise ValueError(
+            f"The weights in {folder} miss {missing or 'nothing'} and have unexpected {unexpected or 'none'}."
+        )
     for name, tensor in expected.items():
         if state_dict[name].shape != tensor.shape:
             raise ValueError(

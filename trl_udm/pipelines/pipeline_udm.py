@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +33,6 @@ class UDMPipeline(DiffusionPipeline):
     Shapes: B samples, N tokens a sample (the product of the latent shape), T prompt tokens, V codes.
     """
 
-    @abstractmethod
     def latent_shape(self, **kwargs) -> tuple[int, ...]:
         """
         Shape of a sample's token grid for the family's own size options, such as `height` and `width` or a length.
@@ -45,7 +43,6 @@ class UDMPipeline(DiffusionPipeline):
         """
         raise NotImplementedError
 
-    @abstractmethod
     def encode_prompt(self, prompt: list[Any]) -> tuple[torch.LongTensor, torch.Tensor]:
         """
         Prompts to the conditioning.
@@ -55,11 +52,11 @@ class UDMPipeline(DiffusionPipeline):
                 B prompts, as text or as messages.
 
         Returns:
-            `tuple`: `prompt_ids` and `prompt_mask` (1 for prompt, 0 for padding), each of shape `(B, T)`.
+            `tuple`: `prompt_ids` and `prompt_mask` (1 for prompt, 0 for padding), each of shape `(B, T)`. The prompts of one
+            call are padded to one length; those of another may have another.
         """
         raise NotImplementedError
 
-    @abstractmethod
     def prepare_denoiser_inputs(
         self,
         prompt_ids: torch.LongTensor,
@@ -89,7 +86,6 @@ class UDMPipeline(DiffusionPipeline):
         """
         raise NotImplementedError
 
-    @abstractmethod
     def denoise(
         self,
         prompt_ids: torch.LongTensor,
@@ -109,7 +105,6 @@ class UDMPipeline(DiffusionPipeline):
         """
         raise NotImplementedError
 
-    @abstractmethod
     def decode(self, clean_samples: torch.LongTensor, latent_shape: tuple[int, ...]) -> list[Any]:
         """
         Tokens to what reward functions see.
@@ -186,7 +181,7 @@ class UDMPipeline(DiffusionPipeline):
             latents = torch.randint(self.scheduler.config.codebook_size, size, generator=generator, device=draw_device)
             latents = latents.to(device)
         noised_samples, pred_original_samples = [], []
-        for i, timestep in enumerate(self.progress_bar(self.scheduler.timesteps.tolist())):
+        for i, timestep in enumerate(self.scheduler.timesteps.tolist()):
             if guidance_scale != 1.0 and self.scheduler.timestep_to_t(timestep) < guidance_trunc:
                 logits, negative_logits = self.denoise(
                     torch.cat([prompt_ids, negative_prompt_ids]),

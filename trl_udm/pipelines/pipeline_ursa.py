@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from ..models.autoencoder_vq import AutoencoderVQ
 from ..models.modeling_ursa import URSAForImageGeneration
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
-from .original_checkpoint import is_original_checkpoint, load_original_components
+from .original_checkpoint import check_configs, is_original_checkpoint, load_original_components
 from .pipeline_output import URSAPipelineOutput
 from .pipeline_udm import UDMPipeline
 
@@ -56,7 +56,7 @@ class URSAPipeline(UDMPipeline):
     >>> import torch
     >>> from trl_udm import URSAPipeline
 
-    >>> pipe = URSAPipeline.from_pretrained("BAAI/URSA-1.7B-IBQ512", torch_dtype=torch.bfloat16).to("cuda")
+    >>> pipe = URSAPipeline.from_pretrained("BAAI/URSA-1.7B-IBQ512", dtype=torch.bfloat16).to("cuda")
     >>> image = pipe("a photo of a red car left of a blue bench", height=512, width=512).images[0]
     ```
     """
@@ -95,19 +95,22 @@ class URSAPipeline(UDMPipeline):
             pretrained_model_name_or_path (`str` or `Path`):
                 A folder, or a repository such as `"BAAI/URSA-1.7B-IBQ512"`.
             kwargs:
-                As in [`~diffusers.DiffusionPipeline.from_pretrained`]. For the original format: `torch_dtype`, `cache_dir`,
-                `revision`, `token`, `local_files_only`, `force_download`, `max_prompt_length` and components.
+                As in [`~diffusers.DiffusionPipeline.from_pretrained`], with `use_safetensors=True` by default. For the
+                original format: `dtype`, `cache_dir`, `revision`, `token`, `local_files_only`, `force_download`,
+                `max_prompt_length` and components.
 
         Returns:
             [`URSAPipeline`]: The pipeline, in evaluation mode.
 
         Raises:
             OSError: If a part is missing.
-            ValueError: If a part has the wrong shape, or holds more than tensors.
+            ValueError: If a part is damaged, lacks a weight, has the wrong shape, or holds more than tensors.
         """
         if is_original_checkpoint(pretrained_model_name_or_path, **kwargs):
             return cls(**load_original_components(pretrained_model_name_or_path, **kwargs))
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if Path(pretrained_model_name_or_path).is_dir():
+            check_configs(Path(pretrained_model_name_or_path), **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
 
     def load_lora_weights(self, pretrained_model_name_or_path: str, adapter_name: str = "default", **kwargs) -> None:
         """
@@ -120,8 +123,18 @@ class URSAPipeline(UDMPipeline):
                 Name to refer to it by.
             kwargs:
                 As in `transformer.load_adapter`.
+
+        Raises:
+            ValueError: If the adapter was trained on another model, or lacks a weight.
         """
-        self.transformer.load_adapter(str(pretrained_model_name_or_path), adapter_name=adapter_name, **kwargs)
+        path = str(pretrained_model_name_or_path)
+        # transformers leaves a weight that does not fit random, with a warning at most
+        settings = {**kwargs, "adapter_name": adapter_name, "ignore_mismatched_sizes": True}
+        info = self.transformer.load_adapter(path, **settings)
+        unfit = sorted(info.missing_and_mismatched() | info.unexpected_keys)
+        if unfit:
+            self.transformer.delete_adapter(adapter_name)
+            raise ValueError(f"The adapter in {path} does not fit the transformer: {unfit} are missing or unlike it.")
 
     def unload_lora_weights(self, adapter_name: str = "default") -> None:
         """
@@ -210,8 +223,9 @@ class URSAPipeline(UDMPipeline):
         config = self.transformer.config
         bov = prompt_ids.new_full((batch_size, 1), config.bov_token_id)
         position_ids = self.prepare_position_ids(num_text_tokens, latent_shape, device=prompt_ids.device)
+        input_ids = torch.cat([prompt_ids, bov, noised_samples + config.text_vocab_size], dim=1)  # (B, T + 1 + N)
         inputs = {
-            "input_ids": torch.cat([prompt_ids, bov, noised_samples + config.text_vocab_size], dim=1),  # (B, T + 1 + N)
+            "input_ids": input_ids,
             "position_ids": position_ids.unsqueeze(0).expand(batch_size, -1, -1),
         }
         if labels is not None:
@@ -230,6 +244,7 @@ class URSAPipeline(UDMPipeline):
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape)
         return self.transformer(**inputs, logits_to_keep=noised_samples.size(1) + 1).logits[:, :-1]
 
+    @torch.no_grad()
     def decode(
         self, clean_samples: torch.LongTensor, latent_shape: tuple[int, ...], output_type: str = "pil"
     ) -> list[Any]:
@@ -265,6 +280,9 @@ class URSAPipeline(UDMPipeline):
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
             raise ValueError(f"`prompt` must be a string or a non-empty list of strings, got {prompt!r}.")
+        negative_prompts = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""]
+        if not all(isinstance(text, str) for text in negative_prompts):
+            raise ValueError(f"`negative_prompt` must be a string or a list of strings, got {negative_prompt!r}.")
         if isinstance(negative_prompt, list) and len(negative_prompt) != len(prompts):
             raise ValueError(
                 f"`negative_prompt` must have one entry a prompt ({len(prompts)}), got {len(negative_prompt)}."
@@ -362,33 +380,43 @@ class URSAPipeline(UDMPipeline):
         )
         latent_shape = self.latent_shape(height=height, width=width)
         prompts = [prompt] if isinstance(prompt, str) else prompt
+        if latents is not None:
+            size = (len(prompts) * num_images_per_prompt, torch.Size(latent_shape).numel())
+            codebook_size = self.transformer.config.codebook_size
+            if latents.shape != size or latents.min() < 0 or latents.max() >= codebook_size:
+                raise ValueError(
+                    f"`latents` must have shape {size} and ids in [0, {codebook_size}), got shape {tuple(latents.shape)} "
+                    f"and ids in [{latents.min().item()}, {latents.max().item()}]."
+                )
         negative_prompts = negative_prompt
         if not isinstance(negative_prompt, list):
             negative_prompts = [negative_prompt or ""] * len(prompts)
         prompt_ids, prompt_mask = self.encode_prompt(prompts)
         negative_prompt_ids, negative_prompt_mask = self.encode_prompt(negative_prompts)
 
-        callback = None
-        if callback_on_step_end is not None:
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
 
             def callback(step, timestep, tensors):
+                progress_bar.update()
+                if callback_on_step_end is None:
+                    return {}
                 callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
                 return callback_on_step_end(self, step, timestep, callback_kwargs)
 
-        output = self.sample_tokens(
-            prompt_ids.repeat_interleave(num_images_per_prompt, dim=0),
-            prompt_mask.repeat_interleave(num_images_per_prompt, dim=0),
-            latent_shape,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            guidance_trunc=guidance_trunc,
-            negative_prompt_ids=negative_prompt_ids.repeat_interleave(num_images_per_prompt, dim=0),
-            negative_prompt_mask=negative_prompt_mask.repeat_interleave(num_images_per_prompt, dim=0),
-            latents=latents,
-            generator=generator,
-            return_trajectory=return_trajectory,
-            callback=callback,
-        )
+            output = self.sample_tokens(
+                prompt_ids.repeat_interleave(num_images_per_prompt, dim=0),
+                prompt_mask.repeat_interleave(num_images_per_prompt, dim=0),
+                latent_shape,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                guidance_trunc=guidance_trunc,
+                negative_prompt_ids=negative_prompt_ids.repeat_interleave(num_images_per_prompt, dim=0),
+                negative_prompt_mask=negative_prompt_mask.repeat_interleave(num_images_per_prompt, dim=0),
+                latents=latents,
+                generator=generator,
+                return_trajectory=return_trajectory,
+                callback=callback,
+            )
         if output_type == "latent":
             images = output.clean_samples.view(-1, *latent_shape)
         else:

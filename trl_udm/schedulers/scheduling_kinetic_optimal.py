@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import pickle
@@ -72,10 +73,10 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
     with `beta'_t = c · alpha · t^(alpha − 1) / (1 − t)^(alpha + 1)`, and 0 at t = 0: it jumps with probability
     `1 − exp(−h · λ)`, λ = Σ_k u(k), to k ~ u / λ, and else it stays. The last step returns x₁ itself.
 
-    Probabilities of V codes are formed for at most `max_chunk_elements` elements at a time, and at most four float32
-    tensors of that size exist at once: 256 MiB beside the caller's logits, whatever the batch. Codes and distances are
-    float32, whatever dtype the logits have and also under autocast. Leave TF32 matrix products off, as they are by
-    default: they round a code to 10 bits, as float16 does, which moves p_t by up to 0.003 in total variation.
+    `step` and `add_noise` work in chunks of tokens of at most `max_chunk_elements` probabilities. At most four float32
+    tensors of that size exist at once, 256 MiB beside the caller's logits, whatever the batch. Codes, distances and
+    probabilities are float32, whatever dtype the logits have and also under autocast. Leave TF32 matrix products off,
+    as PyTorch does by default: they round codes as float16 does, which moves p_t by up to 0.003 in total variation.
 
     Args:
         alpha (`float`, *optional*, defaults to 0.9):
@@ -209,24 +210,31 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
                 file = _get_model_file(pretrained_model_name_or_path, weights_name=weights_name, **hub_kwargs)
                 break
             except OSError as error:
-                missing = error
+                missing_error = error
         else:
             if self.config.alpha is None and self.config.codebook_size is not None:
                 return
             raise OSError(
-                f"Found no codebook, `{self.weights_name}` or `{self.original_weights_name}`, in "
+                f"Found neither `{self.weights_name}` nor `{self.original_weights_name}`, which hold the codebook, in "
                 f"{pretrained_model_name_or_path}."
-            ) from missing
+            ) from missing_error
 
+        is_original = weights_name == self.original_weights_name
+        key = "path.emb" if is_original else "codebook"
         try:
-            if weights_name == self.weights_name:
-                self._register_codebook(load_file(file)["codebook"])
+            state_dict = torch.load(file, map_location="cpu", weights_only=True) if is_original else load_file(file)
+            if not isinstance(state_dict, dict) or not isinstance(state_dict.get(key), torch.Tensor):
+                raise ValueError(f"it has no tensor `{key}`.")
+            if is_original:
+                self.set_codebook(state_dict[key])
             else:
-                self.set_codebook(torch.load(file, map_location="cpu", weights_only=True)["path.emb"])
-        except KeyError as error:
-            raise ValueError(f"{file} must hold the codebook as {error}, and does not.") from error
-        except (ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{file} holds no codebook that can be loaded: {error}") from error
+                self._register_codebook(state_dict[key])
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{file} holds more than plain tensors: loading it could run code, so it is not."
+            ) from error
+        except (ValueError, RuntimeError, EOFError, SafetensorError) as error:
+            raise ValueError(f"Cannot read a codebook from {file}: {error}") from error
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
@@ -357,11 +365,11 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
         """
         self._check_token_ids("original_samples", original_samples)
         t = self._expand_t(t, original_samples)
-        uniforms = _rand((2, original_samples.numel()), torch.float64, original_samples.device, generator)
+        uniforms = _rand((original_samples.numel(), 2), torch.float64, original_samples.device, generator)
         chunks = zip(
             original_samples.flatten().split(self._chunk_length),
             t.flatten().split(self._chunk_length),
-            uniforms.split(self._chunk_length, dim=1),
+            uniforms.split(self._chunk_length),
             strict=True,
         )
         noised_samples = [_draw(self._probabilities(x_1, t), uniforms) for x_1, t, uniforms in chunks]
@@ -396,10 +404,9 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
             return uniform.repeat(1, self.config.codebook_size).scatter_add_(-1, original_samples, t)
         if distances is None:
             distances = self._distances(original_samples.squeeze(-1))
-        # The smallest distance but x₁'s own is positive, so an infinite beta_t leaves a point mass and no NaN. The
-        # largest weight is x₁'s own, 1, so the softmax needs no maximum.
-        weights = (distances * -self.beta(t)).exp_().scatter_(-1, original_samples, 1.0)  # (T, V)
-        return weights.div_(weights.sum(dim=-1, keepdim=True))
+        # At t = 1, beta_t is infinite and x₁'s own logit must be 0, not NaN. No distance is 0, so all others are −∞.
+        logits = (distances * -self.beta(t)).scatter_(-1, original_samples, 0.0)  # (T, V)
+        return torch.softmax(logits, dim=-1)
 
     def _distances(self, token_ids: torch.LongTensor) -> torch.Tensor:
         if self.codebook is None:
@@ -409,9 +416,8 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
         self.codebook = self.codebook.to(token_ids.device)
         squared_norms = self.codebook.square().sum(dim=-1)
         with torch.autocast(token_ids.device.type, enabled=False):
-            products = self.codebook[token_ids] @ self.codebook.T  # (T, V)
-        distances = products.mul_(-2).add_(squared_norms).add_(squared_norms[token_ids].unsqueeze(-1))
-        return distances.clamp_(min=torch.finfo(distances.dtype).tiny)
+            distances = torch.addmm(squared_norms, self.codebook[token_ids], self.codebook.T, alpha=-2)  # (T, V)
+        return distances.add_(squared_norms[token_ids].unsqueeze(-1)).clamp_(min=torch.finfo(torch.float32).tiny)
 
     def velocity(
         self, noised_samples: torch.LongTensor, original_samples: torch.LongTensor, t: float | torch.Tensor
@@ -452,12 +458,12 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
     ) -> torch.Tensor:
         noised_samples = noised_samples.unsqueeze(-1)  # (T, 1)
         if self.config.alpha is None:
-            velocity = torch.zeros(len(t), self.config.codebook_size, device=t.device)
+            velocity = t.new_zeros(len(t), self.config.codebook_size)
             velocity.scatter_(-1, original_samples.unsqueeze(-1), 1 / (1 - t.unsqueeze(-1)))
         else:
             distances = self._distances(original_samples)  # (T, V)
             velocity = self._probabilities(original_samples, t, distances)
-            gains = distances.neg_().add_(-distances.gather(-1, noised_samples)).clamp_(min=0)
+            gains = distances.neg_().sub_(distances.gather(-1, noised_samples)).clamp_(min=0)
             velocity.mul_(gains).mul_(self.beta_derivative(t).unsqueeze(-1))
         return velocity.scatter_(-1, noised_samples, 0.0)
 
@@ -500,24 +506,22 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
                 f"dimensions, with `codebook_size` {self.config.codebook_size}, got {tuple(model_output.shape)} and "
                 f"{tuple(sample.shape)}."
             )
-        is_last_step = step_index == self.num_inference_steps - 1
-        t = self.timestep_to_t(step_index)
-        step_size = 1 - t if is_last_step else self.timestep_to_t(step_index + 1) - t
-
         # Drawn at once, so that no draw depends on the size of the chunks or on what other tokens do.
-        uniforms = _rand((5, sample.numel()), torch.float64, sample.device, generator)
-        pred_original_sample, prev_sample = [], []
-        for tokens in torch.arange(sample.numel(), device=sample.device).split(self._chunk_length):
-            # Logits are often a slice of the model's output, which `flatten` would copy as a whole.
-            logits = model_output[tokens // sample.shape[1], tokens % sample.shape[1]]  # (T, V)
-            x_1 = _draw(torch.softmax(logits, dim=-1, dtype=torch.float32), uniforms[:2, tokens])
-            pred_original_sample.append(x_1)
-            if is_last_step:
-                prev_sample.append(x_1)
+        uniforms = _rand((*sample.shape, 5), torch.float64, sample.device, generator)
+        pred_original_sample, prev_sample = torch.empty_like(sample), torch.empty_like(sample)
+        # Logits are often a slice of the model's output: slices of both dimensions, unlike `flatten`, copy none of it.
+        num_tokens = self._chunk_length
+        num_samples = max(1, num_tokens // sample.shape[1])
+        for i, j in itertools.product(range(0, sample.shape[0], num_samples), range(0, sample.shape[1], num_tokens)):
+            chunk = (slice(i, i + num_samples), slice(j, j + num_tokens))
+            logits, x_t, chunk_uniforms = model_output[chunk], sample[chunk], uniforms[chunk].flatten(0, 1)
+            probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32).flatten(0, 1)  # (T, V)
+            x_1 = _draw(probabilities, chunk_uniforms[:, :2])
+            pred_original_sample[chunk] = x_1.view_as(x_t)
+            if step_index == self.num_inference_steps - 1:
+                prev_sample[chunk] = x_1.view_as(x_t)
             else:
-                prev_sample.append(self._jump(sample.flatten()[tokens], x_1, t, step_size, uniforms[2:, tokens]))
-        pred_original_sample = torch.cat(pred_original_sample).view(sample.shape)
-        prev_sample = torch.cat(prev_sample).view(sample.shape)
+                prev_sample[chunk] = self._jump(x_t.flatten(), x_1, step_index, chunk_uniforms[:, 2:]).view_as(x_t)
 
         if not return_dict:
             return prev_sample, pred_original_sample
@@ -527,21 +531,18 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
         self,
         noised_samples: torch.LongTensor,
         original_samples: torch.LongTensor,
-        t: float,
-        step_size: float,
+        step_index: int,
         uniforms: torch.Tensor,
     ) -> torch.LongTensor:
-        next_samples = noised_samples.clone()
+        t = self.timestep_to_t(step_index)
+        step_size = self.timestep_to_t(step_index + 1) - t
         # A token at x₁ has no rate to leave it, and costs no pass over V.
-        moving = (noised_samples != original_samples).nonzero().squeeze(-1)
-        velocity = self._velocity(
-            noised_samples[moving], original_samples[moving], torch.full(moving.shape, t, device=moving.device)
-        )
-        jump_probability = -torch.expm1(-step_size * velocity.sum(dim=-1))
-        jumps = 1 - uniforms[0, moving] <= jump_probability
-        jumping = moving[jumps]
-        next_samples[jumping] = _draw(velocity[jumps], uniforms[1:, jumping])
-        return next_samples
+        moving = noised_samples != original_samples
+        x_t, x_1, uniforms = noised_samples[moving], original_samples[moving], uniforms[moving]
+        velocity = self._velocity(x_t, x_1, torch.full_like(x_t, t, dtype=torch.float32))
+        jumps = 1 - uniforms[:, 0] <= -torch.expm1(-step_size * velocity.sum(dim=-1))
+        x_t[jumps] = _draw(velocity[jumps], uniforms[jumps, 1:])
+        return noised_samples.masked_scatter(moving, x_t)
 
     @property
     def _chunk_length(self) -> int:
@@ -584,30 +585,26 @@ def _rand(
 
 def _draw(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.LongTensor:
     """
-    Draw one code a row by inverting the cumulative distribution, first of blocks of codes and then within a block.
+    Draw a code per row of `probabilities` (T, V) with the uniforms (T, 2), by inverting the cumulative distribution:
+    first that of blocks of about √V codes, then that of the codes in the block.
 
-    One pass over the row and two uniforms do, whatever V: a race of exponentials (`torch.multinomial`) draws V random
-    numbers a row, and a cumulative sum is a second copy of it, too coarse in float32 (a step of 2^-24 near 1 is 1 % of
-    1 / 131,072).
-
-    Args:
-        probabilities (`torch.Tensor` of shape `(..., codebook_size)`):
-            Non-negative weights, of any positive sum.
-        uniforms (`torch.Tensor` of shape `(2, ...)`):
-            Uniform numbers on `[0, 1)` in float64.
+    Whatever V is, this costs one pass over the row and two random numbers. `torch.multinomial` draws V of them, and
+    one cumulative sum over the row is a second copy of it and must be in float64: in float32 its last places are
+    6e-8, 1 % of the mean probability at V = 131,072.
     """
     codebook_size = probabilities.shape[-1]
     block_size = max(size for size in range(1, math.isqrt(codebook_size) + 1) if codebook_size % size == 0)
-    blocks = probabilities.unflatten(-1, (-1, block_size))  # (..., V / block_size, block_size)
-    block = _invert_cumulative(blocks.sum(dim=-1), uniforms[0])  # (...)
-    index = block[..., None, None].expand(*block.shape, 1, block_size)
-    return block * block_size + _invert_cumulative(blocks.gather(-2, index).squeeze(-2), uniforms[1])
+    blocks = probabilities.unflatten(-1, (-1, block_size))  # (T, V / block_size, block_size)
+    block_sums = blocks.sum(dim=-1)
+    if not block_sums.isfinite().all():
+        raise ValueError("Cannot draw tokens: the logits must be finite, got NaN or infinite values.")
+    block = _invert_cumulative(block_sums, uniforms[:, 0])  # (T,)
+    rows = torch.arange(len(blocks), device=blocks.device)
+    return block * block_size + _invert_cumulative(blocks[rows, block], uniforms[:, 1])
 
 
 def _invert_cumulative(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.LongTensor:
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
-    total = cumulative[..., -1:]
-    if not total.isfinite().all():
-        raise ValueError("Cannot draw tokens from probabilities that are not finite: are the logits finite?")
-    # 1 − u is in (0, 1], so that the first entry to reach the threshold exists and never has weight 0.
-    return torch.searchsorted(cumulative, total * (1 - uniforms.unsqueeze(-1))).squeeze(-1)
+    # 1 − u is in (0, 1]: the first entry to reach the threshold always exists and never has weight 0.
+    thresholds = (1 - uniforms).unsqueeze(-1) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, thresholds).squeeze(-1)

@@ -37,6 +37,7 @@ from trl.trainer.utils import (
     disable_dropout_in_model,
     get_callable_name,
     is_async_callable,
+    nanstd,
     use_adapter,
 )
 
@@ -98,13 +99,13 @@ class UDMGRPOTrainer(GRPOTrainer):
     _tag_names = ["trl", "trl-udm", "udm-grpo"]
     _name = "UDM-GRPO"
     _paper = {
-        "title": "UDM-GRPO",
+        "title": "UDM-GRPO: Stable and Efficient Group Relative Policy Optimization for Uniform Discrete Diffusion Models",
         "id": "2604.18518",
         # docstyle-ignore
         "citation": textwrap.dedent("""\
             @inproceedings{wang2026udmgrpo,
-                title        = {{UDM-GRPO}},
-                author       = {Wang and others},
+                title        = {{UDM-GRPO: Stable and Efficient Group Relative Policy Optimization for Uniform Discrete Diffusion Models}},
+                author       = {Jiaqi Wang and Haoge Deng and Ting Pan and Yang Liu and Chengyuan Wang and Fan Zhang and Yonggang Qi and Xinlong Wang},
                 year         = 2026,
                 booktitle    = {International Conference on Machine Learning},
                 eprint       = {arXiv:2604.18518},
@@ -144,6 +145,11 @@ class UDMGRPOTrainer(GRPOTrainer):
             ref_model = copy.deepcopy(transformer).requires_grad_(False).eval()
         beta, args = args.beta, copy.copy(args)
         args.beta = 0.0
+
+        # PEFT's task classes wrap `generate`, which a denoiser does not have
+        if peft_config is not None:
+            peft_config = copy.copy(peft_config)
+            peft_config.task_type = None
 
         # `GRPOTrainer` writes the padding token into it
         if not hasattr(transformer, "generation_config"):
@@ -236,9 +242,9 @@ class UDMGRPOTrainer(GRPOTrainer):
         """Draws a sample for each prompt: conditioning and its mask (B, T), samples (B, N), completions."""
         num_inference_steps = self.args.num_inference_steps if mode == "train" else self.args.num_inference_steps_eval
         guidance_scale = self.args.guidance_scale if mode == "train" else self.args.guidance_scale_eval
-        prompt_ids, prompt_mask = self.pipeline.encode_prompt(prompts)
-        prompt_ids, prompt_mask = prompt_ids.to(self.accelerator.device), prompt_mask.to(self.accelerator.device)
-        negative_prompt_ids = negative_prompt_mask = None
+        # The empty prompt is encoded along with the others, so that it is padded to their length
+        encoded = [tensor.to(self.accelerator.device) for tensor in self.pipeline.encode_prompt([*prompts, ""])]
+        prompt_ids, prompt_mask = (tensor[:-1] for tensor in encoded)
         batch_size = self.args.rollout_batch_size or len(prompts)
         outputs, completions = [], []
         with (
@@ -253,8 +259,7 @@ class UDMGRPOTrainer(GRPOTrainer):
             self.accelerator.autocast(),
         ):
             for ids, mask in zip(prompt_ids.split(batch_size), prompt_mask.split(batch_size), strict=True):
-                if guidance_scale != 1.0:
-                    negative_prompt_ids, negative_prompt_mask = self.pipeline.encode_prompt([""] * len(ids))
+                negative_prompt_ids, negative_prompt_mask = (tensor[-1:].expand(len(ids), -1) for tensor in encoded)
                 output = self.pipeline.sample_tokens(
                     ids,
                     mask,
@@ -405,15 +410,13 @@ class UDMGRPOTrainer(GRPOTrainer):
     def _log_rollout(self, mode, prompts, completions, rewards_per_func, rewards, std_rewards, advantages):
         """Logs what `GRPOTrainer` logs of a generation batch, under its names."""
         for i, name in enumerate(self.reward_func_names):
-            func_rewards = rewards_per_func[:, i]
-            func_rewards = func_rewards[~torch.isnan(func_rewards)]
-            self._metrics[mode][f"rewards/{name}/mean"].append(func_rewards.mean().item())
-            self._metrics[mode][f"rewards/{name}/std"].append(func_rewards.std().item())
-        scored = rewards[~torch.isnan(rewards)]
-        is_std_zero = torch.isclose(std_rewards, torch.zeros_like(std_rewards))
-        self._metrics[mode]["reward"].append(scored.mean().item())
-        self._metrics[mode]["reward_std"].append(scored.std().item())
-        self._metrics[mode]["frac_reward_zero_std"].append(is_std_zero.float().mean().item())
+            self._metrics[mode][f"rewards/{name}/mean"].append(torch.nanmean(rewards_per_func[:, i]).item())
+            self._metrics[mode][f"rewards/{name}/std"].append(nanstd(rewards_per_func[:, i]).item())
+        self._metrics[mode]["reward"].append(torch.nanmean(rewards).item())
+        self._metrics[mode]["reward_std"].append(nanstd(rewards).item())
+        if mode == "train" or self.num_generations_eval > 1:
+            is_std_zero = torch.isclose(std_rewards, torch.zeros_like(std_rewards))
+            self._metrics[mode]["frac_reward_zero_std"].append(is_std_zero.float().mean().item())
 
         # Flush user-logged metrics (from log_metric), averaging across processes. Keys must be sorted so that all ranks
         # gather in the same order.

@@ -1,0 +1,553 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftModel
+from PIL import Image
+from transformers import TrainerCallback
+
+from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
+
+from .toy_text_family import NUM_TOKENS, build_toy_text_pipeline
+
+
+PROMPTS = Dataset.from_dict(
+    {"prompt": ["ab", "abc", "b", "dcba", "c", "da", "bb", "acd"], "target": ["a", "b", "a", "b", "a", "b", "a", "b"]}
+)
+LORA = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", exclude_modules=["lm_head"])
+
+
+def count_a(prompts, completions, **kwargs):
+    return [completion.count("a") / len(completion) for completion in completions]
+
+
+def build_args(output_dir, **kwargs):
+    defaults = {
+        "num_generations": 4,
+        "per_device_train_batch_size": 24,
+        "num_inference_steps": 5,
+        "num_inference_steps_eval": 7,
+        "learning_rate": 1e-2,
+        "max_steps": 1,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return UDMGRPOConfig(str(output_dir), **{**defaults, **kwargs})
+
+
+def build_trainer(output_dir, reward_funcs=count_a, peft_config=None, **kwargs):
+    return UDMGRPOTrainer(
+        build_toy_text_pipeline(),
+        reward_funcs,
+        build_args(output_dir, **kwargs),
+        train_dataset=PROMPTS,
+        eval_dataset=PROMPTS,
+        peft_config=peft_config,
+    )
+
+
+def generate_batch(trainer):
+    """One generation batch, as the training loop would ask for it."""
+    trainer.model.train()
+    rows = next(iter(trainer.get_train_dataloader()))
+    return rows, trainer._generate_and_score_completions(rows)
+
+
+# --- What is trained ---
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA])
+def test_a_second_family_learns_through_the_same_trainer(tmp_path, peft_config):
+    trainer = build_trainer(
+        tmp_path, peft_config=peft_config, max_steps=25, per_device_train_batch_size=96, num_generations=8, beta=0.0
+    )
+    trainer.train()
+    rewards = [log["reward"] for log in trainer.state.log_history if "reward" in log]
+    assert len(rewards) == 25
+    # Chance is 1 in 10
+    assert sum(rewards[:3]) / 3 < 0.25
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.25
+
+
+def test_the_trainer_names_no_family():
+    for name in ("udm_grpo_trainer", "udm_grpo_config", "completion_logging"):
+        module = sys.modules[UDMGRPOTrainer.__module__.rpartition(".")[0] + "." + name]
+        with open(module.__file__) as file:
+            code = [line for line in file.read().splitlines() if not line.lstrip().startswith((">>>", "..."))]
+        text = "\n".join(code).lower()
+        for word in ("ursa", "bov", "codebook", "vae", "qwen"):
+            assert word not in text, (name, word)
+
+
+def test_full_training_changes_the_weights_and_the_reference_stays(tmp_path):
+    trainer = build_trainer(tmp_path, max_steps=3)
+    initial = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train()
+    for name, tensor in trainer.ref_model.state_dict().items():
+        torch.testing.assert_close(tensor, initial[name], rtol=0, atol=0)
+    assert any(not torch.equal(tensor, initial[name]) for name, tensor in trainer.model.state_dict().items())
+    kl = [log["kl"] for log in trainer.state.log_history if "kl" in log]
+    assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 1e-6
+
+
+def test_lora_training_changes_the_adapter_only_and_the_reference_is_the_model_without_it(tmp_path):
+    trainer = build_trainer(tmp_path, peft_config=LORA, max_steps=3)
+    assert trainer.ref_model is None
+    initial = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train()
+    changed = [name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, initial[name])]
+    assert changed and all("lora_" in name for name in changed)
+    kl = [log["kl"] for log in trainer.state.log_history if "kl" in log]
+    assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 1e-8
+
+
+# --- Rows ---
+
+
+def test_a_row_is_a_sample_at_a_timestep(tmp_path):
+    trainer = build_trainer(tmp_path)
+    inputs, batch = generate_batch(trainer)
+    assert len(inputs) == 24
+    num_prompt_tokens = batch["prompt_ids"].size(1) - NUM_TOKENS
+    # Rows of one sample lie side by side and share prompt, action and advantage
+    for name in ("completion_ids", "advantages"):
+        values = batch[name].view(8, 3, -1)
+        assert (values == values[:, :1]).all(), name
+    text = batch["prompt_ids"][:, :num_prompt_tokens].view(8, 3, -1)
+    assert (text == text[:, :1]).all()
+    # Groups of four share their prompt, and their advantages sum to zero
+    assert (text.view(2, 12, -1) == text.view(2, 12, -1)[:, :1]).all()
+    torch.testing.assert_close(batch["advantages"].view(2, 12).sum(dim=1), torch.zeros(2), rtol=0, atol=1e-5)
+    assert batch["num_items_in_batch"] == 24 * NUM_TOKENS
+    assert trainer.max_completion_length == NUM_TOKENS
+
+
+@pytest.mark.parametrize("window", [[0, 0], [2, 2], [0, 2]])
+def test_timesteps_are_consecutive_from_a_start_in_the_window(tmp_path, window):
+    trainer = build_trainer(
+        tmp_path, timestep_window=window, trajectory="backward", action="intermediate", per_device_train_batch_size=240
+    )
+    trainer.model.train()
+    output = trainer._rollout(["ab"] * 80, "train")[2]
+    # Let the recorded states tell their own step
+    steps = torch.arange(5).view(5, 1, 1).expand(5, 80, NUM_TOKENS)
+    output.trajectory.noised_samples = steps
+    output.trajectory.pred_original_samples = 100 * torch.arange(80).view(1, 80, 1) + steps
+    noised_samples, actions = trainer._build_rows(output)
+    timesteps = noised_samples[:, 0].view(80, 3)
+    assert (timesteps == timesteps[:, :1] + torch.arange(3)).all()
+    assert set(timesteps[:, 0].tolist()) == set(range(window[0], window[1] + 1))
+    assert (actions[:, 0].view(80, 3) == 100 * torch.arange(80).view(80, 1) + timesteps).all()
+
+
+@pytest.mark.parametrize("trajectory", ["forward", "backward"])
+@pytest.mark.parametrize("action", ["clean", "intermediate"])
+def test_the_four_corners_take_their_states_and_actions_from_the_right_place(tmp_path, action, trajectory):
+    trainer = build_trainer(tmp_path, action=action, trajectory=trajectory, timestep_window=[1, 1])
+    trainer.model.train()
+    output = trainer._rollout(["ab"] * 8, "train")[2]
+    noised_samples, actions = trainer._build_rows(output)
+    rows = torch.arange(8).repeat_interleave(3)
+    timesteps = torch.arange(1, 4).repeat(8)
+    if action == "clean":
+        assert (actions == output.clean_samples[rows]).all()
+    else:
+        assert (actions == output.trajectory.pred_original_samples[timesteps, rows]).all()
+    if trajectory == "backward":
+        assert (noised_samples == output.trajectory.noised_samples[timesteps, rows]).all()
+    elif action == "clean":
+        assert output.trajectory is None
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+def test_forward_states_keep_tokens_as_often_as_the_path_says(tmp_path):
+    trainer = build_trainer(tmp_path, timestep_window=[2, 2], num_train_timesteps=1, per_device_train_batch_size=8)
+    trainer.model.train()
+    output = trainer._rollout(["ab"] * 2000, "train")[2]
+    noised_samples, actions = trainer._build_rows(output)
+    # Mixture path at t = 2 / 5 with 10 tokens: kept with probability 0.4 + 0.6 / 10
+    kept = (noised_samples == actions).float().mean().item()
+    assert kept == pytest.approx(0.46, abs=4 * math.sqrt(0.46 * 0.54 / (2000 * NUM_TOKENS)))
+
+
+# --- Ratio ---
+
+
+def test_the_ratio_is_exactly_one_on_policy(tmp_path):
+    trainer = build_trainer(tmp_path, importance_sampling_level="token")
+    batch = generate_batch(trainer)[1]
+    assert "old_per_token_logps" not in batch
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._compute_loss(trainer.model, batch)
+    assert trainer._metrics["train"]["clip_ratio/region_mean"] == [0.0]
+
+
+@pytest.mark.parametrize("kwargs", [{"num_iterations": 2}, {"steps_per_generation": 2}])
+def test_old_log_probabilities_are_the_rollout_policys_when_several_updates_follow(tmp_path, kwargs):
+    trainer = build_trainer(tmp_path, max_steps=2, **kwargs)
+    batch = generate_batch(trainer)[1]
+    input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    with torch.no_grad():
+        logps = trainer._get_per_token_logps_and_entropies(trainer.model, input_ids, mask, NUM_TOKENS)[0]
+    torch.testing.assert_close(batch["old_per_token_logps"], logps)
+    assert logps.shape == (len(input_ids), 1)
+    trainer.train()
+    clipped = [log["clip_ratio/region_mean"] for log in trainer.state.log_history if "loss" in log]
+    # The first update is on policy; the second sees a ratio that has left 1 ± 1e-4
+    assert clipped[0] == 0.0 and clipped[1] > 0.0
+
+
+def test_log_probabilities_equal_a_direct_forward(tmp_path):
+    trainer = build_trainer(tmp_path, importance_sampling_level="token")
+    batch = generate_batch(trainer)[1]
+    input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    with torch.no_grad():
+        logps, entropies, aux_loss = trainer._get_per_token_logps_and_entropies(
+            trainer.model, input_ids, mask, NUM_TOKENS, batch_size=7, compute_entropy=True
+        )
+        logits = trainer.pipeline.denoise(
+            batch["prompt_ids"][:, :-NUM_TOKENS],
+            batch["prompt_mask"][:, :-NUM_TOKENS],
+            batch["prompt_ids"][:, -NUM_TOKENS:],
+            trainer.latent_shape,
+        ).log_softmax(dim=-1)
+    torch.testing.assert_close(
+        logps, logits.gather(-1, batch["completion_ids"].unsqueeze(-1)).squeeze(-1), rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(entropies, -(logits.exp() * logits).sum(dim=-1), rtol=1e-5, atol=1e-5)
+    assert aux_loss is None
+
+
+def test_batch_and_accumulation_splits_give_the_same_update(tmp_path):
+    weights = []
+    for batch_size, accumulation in ((48, 1), (24, 2), (12, 4)):
+        trainer = build_trainer(
+            tmp_path, per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation, max_steps=2
+        )
+        trainer.train()
+        weights.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+    for other in weights[1:]:
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_seeded_run_repeats_itself(tmp_path):
+    losses = []
+    for _ in range(2):
+        trainer = build_trainer(tmp_path, max_steps=2)
+        trainer.train()
+        losses.append([(log["loss"], log["reward"]) for log in trainer.state.log_history if "loss" in log])
+    assert losses[0] == losses[1]
+
+
+# --- Rollouts and evaluation ---
+
+
+def test_evaluation_has_its_own_steps_and_generations(tmp_path):
+    trainer = build_trainer(tmp_path, num_generations_eval=2, per_device_eval_batch_size=8)
+    metrics = trainer.evaluate()
+    assert trainer.pipeline.scheduler.num_inference_steps == 7
+    assert 0 <= metrics["eval_reward"] <= 1 and "eval_kl" in metrics and "eval_entropy" in metrics
+
+
+def test_guided_rollouts_use_the_empty_prompt(tmp_path):
+    trainer = build_trainer(tmp_path, guidance_scale=2.0)
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+
+
+def test_rollouts_come_in_micro_batches(tmp_path):
+    trainer = build_trainer(tmp_path, rollout_batch_size=3, action="intermediate")
+    trainer.model.train()
+    prompt_ids, prompt_mask, output, completions = trainer._rollout(["ab", "b"] * 4, "train")
+    assert prompt_ids.size(0) == prompt_mask.size(0) == output.clean_samples.size(0) == len(completions) == 8
+    assert output.trajectory.noised_samples.shape == (5, 8, NUM_TOKENS)
+    assert completions == trainer.pipeline.decode(output.clean_samples, trainer.latent_shape)
+
+
+# --- Rewards ---
+
+
+def test_reward_functions_get_the_columns_of_each_sample(tmp_path):
+    seen = {}
+
+    def reward(prompts, completions, target, completion_ids, **kwargs):
+        seen.update(prompts=prompts, target=target, completion_ids=completion_ids)
+        assert "log_metric" in kwargs and "trainer_state" in kwargs
+        kwargs["log_metric"]("letters", 3.0)
+        return [1.0] * len(completions)
+
+    trainer = build_trainer(tmp_path, reward)
+    trainer.train()
+    by_prompt = dict(zip(PROMPTS["prompt"], PROMPTS["target"], strict=True))
+    assert len(seen["prompts"]) == 8 and seen["target"] == [by_prompt[prompt] for prompt in seen["prompts"]]
+    assert len(seen["completion_ids"][0]) == NUM_TOKENS
+    assert trainer.state.log_history[0]["letters"] == 3.0
+    assert trainer.state.log_history[0]["frac_reward_zero_std"] == 1.0
+
+
+def test_several_weighted_rewards_and_an_async_one(tmp_path):
+    async def half(completions, **kwargs):
+        return [0.5] * len(completions)
+
+    def abstain(completions, **kwargs):
+        return [None] * len(completions)
+
+    trainer = build_trainer(tmp_path, [count_a, half, abstain], reward_weights=[2.0, 4.0, 1.0])
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["rewards/half/mean"] == 0.5 and log["rewards/abstain/mean"] is None
+    assert log["reward"] == pytest.approx(2 * log["rewards/count_a/mean"] + 2)
+
+
+def test_a_sample_without_reward_gets_no_advantage_and_leaves_the_others_alone(tmp_path):
+    trainer = build_trainer(tmp_path)
+    rewards = torch.tensor([[1.0], [float("nan")], [0.0], [0.5], [1.0], [1.0], [1.0], [1.0]])
+    advantages = trainer._compute_advantages(rewards, 4)[0]
+    std = torch.tensor([1.0, 0.0, 0.5]).std(unbiased=False)
+    expected = torch.tensor([0.5, 0.0, -0.5, 0.0, 0, 0, 0, 0]) / (std + 1e-4)
+    torch.testing.assert_close(advantages, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_advantages_of_several_rewards_by_hand(tmp_path, aggregation):
+    trainer = build_trainer(
+        tmp_path, [count_a, count_a], reward_weights=[1.0, 3.0], multi_objective_aggregation=aggregation
+    )
+    first, second = torch.tensor([0.0, 1.0, 0.0, 1.0]), torch.tensor([0.0, 0.0, 4.0, 4.0])
+    advantages = trainer._compute_advantages(torch.stack([first, second], dim=1), 4)[0]
+    if aggregation == "sum_then_normalize":
+        total = first + 3 * second
+    else:
+        total = (first - 0.5) / (0.5 + 1e-4) + 3 * (second - 2) / (2 + 1e-4)
+    expected = (total - total.mean()) / (total.std(unbiased=False) + 1e-4)
+    torch.testing.assert_close(advantages, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_advantages_are_clipped(tmp_path):
+    trainer = build_trainer(tmp_path, num_generations=8, per_device_train_batch_size=24, advantage_clip=2.0)
+    advantages = trainer._compute_advantages(torch.tensor([[1.0]] + [[0.0]] * 7), 8)[0]
+    assert advantages.max() == 2.0
+    trainer.args.advantage_clip = None
+    assert trainer._compute_advantages(torch.tensor([[1.0]] + [[0.0]] * 7), 8)[0].max() > 2.6
+
+
+def failing(prompts, **kwargs):
+    raise KeyError("no such column")
+
+
+def too_few(prompts, completions, **kwargs):
+    return [1.0]
+
+
+def infinite(prompts, completions, **kwargs):
+    return [float("inf")] * len(completions)
+
+
+def silent(prompts, completions, **kwargs):
+    return [float("nan")] * len(completions)
+
+
+async def failing_later(prompts, **kwargs):
+    raise KeyError("no such column")
+
+
+@pytest.mark.parametrize(
+    ("reward", "error", "message"),
+    [
+        (failing, RuntimeError, "'failing' failed on 8 prompts, the first of which is '[abcd]+'"),
+        (failing_later, RuntimeError, "'failing_later' failed on 8 prompts, the first of which is '[abcd]+'"),
+        (too_few, ValueError, "'too_few' must return one reward a completion, but returned 1 on 8 prompts, .*'[abcd]+'"),
+        (infinite, ValueError, "'infinite' returned inf for the prompt '[abcd]+'"),
+        (silent, ValueError, r"\['silent'\] returned None or NaN for all 8 samples of a batch.*'[abcd]+'"),
+    ],
+)
+def test_a_bad_reward_function_is_named_with_its_prompt_and_moves_no_weight(tmp_path, reward, error, message):
+    trainer = build_trainer(tmp_path, reward)
+    initial = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with pytest.raises(error, match=message):
+        trainer.train()
+    assert all(torch.equal(tensor, initial[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+# --- Logging and saving ---
+
+
+def test_image_completions_are_logged_as_a_grid_and_a_table(tmp_path, oracle_dir):
+    def brightness(completions, **kwargs):
+        assert all(isinstance(completion, Image.Image) and completion.size == (32, 32) for completion in completions)
+        return [sum(completion.getpixel((3, 3))) / 765 for completion in completions]
+
+    trainer = UDMGRPOTrainer(
+        URSAPipeline.from_pretrained(oracle_dir / "tiny-ursa", max_prompt_length=16),
+        brightness,
+        build_args(tmp_path, log_completions=True, pipeline_kwargs={"height": 32, "width": 32}),
+        train_dataset=PROMPTS,
+    )
+    trainer.train()
+    with Image.open(tmp_path / "completions" / "completions_00001.png") as grid:
+        assert grid.width > 3 * 160 and grid.height > 3 * 160
+    assert (tmp_path / "completions" / "completions_00001.parquet").exists()
+    assert len(trainer._logs["images"]) == 8
+    assert {"reward", "kl", "entropy", "clip_ratio/region_mean", "step_time", "rewards/brightness/mean"} <= set(
+        trainer.state.log_history[0]
+    )
+
+
+def test_a_full_run_saves_a_pipeline_and_resumes_from_it(tmp_path, oracle_dir):
+    class StopAtTwo(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    def build(callbacks=None):
+        return UDMGRPOTrainer(
+            URSAPipeline.from_pretrained(oracle_dir / "tiny-ursa", max_prompt_length=16),
+            lambda completions, **kwargs: [sum(completion.getpixel((3, 3))) / 765 for completion in completions],
+            build_args(
+                tmp_path,
+                max_steps=3,
+                save_strategy="steps",
+                save_steps=2,
+                learning_rate=1e-3,
+                pipeline_kwargs={"height": 32, "width": 32},
+            ),
+            train_dataset=PROMPTS,
+            callbacks=callbacks,
+        )
+
+    whole = build()
+    whole.train()
+    loaded = URSAPipeline.from_pretrained(tmp_path / "checkpoint-2")
+    first = build([StopAtTwo()])
+    first.train()
+    for name, tensor in first.model.state_dict().items():
+        torch.testing.assert_close(loaded.transformer.state_dict()[name], tensor, rtol=0, atol=0)
+    second = build()
+    initial = {name: tensor.clone() for name, tensor in second.model.state_dict().items()}
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, tensor in whole.model.state_dict().items():
+        torch.testing.assert_close(second.model.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
+    # The reference is the initial policy still
+    for name, tensor in second.ref_model.state_dict().items():
+        torch.testing.assert_close(tensor, initial[name], rtol=0, atol=0)
+
+
+def test_a_lora_run_saves_an_adapter_that_loads_two_ways(tmp_path, oracle_dir):
+    trainer = UDMGRPOTrainer(
+        URSAPipeline.from_pretrained(oracle_dir / "tiny-ursa", max_prompt_length=16),
+        lambda completions, **kwargs: [sum(completion.getpixel((3, 3))) / 765 for completion in completions],
+        build_args(tmp_path, pipeline_kwargs={"height": 32, "width": 32}),
+        train_dataset=PROMPTS,
+        peft_config=LORA,
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    pipe = URSAPipeline.from_pretrained(oracle_dir / "tiny-ursa", max_prompt_length=16)
+    prompt_ids, prompt_mask = pipe.encode_prompt(["ab"])
+    inputs = (prompt_ids, prompt_mask, torch.arange(64).unsqueeze(0), (1, 8, 8))
+    with torch.no_grad():
+        base, expected = pipe.denoise(*inputs), trainer.pipeline.denoise(*inputs)
+        assert not torch.allclose(base, expected, atol=1e-4)
+        pipe.load_lora_weights(tmp_path / "adapter")
+        torch.testing.assert_close(pipe.denoise(*inputs), expected, rtol=1e-5, atol=1e-5)
+        other = URSAPipeline.from_pretrained(oracle_dir / "tiny-ursa", max_prompt_length=16)
+        PeftModel.from_pretrained(other.transformer, str(tmp_path / "adapter"))
+        torch.testing.assert_close(other.denoise(*inputs), expected, rtol=1e-5, atol=1e-5)
+
+
+# --- Bad input ---
+
+
+def test_a_pipeline_is_needed(tmp_path):
+    with pytest.raises(TypeError, match="`pipeline` must be a `UDMPipeline`, got str"):
+        UDMGRPOTrainer("gpt2", count_a, build_args(tmp_path), train_dataset=PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "error", "message"),
+    [
+        (Dataset.from_dict({"text": ["a"]}), ValueError, r"`train_dataset` must have a column 'prompt', got \['text'\]"),
+        (Dataset.from_dict({"prompt": []}), ValueError, "`train_dataset` must have at least one row"),
+        (None, TypeError, "`train_dataset` must be a `Dataset`, got `NoneType`"),
+        (
+            IterableDataset.from_generator(lambda: iter([{"prompt": "a"}])),
+            TypeError,
+            "`train_dataset` must be a `Dataset`, got an `IterableDataset`. Prompts are small",
+        ),
+    ],
+)
+def test_a_bad_dataset_is_refused(tmp_path, dataset, error, message):
+    with pytest.raises(error, match=message):
+        UDMGRPOTrainer(build_toy_text_pipeline(), count_a, build_args(tmp_path), train_dataset=dataset)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_generations": 1}, "`num_generations` must be >= 2, got 1"),
+        ({"num_inference_steps": 0}, "`num_inference_steps` must be > 0, got 0"),
+        ({"num_train_timesteps": 0}, "`num_train_timesteps` must be > 0, got 0"),
+        ({"action": "noisy"}, "`action` must be 'clean' or 'intermediate', got 'noisy'"),
+        ({"trajectory": "sideways"}, "`trajectory` must be 'forward' or 'backward', got 'sideways'"),
+        ({"timestep_window": [0, 3]}, r"`timestep_window` must end at 2 at the latest, for 3 training .* got \[0, 3\]"),
+        ({"timestep_window": [2, 1]}, r"`timestep_window` must be \[first, last\].* got \[2, 1\]"),
+        ({"timestep_window": [-1, 1]}, r"`timestep_window` must be \[first, last\].* got \[-1, 1\]"),
+        ({"guidance_trunc": 1.5}, r"`guidance_trunc` must be in \[0, 1\], got 1.5"),
+        ({"advantage_clip": 0.0}, "`advantage_clip` must be > 0 or None, got 0.0"),
+        ({"rollout_batch_size": 0}, "`rollout_batch_size` must be > 0 or None, got 0"),
+        ({"temperature": 0.5}, "`temperature` must be 1.0, got 0.5"),
+        ({"use_vllm": True}, "`use_vllm` must be False, got True"),
+        (
+            {"per_device_train_batch_size": 20},
+            r"20 rows .* whole groups of 12 rows .* Nearest valid `per_device_train_batch_size`: 12 or 24; nearest valid "
+            r"`num_generations`: none",
+        ),
+        (
+            {"per_device_train_batch_size": 30, "num_generations": 4},
+            "Nearest valid `per_device_train_batch_size`: 24 or 36; nearest valid `num_generations`: 2 or 5",
+        ),
+    ],
+)
+def test_a_bad_configuration_is_refused_by_name(tmp_path, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        build_args(tmp_path, **kwargs)
+
+
+def test_each_process_needs_whole_samples():
+    code = "from trl_udm import UDMGRPOConfig; UDMGRPOConfig('x', per_device_train_batch_size=28, num_generations=7)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "WORLD_SIZE": "3"}
+    )
+    assert "28 * 1 steps * 3 processes) must hold whole groups of 21 rows" in result.stderr
+    assert "Nearest valid `per_device_train_batch_size`: 21 or 42" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["batch_size", "steps"])
+def test_the_default_geometry_is_valid(tmp_path, name):
+    kwargs = {"gradient_accumulation_steps": 16} if name == "steps" else {}
+    assert UDMGRPOConfig(str(tmp_path), bf16=False, **kwargs).generation_batch_size % 24 == 0
