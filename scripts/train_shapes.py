@@ -274,7 +274,7 @@ def main():
     parser.add_argument("--num_images", type=int, default=65536, help="Scenes that the network is trained on.")
     parser.add_argument("--num_steps", type=int, default=3000, help="Steps of the network.")
     parser.add_argument("--batch_size", type=int, default=128, help="Scenes a step of the network.")
-    parser.add_argument("--caption_error", type=float, default=0.27, help="Share of wrong captions.")
+    parser.add_argument("--caption_error", type=float, default=0.3, help="Share of wrong captions.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of everything.")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -84,5 +84,7 @@ def build_toy_text_pipeline(seed=0):
         head_dim=16,
         pad_token_id=0,
     )
+    model = Qwen3ForCausalLM(config)
+    torch.nn.init.normal_(model.lm_head.weight, std=0.2)  # of the scale that a trained head has
     scheduler = KineticOptimalScheduler(alpha=None, c=None, codebook_size=len(vocabulary))
-    return ToyTextPipeline(Qwen3ForCausalLM(config), scheduler, tokenizer)
+    return ToyTextPipeline(model, scheduler, tokenizer)

@@ -250,8 +250,8 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
                 Passed along to [`~utils.PushToHubMixin.push_to_hub`].
         """
         if self.codebook is not None:
-            os.makedirs(save_directory, exist_ok=True)
             file = os.path.join(save_directory, self.weights_name)
+            os.makedirs(os.path.dirname(file), exist_ok=True)
             save_file({"codebook": self.codebook.contiguous()}, file, metadata={"format": "pt"})
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
@@ -514,9 +514,10 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
         num_samples = max(1, num_tokens // sample.shape[1])
         for i, j in itertools.product(range(0, sample.shape[0], num_samples), range(0, sample.shape[1], num_tokens)):
             chunk = (slice(i, i + num_samples), slice(j, j + num_tokens))
-            logits, x_t, chunk_uniforms = model_output[chunk], sample[chunk], uniforms[chunk].flatten(0, 1)
-            probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32).flatten(0, 1)  # (T, V)
-            x_1 = _draw(probabilities, chunk_uniforms[:, :2])
+            x_t, chunk_uniforms = sample[chunk], uniforms[chunk].flatten(0, 1)  # (b, n), (T, 5)
+            x_1 = _draw(
+                torch.softmax(model_output[chunk], dim=-1, dtype=torch.float32).flatten(0, 1), chunk_uniforms[:, :2]
+            )  # (T,)
             pred_original_sample[chunk] = x_1.view_as(x_t)
             if step_index == self.num_inference_steps - 1:
                 prev_sample[chunk] = x_1.view_as(x_t)
@@ -569,7 +570,7 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
             )
         if not ((t >= 0) & (t <= 1)).all():
             raise ValueError(f"`t` must be in [0, 1], got values from {t.min().item()} to {t.max().item()}.")
-        return t.view(*t.shape, *[1] * (samples.ndim - t.ndim)).expand(samples.shape)
+        return t.view((*t.shape, *[1] * (samples.ndim - t.ndim))).expand(samples.shape)
 
 
 def _rand(

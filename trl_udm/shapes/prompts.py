@@ -23,6 +23,7 @@ from .world import CLASS_NAMES, COLORS, ShapesObject
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 _COUNTS = {"two": 2, "three": 3, "four": 4}
+_QUADRANTS = ((0, 0), (0, 1), (1, 0), (1, 1))
 # For `b` placed relative to `a`: the quadrants (row, column) that `a` and `b` may take
 _POSITIONS = {
     "left of": [((0, 1), (0, 0)), ((1, 1), (1, 0))],
@@ -30,7 +31,6 @@ _POSITIONS = {
     "above": [((1, 0), (0, 0)), ((1, 1), (0, 1))],
     "below": [((0, 0), (1, 0)), ((0, 1), (1, 1))],
 }
-_QUADRANTS = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
 def _plural(class_name: str) -> str:
@@ -85,7 +85,8 @@ def all_metadata(tag: str) -> list[dict[str, Any]]:
 
 def sample_scene(metadata: dict[str, Any], rng: random.Random) -> list[ShapesObject]:
     """
-    Draws a scene that fulfils a prompt and holds nothing else.
+    Draws a scene that fulfils a prompt and holds nothing else. Objects stand in reading order, one a quadrant, unless the
+    prompt says where they are.
 
     Args:
         metadata (`dict`):
@@ -94,10 +95,10 @@ def sample_scene(metadata: dict[str, Any], rng: random.Random) -> list[ShapesObj
             Source of what the prompt leaves open.
 
     Returns:
-        `list[ShapesObject]`: One object a quadrant, at most four.
+        `list[ShapesObject]`: At most four objects.
     """
     clauses = [clause for clause in metadata["include"] for _ in range(clause["count"])]
-    quadrants = rng.sample(_QUADRANTS, len(clauses))
+    quadrants = _QUADRANTS[: len(clauses)]
     for clause in metadata["include"]:
         if "position" in clause:
             quadrants = rng.choice(_POSITIONS[clause["position"][0]])
