@@ -146,8 +146,14 @@ def evaluate(trainer: UDMGRPOTrainer, dataset: Dataset, reward: GenEvalReward, s
             completions = pipeline.decode(output.clean_samples, trainer.latent_shape)
             columns = {name: [row[name] for row in batch] for name in ("tag", "include", "exclude")}
             scores = reward([row["prompt"] for row in batch], completions, **columns)
-            results += [(start + i, row["tag"], score == 1.0) for i, (row, score) in enumerate(zip(batch, scores, strict=True))]
-            images += [(start + i, image) for i, image in enumerate(completions) if (start + i) % script_args.num_eval_images == 0]
+            results += [
+                (start + i, row["tag"], score == 1.0) for i, (row, score) in enumerate(zip(batch, scores, strict=True))
+            ]
+            images += [
+                (start + i, image)
+                for i, image in enumerate(completions)
+                if (start + i) % script_args.num_eval_images == 0
+            ]
     results, images = sorted(gather_object(results)), sorted(gather_object(images), key=lambda pair: pair[0])
     return accuracy_by_tag((tag, correct) for _, tag, correct in results), [image for _, image in images]
 
@@ -156,7 +162,9 @@ def save_samples(path: Path, dataset: Dataset, images: list[Any], num_per_tag: i
     """A column a tag, from each tag's first prompts."""
     picked = [[i for i, tag in enumerate(dataset["tag"]) if tag == wanted][:num_per_tag] for wanted in TAGS]
     order = [i for row in zip(*picked, strict=True) for i in row]
-    make_image_grid([images[i] for i in order], [dataset[i]["prompt"] for i in order], num_columns=len(TAGS)).save(path)
+    make_image_grid([images[i] for i in order], [dataset[i]["prompt"] for i in order], num_columns=len(TAGS)).save(
+        path
+    )
 
 
 def save_curve(path: Path, log_history: list[dict[str, float]]) -> None:
@@ -170,7 +178,10 @@ def save_curve(path: Path, log_history: list[dict[str, float]]) -> None:
     figure, axis = plt.subplots(figsize=(7, 4))
     for values, label, color in ((rewards, "reward", "tab:blue"), (accuracies, "strict accuracy", "tab:orange")):
         window = max(1, len(values) // 15)
-        means = [sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
+        means = [
+            sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1])
+            for i in range(len(values))
+        ]
         axis.plot(steps, values, color=color, alpha=0.25)
         axis.plot(steps, means, color=color, label=label)
     axis.set(xlabel="step", ylabel="mean over the rollout's samples", title="UDM-GRPO on the GenEval reward")

@@ -59,7 +59,7 @@ def to_tensor(images) -> torch.Tensor:
 def sample_captioned_images(num_images: int, caption_error: float, rng: random.Random):
     images, captions = [], []
     for _ in range(num_images):
-        metadata = rng.choice(METADATA[rng.choice(TAGS)])
+        metadata = rng.choice(METADATA[rng.choice([*TAGS, "position"])])  # the hardest kind comes twice as often
         shown = corrupt(metadata, rng) if rng.random() < caption_error else metadata
         images.append(render(sample_scene(shown, rng)))
         captions.append(metadata["prompt"])
@@ -147,7 +147,9 @@ def train_autoencoder(output_dir: Path, num_steps: int, batch_size: int, seed: i
 
 
 @torch.no_grad()
-def build_token_dataset(output_dir: Path, autoencoder: AutoencoderVQ, num_images: int, caption_error: float, seed: int):
+def build_token_dataset(
+    output_dir: Path, autoencoder: AutoencoderVQ, num_images: int, caption_error: float, seed: int
+):
     """Encodes scenes once: the network then trains on token ids."""
     tokens_path, captions_path = output_dir / "tokens.safetensors", output_dir / "captions.json"
     if not captions_path.exists():
@@ -285,7 +287,9 @@ def main():
     )
     scheduler = build_scheduler(autoencoder)
     tokenizer = build_tokenizer()
-    pipeline = URSAPipeline(build_network(len(tokenizer), autoencoder), scheduler, tokenizer, autoencoder, MAX_PROMPT_LENGTH)
+    pipeline = URSAPipeline(
+        build_network(len(tokenizer), autoencoder), scheduler, tokenizer, autoencoder, MAX_PROMPT_LENGTH
+    )
     train_network(args.output_dir, pipeline, tokens, captions, args.num_steps, args.batch_size, args.seed)
     pipeline.save_pretrained(args.output_dir / "pipeline")
 

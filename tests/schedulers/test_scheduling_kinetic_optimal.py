@@ -437,7 +437,7 @@ def test_a_saved_scheduler_loads_as_it_was(path, tmp_path):
     scheduler = load_scheduler(path)
     scheduler.save_pretrained(tmp_path / "pipeline" / "scheduler")
     files = {file.name for file in (tmp_path / "pipeline" / "scheduler").iterdir()}
-    assert files == {"scheduler_config.json", "scheduler_model.safetensors"}
+    assert files == {"scheduler_config.json", "diffusion_pytorch_model.safetensors"}
     loaded = KineticOptimalScheduler.from_pretrained(tmp_path / "pipeline", subfolder="scheduler")
     assert torch.equal(loaded.codebook, scheduler.codebook)
     for name in ("alpha", "c", "shift", "eps", "codebook_size", "codebook_dim"):
@@ -503,12 +503,12 @@ def test_an_original_file_without_its_tensor_is_refused(content, tmp_path):
 
 def test_a_file_of_safetensors_without_its_tensor_is_refused(tmp_path):
     save_settings(tmp_path)
-    save_file({"path.emb": torch.ones(4, 2)}, tmp_path / "scheduler_model.safetensors")
+    save_file({"path.emb": torch.ones(4, 2)}, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match=r"scheduler_model\.safetensors: it has no tensor `codebook`"):
         KineticOptimalScheduler.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["scheduler_model.safetensors", "scheduler_model.pth"])
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.safetensors", "scheduler_model.pth"])
 @pytest.mark.parametrize("content", [b"", b"not a file of tensors"])
 def test_a_broken_file_is_refused(name, content, tmp_path):
     save_settings(tmp_path)
@@ -519,10 +519,10 @@ def test_a_broken_file_is_refused(name, content, tmp_path):
 
 def test_a_codebook_of_another_shape_than_the_configs_is_refused(tmp_path):
     save_settings(tmp_path, codebook_size=5)
-    save_file({"codebook": torch.ones(4, 2)}, tmp_path / "scheduler_model.safetensors")
+    save_file({"codebook": torch.ones(4, 2)}, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match=r"scheduler_model\.safetensors: `codebook_size` is 5 in the config"):
         KineticOptimalScheduler.from_pretrained(tmp_path)
-    save_file({"codebook": torch.ones(4)}, tmp_path / "scheduler_model.safetensors")
+    save_file({"codebook": torch.ones(4)}, tmp_path / "diffusion_pytorch_model.safetensors")
     with pytest.raises(ValueError, match=r"scheduler_model\.safetensors: A codebook must be a finite matrix"):
         KineticOptimalScheduler.from_pretrained(tmp_path)
 

@@ -42,12 +42,14 @@ def test_an_empty_image_has_no_objects():
     assert all(not found for found in ShapesDetector()([image])[0].values())
 
 
-def test_a_blot_is_no_confident_object():
-    pixels = np.array(render([ShapesObject("square", "red", 1, 1)]))
-    pixels[9:12, 8:20] = COLORS["red"]
-    pixels[4:9, 4:9] = BACKGROUND
-    scores = [found.score for found in sum(ShapesDetector()([Image.fromarray(pixels)])[0].values(), [])]
-    assert len(scores) == 1 and scores[0] < 0.9
+def test_a_bar_and_two_merged_squares_are_no_confident_squares():
+    bar = np.array(Image.new("RGB", (32, 32), BACKGROUND))
+    bar[10:13, 4:24] = COLORS["red"]
+    merged = np.array(render([ShapesObject("square", "red", 1, 1), ShapesObject("square", "red", 1, 4)]))
+    merged[5:15, 5:27] = COLORS["red"]
+    for pixels in (bar, merged):
+        (detection,) = ShapesDetector()([Image.fromarray(pixels)])[0]["square"]
+        assert detection.score < 0.75
 
 
 def test_images_of_another_size_are_refused():

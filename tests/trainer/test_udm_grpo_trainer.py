@@ -382,7 +382,11 @@ async def failing_later(prompts, **kwargs):
     [
         (failing, RuntimeError, "'failing' failed on 8 prompts, the first of which is '[abcd]+'"),
         (failing_later, RuntimeError, "'failing_later' failed on 8 prompts, the first of which is '[abcd]+'"),
-        (too_few, ValueError, "'too_few' must return one reward a completion, but returned 1 on 8 prompts, .*'[abcd]+'"),
+        (
+            too_few,
+            ValueError,
+            "'too_few' must return one reward a completion, but returned 1 on 8 prompts, .*'[abcd]+'",
+        ),
         (infinite, ValueError, "'infinite' returned inf for the prompt '[abcd]+'"),
         (silent, ValueError, r"\['silent'\] returned None or NaN for all 8 samples of a batch.*'[abcd]+'"),
     ],
@@ -491,7 +495,11 @@ def test_a_pipeline_is_needed(tmp_path):
 @pytest.mark.parametrize(
     ("dataset", "error", "message"),
     [
-        (Dataset.from_dict({"text": ["a"]}), ValueError, r"`train_dataset` must have a column 'prompt', got \['text'\]"),
+        (
+            Dataset.from_dict({"text": ["a"]}),
+            ValueError,
+            r"`train_dataset` must have a column 'prompt', got \['text'\]",
+        ),
         (Dataset.from_dict({"prompt": []}), ValueError, "`train_dataset` must have at least one row"),
         (None, TypeError, "`train_dataset` must be a `Dataset`, got `NoneType`"),
         (
@@ -514,7 +522,10 @@ def test_a_bad_dataset_is_refused(tmp_path, dataset, error, message):
         ({"num_train_timesteps": 0}, "`num_train_timesteps` must be > 0, got 0"),
         ({"action": "noisy"}, "`action` must be 'clean' or 'intermediate', got 'noisy'"),
         ({"trajectory": "sideways"}, "`trajectory` must be 'forward' or 'backward', got 'sideways'"),
-        ({"timestep_window": [0, 3]}, r"`timestep_window` must end at 2 at the latest, for 3 training .* got \[0, 3\]"),
+        (
+            {"timestep_window": [0, 3]},
+            r"`timestep_window` must end at 2 at the latest, for 3 training .* got \[0, 3\]",
+        ),
         ({"timestep_window": [2, 1]}, r"`timestep_window` must be \[first, last\].* got \[2, 1\]"),
         ({"timestep_window": [-1, 1]}, r"`timestep_window` must be \[first, last\].* got \[-1, 1\]"),
         ({"guidance_trunc": 1.5}, r"`guidance_trunc` must be in \[0, 1\], got 1.5"),

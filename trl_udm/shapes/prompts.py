@@ -24,12 +24,12 @@ from .world import CLASS_NAMES, COLORS, ShapesObject
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 _COUNTS = {"two": 2, "three": 3, "four": 4}
 _QUADRANTS = ((0, 0), (0, 1), (1, 0), (1, 1))
-# For `b` placed relative to `a`: the quadrants (row, column) that `a` and `b` may take
+# The quadrants (row, column) of the clause without a position and of the one with it
 _POSITIONS = {
-    "left of": [((0, 1), (0, 0)), ((1, 1), (1, 0))],
-    "right of": [((0, 0), (0, 1)), ((1, 0), (1, 1))],
-    "above": [((1, 0), (0, 0)), ((1, 1), (0, 1))],
-    "below": [((0, 0), (1, 0)), ((0, 1), (1, 1))],
+    "left of": ((0, 1), (0, 0)),
+    "right of": ((0, 0), (0, 1)),
+    "above": ((1, 0), (0, 0)),
+    "below": ((0, 0), (1, 0)),
 }
 
 
@@ -101,7 +101,7 @@ def sample_scene(metadata: dict[str, Any], rng: random.Random) -> list[ShapesObj
     quadrants = _QUADRANTS[: len(clauses)]
     for clause in metadata["include"]:
         if "position" in clause:
-            quadrants = rng.choice(_POSITIONS[clause["position"][0]])
+            quadrants = _POSITIONS[clause["position"][0]]
     objects = []
     for clause, (row, column) in zip(clauses, quadrants, strict=True):
         color = clause.get("color") or rng.choice(list(COLORS))

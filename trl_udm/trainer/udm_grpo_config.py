@@ -107,15 +107,13 @@ class UDMGRPOConfig(GRPOConfig):
     guidance_scale: float = field(
         default=1.0, metadata={"help": "Weight of classifier-free guidance in rollouts. 1 is no guidance (CFG-Free)."}
     )
-    guidance_trunc: float = field(
-        default=0.9, metadata={"help": "Time in [0, 1] from which on guidance is left out."}
-    )
+    guidance_trunc: float = field(default=0.9, metadata={"help": "Time in [0, 1] from which on guidance is left out."})
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Samples denoised and decoded at a time. By default all of a process."}
     )
     pipeline_kwargs: dict | str | None = field(
         default=None,
-        metadata={"help": "Size options of the pipeline family, such as '{\"height\": 512, \"width\": 512}'."},
+        metadata={"help": 'Size options of the pipeline family, such as \'{"height": 512, "width": 512}\'.'},
     )
 
     # Parameters that control the trajectory

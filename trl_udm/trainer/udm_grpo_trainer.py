@@ -238,7 +238,9 @@ class UDMGRPOTrainer(GRPOTrainer):
         return logps, entropies, None
 
     @torch.no_grad()
-    def _rollout(self, prompts: list[Any], mode: str) -> tuple[torch.Tensor, torch.Tensor, UDMSamplerOutput, list[Any]]:
+    def _rollout(
+        self, prompts: list[Any], mode: str
+    ) -> tuple[torch.Tensor, torch.Tensor, UDMSamplerOutput, list[Any]]:
         """Draws a sample for each prompt: conditioning and its mask (B, T), samples (B, N), completions."""
         num_inference_steps = self.args.num_inference_steps if mode == "train" else self.args.num_inference_steps_eval
         guidance_scale = self.args.guidance_scale if mode == "train" else self.args.guidance_scale_eval
@@ -375,9 +377,7 @@ class UDMGRPOTrainer(GRPOTrainer):
         completion_mask = torch.ones_like(actions)
         input_ids = torch.cat([prompt_ids, actions], dim=1)  # (B * K, T + N + N)
         attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)
-        batch_size = (
-            self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
-        )
+        batch_size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
         score = functools.partial(
             self._get_per_token_logps_and_entropies,
             input_ids=input_ids,
@@ -453,7 +453,9 @@ class UDMGRPOTrainer(GRPOTrainer):
             rewards = list(zip(*self._logs["rewards"].values(), strict=True))
             images = [image for (image,) in self._logs["images"]]
             grid = make_image_grid(images, list(self._logs["prompt"]), rewards)
-            grid.save(os.path.join(self.args.output_dir, "completions", f"completions_{self.state.global_step:05d}.png"))
+            grid.save(
+                os.path.join(self.args.output_dir, "completions", f"completions_{self.state.global_step:05d}.png")
+            )
             log_images_to_tensorboard(self.callback_handler.callbacks, grid, self.state.global_step)
 
     # A full run saves the whole pipeline, which `from_pretrained` loads as it is; an adapter is saved as PEFT saves it
@@ -497,7 +499,9 @@ def _name_failures(reward_func: Callable) -> Callable:
     name = get_callable_name(reward_func)
 
     def failed(prompts: list[Any], reason: str) -> str:
-        return f"The reward function '{name}' {reason} on {len(prompts)} prompts, the first of which is {prompts[0]!r}."
+        return (
+            f"The reward function '{name}' {reason} on {len(prompts)} prompts, the first of which is {prompts[0]!r}."
+        )
 
     def check(prompts: list[Any], rewards: list[float | None]) -> list[float | None]:
         if not hasattr(rewards, "__len__") or len(rewards) != len(prompts):
