@@ -82,14 +82,14 @@ def generate_batch(trainer):
 @pytest.mark.parametrize("peft_config", [None, LORA])
 def test_a_second_family_learns_through_the_same_trainer(tmp_path, peft_config):
     trainer = build_trainer(
-        tmp_path, peft_config=peft_config, max_steps=25, per_device_train_batch_size=96, num_generations=8, beta=0.0
+        tmp_path, peft_config=peft_config, max_steps=15, per_device_train_batch_size=96, num_generations=8, beta=0.0
     )
     trainer.train()
     rewards = [log["reward"] for log in trainer.state.log_history if "reward" in log]
-    assert len(rewards) == 25
+    assert len(rewards) == 15
     # Chance is 1 in 10
-    assert sum(rewards[:3]) / 3 < 0.25
-    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.25
+    assert rewards[0] < 0.25
+    assert sum(rewards[-3:]) / 3 > 0.75
 
 
 def test_the_trainer_names_no_family():
