@@ -457,7 +457,7 @@ def test_components_of_different_codebooks_are_refused(pipe, original_dir):
 
 def test_original_folder_saves_and_loads_in_our_format(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
-    names = ["transformer/model", f"vae/{ORIGINAL_WEIGHTS[:-12]}", "scheduler/scheduler_model"]
+    names = ["transformer/model", f"vae/{ORIGINAL_WEIGHTS[:-12]}", "scheduler/diffusion_pytorch_model"]
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.safetensors")) == sorted(
         f"{name}.safetensors" for name in names
     )
@@ -631,7 +631,7 @@ def test_missing_component_is_named(saved_dir, component):
         "vae/config.json",
         "vae/*.safetensors",
         "scheduler/scheduler_config.json",
-        "scheduler/scheduler_model.*",
+        "scheduler/*.safetensors",
         "tokenizer/tokenizer_config.json",
     ],
 )
@@ -663,7 +663,7 @@ def test_weight_of_another_shape_is_refused_and_named(saved_dir, component):
 
 
 def test_codebook_of_another_shape_is_refused_and_named(saved_dir):
-    (path,) = saved_dir.glob("scheduler/scheduler_model.*")
+    (path,) = saved_dir.glob("scheduler/*.safetensors")
     if path.suffix == ".pth":
         torch.save({"path.emb": torch.zeros(7)}, path)
     else:

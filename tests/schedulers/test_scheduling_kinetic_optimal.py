@@ -504,7 +504,7 @@ def test_an_original_file_without_its_tensor_is_refused(content, tmp_path):
 def test_a_file_of_safetensors_without_its_tensor_is_refused(tmp_path):
     save_settings(tmp_path)
     save_file({"path.emb": torch.ones(4, 2)}, tmp_path / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ValueError, match=r"scheduler_model\.safetensors: it has no tensor `codebook`"):
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors: it has no tensor `codebook`"):
         KineticOptimalScheduler.from_pretrained(tmp_path)
 
 
@@ -520,10 +520,10 @@ def test_a_broken_file_is_refused(name, content, tmp_path):
 def test_a_codebook_of_another_shape_than_the_configs_is_refused(tmp_path):
     save_settings(tmp_path, codebook_size=5)
     save_file({"codebook": torch.ones(4, 2)}, tmp_path / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ValueError, match=r"scheduler_model\.safetensors: `codebook_size` is 5 in the config"):
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors: `codebook_size` is 5 in the config"):
         KineticOptimalScheduler.from_pretrained(tmp_path)
     save_file({"codebook": torch.ones(4)}, tmp_path / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ValueError, match=r"scheduler_model\.safetensors: A codebook must be a finite matrix"):
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors: A codebook must be a finite matrix"):
         KineticOptimalScheduler.from_pretrained(tmp_path)
 
 
@@ -531,7 +531,7 @@ def test_a_codebook_of_another_shape_than_the_configs_is_refused(tmp_path):
 def test_a_missing_codebook_is_an_error(settings, tmp_path):
     save_settings(tmp_path, **settings)
     with pytest.raises(
-        OSError, match=r"neither `scheduler_model\.safetensors` nor `scheduler_model\.pth`.*" + tmp_path.name
+        OSError, match=r"neither `diffusion_pytorch_model\.safetensors` nor `scheduler_model\.pth`.*" + tmp_path.name
     ):
         KineticOptimalScheduler.from_pretrained(tmp_path)
 

@@ -234,7 +234,7 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"{file} holds more than plain tensors: loading it could run code, so it is not."
             ) from error
-        except (ValueError, RuntimeError, EOFError, SafetensorError) as error:
+        except (ValueError, RuntimeError, EOFError, OSError, SafetensorError) as error:
             raise ValueError(f"Cannot read a codebook from {file}: {error}") from error
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:

@@ -244,9 +244,10 @@ class UDMGRPOTrainer(GRPOTrainer):
         """Draws a sample for each prompt: conditioning and its mask (B, T), samples (B, N), completions."""
         num_inference_steps = self.args.num_inference_steps if mode == "train" else self.args.num_inference_steps_eval
         guidance_scale = self.args.guidance_scale if mode == "train" else self.args.guidance_scale_eval
-        # The empty prompt is encoded along with the others, so that it is padded to their length
-        encoded = [tensor.to(self.accelerator.device) for tensor in self.pipeline.encode_prompt([*prompts, ""])]
-        prompt_ids, prompt_mask = (tensor[:-1] for tensor in encoded)
+        # With guidance the empty prompt is encoded along with the others, so that it is padded to their length
+        texts = prompts if guidance_scale == 1.0 else [*prompts, ""]
+        encoded = [tensor.to(self.accelerator.device) for tensor in self.pipeline.encode_prompt(texts)]
+        prompt_ids, prompt_mask = (tensor[: len(prompts)] for tensor in encoded)
         batch_size = self.args.rollout_batch_size or len(prompts)
         outputs, completions = [], []
         with (
