@@ -32,6 +32,7 @@ The run leaves in its output folder: `samples_before.png` and `samples_after.png
 
 import importlib
 import json
+import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,10 +179,7 @@ def save_curve(path: Path, log_history: list[dict[str, float]]) -> None:
     figure, axis = plt.subplots(figsize=(7, 4))
     for values, label, color in ((rewards, "reward", "tab:blue"), (accuracies, "strict accuracy", "tab:orange")):
         window = max(1, len(values) // 15)
-        means = [
-            sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1])
-            for i in range(len(values))
-        ]
+        means = [statistics.fmean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
         axis.plot(steps, values, color=color, alpha=0.25)
         axis.plot(steps, means, color=color, label=label)
     axis.set(xlabel="step", ylabel="mean over the rollout's samples", title="UDM-GRPO on the GenEval reward")

@@ -352,7 +352,6 @@ class UDMGRPOTrainer(GRPOTrainer):
         return advantages, rewards, std_rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        device = self.accelerator.device
         mode = "train" if self.model.training else "eval"
         num_timesteps = self.args.num_train_timesteps
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
@@ -406,7 +405,7 @@ class UDMGRPOTrainer(GRPOTrainer):
                 else:
                     with use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None):
                         batch["ref_per_token_logps"] = score(self.model)[0]
-        return {name: tensor.to(device) for name, tensor in batch.items()}
+        return batch
 
     def _log_rollout(self, mode, prompts, completions, rewards_per_func, rewards, std_rewards, advantages):
         """Logs what `GRPOTrainer` logs of a generation batch, under its names."""
