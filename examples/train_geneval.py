@@ -50,7 +50,6 @@ from trl_udm.shapes.world import CLASS_NAMES
 from trl_udm.trainer.before_after import format_table, train_and_compare
 
 
-LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPES_CONFIG_PATH = Path(__file__).parent / "configs" / "shapes.yaml"
 
 
@@ -140,7 +139,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         script_args, model_args.model_name_or_path
     )
     if model_args.lora_target_modules is None:
-        model_args.lora_target_modules = LORA_TARGET_MODULES
+        model_args.lora_target_modules = "all-linear"
     dtype = None if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
     pipeline = URSAPipeline.from_pretrained(path, dtype=dtype)
     if model_args.attn_implementation is not None:

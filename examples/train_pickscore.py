@@ -38,9 +38,6 @@ from trl_udm.data.loading import load_prompts
 from trl_udm.trainer.before_after import format_table, train_and_compare
 
 
-LORA_TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
 @dataclass
 class ScriptArguments:
     """
@@ -80,7 +77,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     eval_dataset = load_prompts(script_args.eval_dataset_name)
 
     if model_args.lora_target_modules is None:
-        model_args.lora_target_modules = LORA_TARGET_MODULES
+        model_args.lora_target_modules = "all-linear"
     dtype = None if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
     pipeline = URSAPipeline.from_pretrained(model_args.model_name_or_path, dtype=dtype)
     if model_args.attn_implementation is not None:

@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -109,6 +110,26 @@ def test_evaluate_reports_on_shapes_and_continues(tmp_path, capsys):
     main([*EVALUATE, "--output_dir", str(tmp_path / "out")])
     report = json.loads((tmp_path / "out" / "results.json").read_text())
     assert report["results"]["geneval_accuracy"][1]["score"] == 1.0
+
+
+def test_evaluate_killed_and_given_again_ends_as_an_unbroken_run(tmp_path):
+    argv = [*EVALUATE, "--model", "shapes", "--batch_size", "1"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, "-m", "trl_udm.cli", *argv, "--output_dir", str(killed)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list(killed.rglob("*.png"))) < 3:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert 3 <= len(list(killed.rglob("*.png"))) < 120
+    for folder in (killed, whole):
+        main([*argv, "--output_dir", str(folder)])
+
+    def contents(folder):
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    assert len(contents(whole)) == 120 * 3 + 4
+    assert contents(killed) == contents(whole)
 
 
 def test_evaluate_asks_for_prompts(tmp_path):

@@ -65,7 +65,9 @@ BENCHMARKS = {
     "ocr": ("ocr", {}, "ocr"),
     "pickscore": ("pickscore", {"normalize": False}, None),
     "shapes": ("shapes", {}, "geneval"),
+    "words": ("words", {}, "ocr"),
 }
+"""By benchmark: name of the reward, arguments of its constructor, task of the prompts."""
 
 
 def evaluate(
@@ -89,7 +91,7 @@ def evaluate(
             Folder of the images and the report.
         prompts (`str`, *optional*):
             File or Hub dataset of prompts, as [`~trl_udm.data.loading.load_prompts`] reads it. Needed with a model, unless
-            the benchmark is `"shapes"`, which has its own.
+            the benchmark is `"shapes"` or `"words"`, which have their own.
         model (`str`, *optional*):
             As in `load_pipeline`. Without one the images in `output_dir` are scored.
         adapter (`str`, *optional*):
@@ -114,6 +116,7 @@ def evaluate(
     from .rewards.loading import load_reward
     from .shapes import prompts as shapes_prompts
     from .shapes import world
+    from .words.prompts import split_words
 
     reward_name, reward_options, task = BENCHMARKS[benchmark]
     pipeline = rows = None
@@ -124,6 +127,8 @@ def evaluate(
         elif benchmark == "shapes":
             eval_rows = shapes_prompts.split_metadata()[1]
             rows = shapes_prompts.balance_metadata(eval_rows, shapes_prompts.EVAL_NUM_PROMPTS)
+        elif benchmark == "words":
+            rows = split_words()[1]
         else:
             raise ValueError(f"`--prompts` is needed for {benchmark}: a file or a dataset on the Hub.")
         pipeline = load_pipeline(model, adapter, dtype)
@@ -223,7 +228,7 @@ def load_pipeline(model: str, adapter: str | None, dtype: str | None) -> Any:
 
     Args:
         model (`str`):
-            Folder or Hub repository, or `"shapes"` for the model of the embedded world.
+            Folder or Hub repository, or `"shapes"` or `"words"` for the model of an embedded world.
         adapter (`str`, *optional*):
             Folder or Hub repository of a PEFT adapter.
         dtype (`str`, *optional*):
@@ -235,13 +240,11 @@ def load_pipeline(model: str, adapter: str | None, dtype: str | None) -> Any:
     import torch
     from accelerate import PartialState
 
+    from . import shapes, words
     from .pipelines.pipeline_ursa import URSAPipeline
 
     device = PartialState().device
-    if model == "shapes":
-        from .shapes import CHECKPOINT_PATH
-
-        model = CHECKPOINT_PATH
+    model = {"shapes": shapes.CHECKPOINT_PATH, "words": words.CHECKPOINT_PATH}.get(model, model)
     if dtype is None:
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     pipeline = URSAPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
@@ -251,7 +254,7 @@ def load_pipeline(model: str, adapter: str | None, dtype: str | None) -> Any:
 
 
 def _add_model(parser: argparse.ArgumentParser, required: bool) -> None:
-    parser.add_argument("--model", required=required, help="folder or Hub repository, or 'shapes'")
+    parser.add_argument("--model", required=required, help="folder or Hub repository, or 'shapes' or 'words'")
     parser.add_argument("--adapter", help="folder or Hub repository of a LoRA")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on a GPU by default")
     parser.add_argument("--seed", type=int, default=0, help="seed of the images")
@@ -294,7 +297,8 @@ def _add_serve_reward(verbs: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "reward", help="geneval, ocr, pickscore, clipscore, hpsv2, shapes, or module:attribute of a reward of yours"
+        "reward",
+        help="geneval, ocr, pickscore, clipscore, hpsv2, shapes, words, or module:attribute of a reward of yours",
     )
     parser.add_argument(
         "--options",

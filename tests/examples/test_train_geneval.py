@@ -12,27 +12,21 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-
-def load_example():
-    path = Path(__file__).parents[2] / "examples" / "train_geneval.py"
-    spec = importlib.util.spec_from_file_location("train_geneval", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from . import load_example
 
 
 @pytest.mark.parametrize("extra", [[], ["--use_peft", "--lora_r", "4"]])
 def test_the_example_trains_on_shapes_and_leaves_its_results(tmp_path, capsys, extra):
     small = ["--max_steps", "2", "--num_generations", "4", "--per_device_train_batch_size", "24"]
     small += ["--num_eval_images", "1", "--num_inference_steps", "5", "--num_inference_steps_eval", "5"]
-    results = load_example().main(["--output_dir", str(tmp_path), "--disable_tqdm", "True", *small, *extra])
+    results = load_example("train_geneval").main(
+        ["--output_dir", str(tmp_path), "--disable_tqdm", "True", *small, *extra]
+    )
     assert set(results["before"]) == set(results["after"]) and "overall" in results["before"]
     assert 0.3 < results["before"]["overall"] < 0.9
     assert json.loads((tmp_path / "results.json").read_text()) == results
@@ -48,4 +42,6 @@ def test_the_example_trains_on_shapes_and_leaves_its_results(tmp_path, capsys, e
 
 def test_the_real_run_asks_for_what_it_needs(tmp_path):
     with pytest.raises(ValueError, match="`--eval_dataset_name` is needed with `--model_name_or_path`"):
-        load_example().main(["--output_dir", str(tmp_path), "--model_name_or_path", "some/model", "--bf16", "False"])
+        load_example("train_geneval").main(
+            ["--output_dir", str(tmp_path), "--model_name_or_path", "some/model", "--bf16", "False"]
+        )

@@ -12,21 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
 from tests.rewards.test_clip import save_tiny_clip
 
-
-def load_example():
-    path = Path(__file__).parents[2] / "examples" / "train_pickscore.py"
-    spec = importlib.util.spec_from_file_location("train_pickscore", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from . import load_example
 
 
 def test_the_example_trains_on_pickscore_and_leaves_its_results(tmp_path, oracle_dir, capsys):
@@ -39,7 +31,9 @@ def test_the_example_trains_on_pickscore_and_leaves_its_results(tmp_path, oracle
     argv += ["--pipeline_kwargs", '{"height": 16, "width": 16}', "--num_generations", "2", "--disable_tqdm", "True"]
     argv += ["--per_device_train_batch_size", "6", "--gradient_accumulation_steps", "1", "--bf16", "False"]
     argv += ["--num_inference_steps", "5", "--num_inference_steps_eval", "5", "--report_to", "none"]
-    results = load_example().main([*argv, "--output_dir", str(tmp_path / "out"), "--logging_steps", "1"])
+    results = load_example("train_pickscore").main(
+        [*argv, "--output_dir", str(tmp_path / "out"), "--logging_steps", "1"]
+    )
     assert set(results["before"]) == set(results["after"]) == {"all", "overall"}
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
     for name in ("samples_before.png", "samples_after.png", "reward_curve.png", "model_index.json"):
@@ -50,4 +44,4 @@ def test_the_example_trains_on_pickscore_and_leaves_its_results(tmp_path, oracle
 def test_the_example_asks_for_a_model(tmp_path):
     argv = ["--dataset_name", "train.txt", "--eval_dataset_name", "test.txt", "--bf16", "False"]
     with pytest.raises(ValueError, match="`--model_name_or_path` is needed"):
-        load_example().main([*argv, "--output_dir", str(tmp_path)])
+        load_example("train_pickscore").main([*argv, "--output_dir", str(tmp_path)])

@@ -259,7 +259,7 @@ def test_a_missing_weight_is_an_error(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     weights.pop("visual_projection.weight")
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    message = f"The weights in {tmp_path} miss ['visual_projection.weight']."
+    message = f"{str(tmp_path)!r}, which lacks 1 parameters, such as 'visual_projection.weight'."
     with pytest.raises(ValueError, match=re.escape(message)):
         CLIPReward(str(tmp_path))(prompts=PROMPTS, completions=IMAGES)
 
@@ -267,7 +267,7 @@ def test_a_missing_weight_is_an_error(tmp_path):
 def test_a_missing_tokenizer_is_an_error(tmp_path):
     save_tiny_clip(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    message = f"The tokenizer in {tmp_path} must know the model's 78 tokens, got 2."
+    message = f"The tokenizer in {str(tmp_path)!r} must have the model's 78 tokens, got 2."
     with pytest.raises(ValueError, match=re.escape(message)):
         CLIPReward(str(tmp_path))(prompts=PROMPTS, completions=IMAGES)
 

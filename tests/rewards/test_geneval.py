@@ -258,8 +258,8 @@ def test_tensors_reach_the_detector_as_the_images_they_hold():
 )
 def test_other_tensors_are_refused(completions):
     message = (
-        "`completions` must be PIL images or a uint8 tensor of shape (B, 3, H, W), got "
-        f"{completions.dtype} of shape {tuple(completions.shape)}."
+        "`completions` must be PIL images or a torch.uint8 tensor of shape (B, 3, H, W), got a "
+        f"{completions.dtype} tensor of shape {tuple(completions.shape)}."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         GenEvalReward(GivenDetector({}))(["a"], completions, tag=[BENCH["tag"]], include=[BENCH["include"]])

@@ -612,7 +612,7 @@ def test_impossible_clients_are_refused(arguments, message):
     [
         (
             torch.zeros(1, 3, 8, 8),
-            "`completions` must be PIL images or a uint8 tensor of shape (B, 3, H, W), got torch.f",
+            "`completions` must be PIL images or a torch.uint8 tensor of shape (B, 3, H, W), got a torch.f",
         ),
         ([RED.convert("L")], "`completions[0]` must be an RGB image, got mode 'L'. Convert it first."),
     ],

@@ -334,6 +334,61 @@ def test_several_weighted_rewards_and_an_async_one(tmp_path):
     assert log["reward"] == pytest.approx(2 * log["rewards/count_a/mean"] + 2)
 
 
+@pytest.mark.parametrize("reward_weights", [None, [2.0]])
+def test_eval_rewards_are_called_in_evaluation_only_and_count_for_nothing(tmp_path, reward_weights):
+    calls = []
+
+    def count_b(prompts, completions, **kwargs):
+        calls.append("count_b")
+        return [completion.count("b") / len(completion) for completion in completions]
+
+    async def fixed(prompts, completions, **kwargs):
+        calls.append("fixed")
+        return [0.25] * len(completions)
+
+    weights = []
+    for eval_reward_funcs in (None, [count_b, fixed]):
+        trainer = UDMGRPOTrainer(
+            build_toy_text_pipeline(),
+            count_a,
+            build_args(tmp_path, reward_weights=reward_weights, log_completions=True),
+            train_dataset=PROMPTS,
+            eval_dataset=PROMPTS,
+            eval_reward_funcs=eval_reward_funcs,
+        )
+        trainer.train()
+        assert not calls
+        weights.append(trainer.model.state_dict())
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=0)
+    assert not any("count_b" in name or "fixed" in name for name in trainer.state.log_history[0])
+
+    metrics = trainer.evaluate()
+    assert sorted(set(calls)) == ["count_b", "fixed"]
+    assert metrics["eval_rewards/fixed/mean"] == 0.25 and 0 <= metrics["eval_rewards/count_b/mean"] <= 1
+    weight = 1.0 if reward_weights is None else 2.0
+    assert metrics["eval_reward"] == pytest.approx(weight * metrics["eval_rewards/count_a/mean"])
+
+
+def test_a_model_is_refused_as_an_eval_reward(tmp_path):
+    with pytest.raises(TypeError, match="`eval_reward_funcs` must be functions, got Linear"):
+        UDMGRPOTrainer(
+            build_toy_text_pipeline(),
+            count_a,
+            build_args(tmp_path),
+            train_dataset=PROMPTS,
+            eval_reward_funcs=torch.nn.Linear(1, 1),
+        )
+
+
+def test_a_sample_that_only_a_reward_of_weight_zero_scored_leaves_its_group_alone(tmp_path):
+    trainer = build_trainer(tmp_path, [count_a, count_a], reward_weights=[1.0, 0.0])
+    rewards = torch.tensor([[1.0, 5.0], [float("nan"), 7.0], [0.0, float("nan")], [0.5, 3.0]])
+    advantages = trainer._compute_advantages(rewards, 4)[0]
+    std = torch.tensor([1.0, 0.0, 0.5]).std(unbiased=False)
+    torch.testing.assert_close(advantages, torch.tensor([0.5, 0.0, -0.5, 0.0]) / (std + 1e-4), rtol=1e-5, atol=1e-6)
+
+
 def test_a_sample_without_reward_gets_no_advantage_and_leaves_the_others_alone(tmp_path):
     trainer = build_trainer(tmp_path)
     rewards = torch.tensor([[1.0], [float("nan")], [0.0], [0.5], [1.0], [1.0], [1.0], [1.0]])

@@ -15,8 +15,8 @@
 """Reads the folders of the original URSA repositories, whose `model_index.json` names classes of the authors' package."""
 
 import json
-import pickle
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -174,7 +174,7 @@ def _load_state_dict(folder: Path) -> dict[str, torch.Tensor]:
                 tensors = load_file(shard)
             else:
                 tensors = torch.load(shard, map_location="cpu", weights_only=True)
-        except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
+        except (SafetensorError, UnpicklingError, EOFError, OSError, RuntimeError) as error:
             raise ValueError(f"{shard} is damaged, or holds more than tensors, so it is not loaded.") from error
         if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
             raise ValueError(f"{shard} must hold a dictionary of tensors and nothing else.")

@@ -32,6 +32,52 @@ from PIL import Image
 from torch.nn import functional
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from .images import as_pil_images
+
+
+def load_clip(
+    model_name_or_path: str,
+    processor_name_or_path: str,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessorPil]:
+    """
+    Load a CLIP model with its tokenizer and image processor, which does not need torchvision.
+
+    Args:
+        model_name_or_path (`str`):
+            A [`~transformers.CLIPModel`] on the Hub or in a folder.
+        processor_name_or_path (`str`):
+            Where its tokenizer and image processor are.
+        device (`str` or `torch.device`, *optional*):
+            By default the one that Accelerate gives to this process.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+            Type of the weights.
+
+    Returns:
+        `tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessorPil]`: The three, the model on its device.
+
+    Raises:
+        `ValueError`: If the weights lack a parameter, or the tokenizer is another model's.
+    """
+    model, info = CLIPModel.from_pretrained(model_name_or_path, dtype=dtype, output_loading_info=True)
+    # transformers leaves missing parameters random, with a warning at most.
+    missing = sorted(info["missing_keys"] & dict(model.named_parameters()).keys())
+    if missing:
+        raise ValueError(
+            f"`model_name_or_path` must hold a trained CLIP, got {model_name_or_path!r}, which lacks {len(missing)} "
+            f"parameters, such as {missing[0]!r}."
+        )
+    # From a folder without a tokenizer, transformers makes an empty one.
+    tokenizer = CLIPTokenizer.from_pretrained(processor_name_or_path)
+    vocab_size = model.config.text_config.vocab_size
+    if len(tokenizer) != vocab_size:
+        raise ValueError(
+            f"The tokenizer in {processor_name_or_path!r} must have the model's {vocab_size} tokens, got {len(tokenizer)}."
+        )
+    image_processor = CLIPImageProcessorPil.from_pretrained(processor_name_or_path)
+    return model.eval().to(device if device is not None else PartialState().device), tokenizer, image_processor
+
 
 class CLIPReward:
     """
@@ -120,17 +166,7 @@ class CLIPReward:
             `ValueError`: If a tensor of images has another shape or type, if there are not as many images as prompts,
             if the checkpoint lacks a weight or its tokenizer is another model's, or if a score is not finite.
         """
-        if isinstance(completions, torch.Tensor):
-            if completions.dtype != torch.uint8 or completions.ndim != 4 or completions.shape[1] != 3:
-                raise ValueError(
-                    "`completions` must be PIL images or a torch.uint8 tensor of shape (B, 3, H, W), got a "
-                    f"{completions.dtype} tensor of shape {tuple(completions.shape)}."
-                )
-            completions = [Image.fromarray(pixels) for pixels in completions.permute(0, 2, 3, 1).cpu().numpy()]
-        if len(completions) != len(prompts):
-            raise ValueError(
-                f"`completions` must have an image for each of {len(prompts)} prompts, got {len(completions)} images."
-            )
+        completions = as_pil_images(completions, len(prompts))
 
         if self._model is None:
             self._load()
@@ -150,19 +186,9 @@ class CLIPReward:
         return rewards
 
     def _load(self) -> None:
-        model, info = CLIPModel.from_pretrained(self.model_name_or_path, dtype=self.dtype, output_loading_info=True)
-        if info["missing_keys"]:
-            # transformers would leave them random and warn.
-            raise ValueError(f"The weights in {self.model_name_or_path} miss {sorted(info['missing_keys'])}.")
-        self._tokenizer = CLIPTokenizer.from_pretrained(self.processor_name_or_path)
-        if len(self._tokenizer) != model.config.text_config.vocab_size:
-            # Without its files, transformers would make an empty one.
-            raise ValueError(
-                f"The tokenizer in {self.processor_name_or_path} must know the model's "
-                f"{model.config.text_config.vocab_size} tokens, got {len(self._tokenizer)}."
-            )
-        self._image_processor = CLIPImageProcessorPil.from_pretrained(self.processor_name_or_path)
-        self._model = model.to(self.device if self.device is not None else PartialState().device)
+        self._model, self._tokenizer, self._image_processor = load_clip(
+            self.model_name_or_path, self.processor_name_or_path, self.device, self.dtype
+        )
 
     def _encode_images(self, images: list[Image.Image]) -> torch.Tensor:
         images = [self._prepare_image(image.convert("RGB")) for image in images]

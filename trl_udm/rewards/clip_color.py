@@ -16,11 +16,10 @@
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torch.nn import functional
-from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from .clip import load_clip
 from .geneval import COLORS, Detection
 
 
@@ -94,7 +93,9 @@ class CLIPColorClassifier:
         if not detections:
             return []
         if self.model is None:
-            self._load_model()
+            self.model, self.tokenizer, self.image_processor = load_clip(
+                self.model_name_or_path, self.model_name_or_path, self.device, self.dtype
+            )
         if class_name not in self.text_embeddings:
             self.text_embeddings[class_name] = self._embed_colors(class_name)
 
@@ -118,26 +119,6 @@ class CLIPColorClassifier:
         embeddings = functional.normalize(embeddings.float(), dim=-1)
         embeddings = embeddings.unflatten(0, (len(COLORS), len(TEMPLATES))).mean(dim=1)
         return functional.normalize(embeddings, dim=-1)
-
-    def _load_model(self) -> None:
-        model, info = CLIPModel.from_pretrained(self.model_name_or_path, dtype=self.dtype, output_loading_info=True)
-        # transformers leaves missing parameters random, with a warning at most.
-        missing = sorted(info["missing_keys"] & dict(model.named_parameters()).keys())
-        if missing:
-            raise ValueError(
-                f"`model_name_or_path` must hold a trained CLIP, got {self.model_name_or_path!r}, which lacks "
-                f"{len(missing)} parameters, such as {missing[0]!r}."
-            )
-        # From a folder without a tokenizer, transformers makes an empty one.
-        self.tokenizer = CLIPTokenizer.from_pretrained(self.model_name_or_path)
-        if len(self.tokenizer) != model.config.text_config.vocab_size:
-            raise ValueError(
-                f"The tokenizer in {self.model_name_or_path!r} must have the model's "
-                f"{model.config.text_config.vocab_size} tokens, got {len(self.tokenizer)}."
-            )
-        self.image_processor = CLIPImageProcessorPil.from_pretrained(self.model_name_or_path)
-        device = self.device if self.device is not None else PartialState().device
-        self.model = model.eval().to(device)
 
 
 def crop_object(image: Image.Image, detection: Detection) -> Image.Image:

@@ -31,6 +31,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .images import as_pil_images
+
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 # COCO's classes in COCO's order, under the benchmark's names
@@ -476,7 +478,7 @@ class GenEvalReward:
         Args:
             prompts (`list[str]`):
                 The prompts, for messages.
-            completions (`list[Image.Image]` or `torch.Tensor` of shape `(B, 3, H, W)` and dtype `uint8`):
+            completions (`list[Image.Image]` or `torch.Tensor` of shape `(B, 3, H, W)` and dtype `torch.uint8`):
                 The generated images.
             tag (`list[str | None]`):
                 The kind of each row, one of `TAGS`.
@@ -497,13 +499,7 @@ class GenEvalReward:
             asks for a color without a color classifier, or if the detector or the color classifier returns the wrong
             number of results.
         """
-        if isinstance(completions, torch.Tensor):
-            if completions.dtype != torch.uint8 or completions.ndim != 4 or completions.shape[1] != 3:
-                raise ValueError(
-                    "`completions` must be PIL images or a uint8 tensor of shape (B, 3, H, W), got "
-                    f"{completions.dtype} of shape {tuple(completions.shape)}."
-                )
-            completions = [Image.fromarray(pixels) for pixels in completions.permute(0, 2, 3, 1).cpu().numpy()]
+        completions = as_pil_images(completions, len(prompts))
 
         exclude = exclude if exclude is not None else [None] * len(prompts)
         applicable = []

@@ -27,8 +27,9 @@ def load_reward(name: str, options: dict[str, Any] | None = None) -> Callable:
 
     Args:
         name (`str`):
-            `"geneval"`, `"ocr"`, `"pickscore"`, `"clipscore"`, `"hpsv2"`, `"shapes"` (GenEval in the embedded world), or
-            the `"module:attribute"` of a reward function, or of a class of which one is made. Those are not called.
+            `"geneval"`, `"ocr"`, `"pickscore"`, `"clipscore"`, `"hpsv2"`, `"shapes"` and `"words"` (GenEval and OCR in the
+            embedded worlds), or the `"module:attribute"` of a reward function, or of a class of which one is made. Those
+            are not called.
         options (`dict[str, Any]`, *optional*):
             Arguments of the reward's constructor.
 
@@ -63,11 +64,14 @@ def load_reward(name: str, options: dict[str, Any] | None = None) -> Callable:
         reward.color_classifier(image, [Detection(box=(0, 0, 64, 64), score=1.0)], "dog")
         return reward
 
+    if name == "words":
+        options = {"detect_text": False, **options}
     classes = {
         "ocr": "trl_udm.rewards.ocr:OCRReward",
         "pickscore": "trl_udm.rewards.clip:PickScoreReward",
         "clipscore": "trl_udm.rewards.clip:CLIPScoreReward",
         "hpsv2": "trl_udm.rewards.clip:HPSv2Reward",
+        "words": "trl_udm.rewards.ocr:OCRReward",
     }
     module_name, separator, attribute = classes.get(name, name).partition(":")
     if not separator:

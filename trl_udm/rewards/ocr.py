@@ -30,6 +30,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .images import as_pil_images
+
 
 # Typographic quotes, primes and accents that stand for the straight ones.
 QUOTES = str.maketrans(dict.fromkeys("‘’‚‛′´`", "'") | dict.fromkeys("“”„‟″", '"'))
@@ -258,23 +260,7 @@ class OCRReward:
             `ValueError`: If a tensor of images has another shape or type, there are not as many images as prompts, or
             a target is missing or empty.
         """
-        if isinstance(completions, torch.Tensor):
-            if completions.dtype != torch.uint8 or completions.ndim != 4 or completions.shape[1] != 3:
-                raise ValueError(
-                    "`completions` must be PIL images or a torch.uint8 tensor of shape (B, 3, H, W), got a "
-                    f"{completions.dtype} tensor of shape {tuple(completions.shape)}."
-                )
-            completions = [Image.fromarray(pixels) for pixels in completions.permute(0, 2, 3, 1).cpu().numpy()]
-        for image in completions:
-            if not isinstance(image, Image.Image):
-                raise TypeError(
-                    "`completions` must be PIL images or a torch.uint8 tensor of shape (B, 3, H, W), got a list with "
-                    f"{type(image).__name__}."
-                )
-        if len(completions) != len(prompts):
-            raise ValueError(
-                f"`completions` must have an image for each of {len(prompts)} prompts, got {len(completions)} images."
-            )
+        completions = as_pil_images(completions, len(prompts))
 
         if target_text is None:
             target_text = [extract_target(prompt) for prompt in prompts]

@@ -26,6 +26,7 @@ import httpx2
 import torch
 from PIL import Image
 
+from .images import as_pil_images
 from .wire import MEDIA_TYPE, REWARDS_PATH, TOKEN_VARIABLE, check_token, pack_request, unpack_response
 
 
@@ -142,7 +143,7 @@ class RemoteReward:
         Args:
             prompts (`list[str]`):
                 The prompts.
-            completions (`list[Image.Image]` or `torch.Tensor` of shape `(B, 3, H, W)` and dtype `uint8`):
+            completions (`list[Image.Image]` or `torch.Tensor` of shape `(B, 3, H, W)` and dtype `torch.uint8`):
                 The generated images, in RGB.
             completion_ids (`list[list[int]]`, *optional*):
                 Not sent.
@@ -162,13 +163,7 @@ class RemoteReward:
             `ValueError`: If the completions are no RGB images, or if a column cannot be sent.
             `RuntimeError`: If no server answered, or one refused the request or failed. The message says what each said.
         """
-        if isinstance(completions, torch.Tensor):
-            if completions.dtype != torch.uint8 or completions.ndim != 4 or completions.shape[1] != 3:
-                raise ValueError(
-                    "`completions` must be PIL images or a uint8 tensor of shape (B, 3, H, W), got "
-                    f"{completions.dtype} of shape {tuple(completions.shape)}."
-                )
-            completions = [Image.fromarray(pixels) for pixels in completions.permute(0, 2, 3, 1).cpu().numpy()]
+        completions = as_pil_images(completions, len(prompts))
         if self.columns is not None:
             columns = {name: columns[name] for name in self.columns}
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import pickle
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -230,7 +230,7 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
                 self.set_codebook(state_dict[key])
             else:
                 self._register_codebook(state_dict[key])
-        except pickle.UnpicklingError as error:
+        except UnpicklingError as error:
             raise ValueError(
                 f"{file} holds more than plain tensors: loading it could run code, so it is not."
             ) from error

@@ -80,6 +80,9 @@ class UDMGRPOTrainer(GRPOTrainer):
         peft_config ([`~peft.PeftConfig`], *optional*):
             Adapter to train, instead of all weights. The reference policy is then the model without it; otherwise it is a
             frozen copy of the weights that the trainer was given.
+        eval_reward_funcs (`Callable` or `list[Callable]`, *optional*):
+            Reward functions that are called in evaluation only and count for nothing there: they are logged under
+            `eval_rewards/<name>/mean`.
 
     Example:
 
@@ -122,6 +125,7 @@ class UDMGRPOTrainer(GRPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: Any | None = None,
+        eval_reward_funcs: Callable | list[Callable] | None = None,
     ):
         # Args
         if not isinstance(pipeline, UDMPipeline):
@@ -155,9 +159,25 @@ class UDMGRPOTrainer(GRPOTrainer):
         if not hasattr(transformer, "generation_config"):
             transformer.generation_config = GenerationConfig()
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        named_reward_funcs = [_name_failures(reward_func) for reward_func in reward_funcs]
+
+        # Rewards of evaluation are rewards of weight 0 that abstain in training
+        if eval_reward_funcs is None:
+            eval_reward_funcs = []
+        elif not isinstance(eval_reward_funcs, list):
+            eval_reward_funcs = [eval_reward_funcs]
+        for reward_func in eval_reward_funcs:
+            if isinstance(reward_func, nn.Module | str):
+                raise TypeError(f"`eval_reward_funcs` must be functions, got {reward_func!r}.")
+            named_reward_funcs.append(_name_failures(reward_func, abstains=lambda: self.model.training))
+        if eval_reward_funcs:
+            weights = args.reward_weights or [1.0] * len(reward_funcs)
+            args.reward_weights = [*weights, *[0.0] * len(eval_reward_funcs)]
+        self._num_eval_reward_funcs = len(eval_reward_funcs)
+
         super().__init__(
             model=transformer,
-            reward_funcs=[_name_failures(reward_func) for reward_func in reward_funcs],
+            reward_funcs=named_reward_funcs,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -299,12 +319,11 @@ class UDMGRPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        silent = torch.isnan(rewards_per_func).all(dim=0).tolist()
-        names = [name for name, is_silent in zip(self.reward_func_names, silent, strict=True) if is_silent]
-        if names and len(names) == len(silent):
+        num_trained = len(self.reward_funcs) - self._num_eval_reward_funcs
+        if torch.isnan(rewards_per_func[:, :num_trained]).all():
             raise ValueError(
-                f"The reward functions {names} returned None or NaN for all {len(rewards_per_func)} samples of a batch, the "
-                f"first of which has the prompt {prompts[0]!r}."
+                f"The reward functions {self.reward_func_names[:num_trained]} returned None or NaN for all "
+                f"{len(rewards_per_func)} samples of a batch, the first of which has the prompt {prompts[0]!r}."
             )
         return rewards_per_func
 
@@ -315,8 +334,9 @@ class UDMGRPOTrainer(GRPOTrainer):
         Advantages Â = (R − mean) / (std + 1e-4) with the group's mean and, unlike in `GRPOTrainer`, the population's
         standard deviation, clamped to ±`advantage_clip`.
 
-        Rewards (B, F) have NaN where a function abstained. A sample that no function scored is left out of its group's
-        statistics and gets no advantage. Returns advantages, weighted rewards, and standard deviations, each (B,).
+        Rewards (B, F) have NaN where a function abstained. A sample that no function of a weight other than 0 scored is
+        left out of its group's statistics and gets no advantage. Returns advantages, weighted rewards, and standard
+        deviations, each (B,).
         """
 
         def std(values: torch.Tensor, dim: int | None = None) -> torch.Tensor:
@@ -324,7 +344,7 @@ class UDMGRPOTrainer(GRPOTrainer):
             return torch.nanmean((values - mean).square(), dim=dim, keepdim=True).sqrt()
 
         weights = self.reward_weights.to(rewards_per_func.device)
-        unscorable = torch.isnan(rewards_per_func).all(dim=1)  # (B,)
+        unscorable = torch.isnan(rewards_per_func[:, weights != 0]).all(dim=1)  # (B,)
         rewards = (rewards_per_func * weights).nansum(dim=1).masked_fill(unscorable, torch.nan)  # (B,)
         if self.multi_objective_aggregation == "sum_then_normalize":
             grouped = rewards.view(-1, num_generations)
@@ -409,7 +429,9 @@ class UDMGRPOTrainer(GRPOTrainer):
 
     def _log_rollout(self, mode, prompts, completions, rewards_per_func, rewards, std_rewards, advantages):
         """Logs what `GRPOTrainer` logs of a generation batch, under its names."""
-        for i, name in enumerate(self.reward_func_names):
+        num_reward_funcs = len(self.reward_funcs) - (self._num_eval_reward_funcs if mode == "train" else 0)
+        reward_func_names = self.reward_func_names[:num_reward_funcs]
+        for i, name in enumerate(reward_func_names):
             self._metrics[mode][f"rewards/{name}/mean"].append(torch.nanmean(rewards_per_func[:, i]).item())
             self._metrics[mode][f"rewards/{name}/std"].append(nanstd(rewards_per_func[:, i]).item())
         self._metrics[mode]["reward"].append(torch.nanmean(rewards).item())
@@ -438,7 +460,7 @@ class UDMGRPOTrainer(GRPOTrainer):
         self._logs["completion"].extend(gather_object(["<image>"] * len(completions) if is_image else completions))
         if is_image:
             self._logs["images"].extend(gather_object([[image] for image in completions]))
-        for i, name in enumerate(self.reward_func_names):
+        for i, name in enumerate(reward_func_names):
             self._logs["rewards"][name].extend(rewards_per_func[:, i].tolist())
         self._logs["advantages"].extend(advantages.tolist())
         for column in sorted(set(gather_object(list(self._pending_extra_logs)))):
@@ -492,9 +514,9 @@ def _check_dataset(name: str, dataset: Any) -> None:
         raise ValueError(f"`{name}` must have at least one row.")
 
 
-def _name_failures(reward_func: Callable) -> Callable:
-    """Makes a reward function's failures say whose they are, and on which prompts."""
-    if isinstance(reward_func, nn.Module) or isinstance(reward_func, str):
+def _name_failures(reward_func: Callable, abstains: Callable[[], bool] = lambda: False) -> Callable:
+    """Makes a reward function's failures say whose they are, and on which prompts. It is not called where it abstains."""
+    if isinstance(reward_func, nn.Module | str):
         return reward_func
     name = get_callable_name(reward_func)
 
@@ -515,6 +537,8 @@ def _name_failures(reward_func: Callable) -> Callable:
     if is_async_callable(reward_func):
 
         async def wrapper(prompts, **kwargs):
+            if abstains():
+                return [None] * len(prompts)
             try:
                 rewards = await reward_func(prompts=prompts, **kwargs)
             except Exception as error:
@@ -524,6 +548,8 @@ def _name_failures(reward_func: Callable) -> Callable:
     else:
 
         def wrapper(prompts, **kwargs):
+            if abstains():
+                return [None] * len(prompts)
             try:
                 rewards = reward_func(prompts=prompts, **kwargs)
             except Exception as error:

@@ -13,3 +13,9 @@
 # limitations under the License.
 
 """The embedded world of written words on 96 x 32 pixels, small enough for a CPU."""
+
+from pathlib import Path
+
+
+CHECKPOINT_PATH = Path(__file__).parent / "checkpoint"
+"""Folder of the shipped pipeline, for [`URSAPipeline.from_pretrained`]. `scripts/train_words.py` makes it."""
