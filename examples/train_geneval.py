@@ -104,6 +104,8 @@ def import_callable(path: str):
 def load_world(script_args: ScriptArguments, model_name_or_path: str | None):
     """The pipeline's name, the detector, the color classifier, and the prompts to train and to evaluate on."""
     if model_name_or_path is None:
+        if script_args.dataset_name is not None or script_args.eval_dataset_name is not None:
+            raise ValueError("`--dataset_name` and `--eval_dataset_name` need `--model_name_or_path`.")
         from trl_udm.shapes.detector import ShapesColorClassifier, ShapesDetector
 
         train_rows, eval_rows = split_metadata()
@@ -123,7 +125,8 @@ def load_world(script_args: ScriptArguments, model_name_or_path: str | None):
     color_classifier = import_callable(script_args.color_classifier)()
     eval_dataset = load_prompts(script_args.eval_dataset_name, task="geneval", class_names=detector.class_names)
     if script_args.dataset_name is None:
-        train_dataset = generate_geneval_prompts(script_args.num_train_prompts, exclude=eval_dataset)
+        rows = generate_geneval_prompts(script_args.num_train_prompts, exclude=eval_dataset)
+        train_dataset = geneval_dataset(rows, detector.class_names)
     else:
         train_dataset = load_prompts(script_args.dataset_name, task="geneval", class_names=detector.class_names)
     return model_name_or_path, detector, color_classifier, train_dataset, eval_dataset

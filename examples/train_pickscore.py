@@ -82,10 +82,15 @@ def main(argv: list[str]) -> dict[str, Any]:
     pipeline = URSAPipeline.from_pretrained(model_args.model_name_or_path, dtype=dtype)
     if model_args.attn_implementation is not None:
         pipeline.transformer.set_attn_implementation(model_args.attn_implementation)
-    scorer = (script_args.pickscore_model, script_args.pickscore_processor)
+    pickscore_reward = PickScoreReward(script_args.pickscore_model, script_args.pickscore_processor)
+
+    def pickscore(**kwargs):
+        # What papers report; by the same model, which is large
+        return [26 * reward for reward in pickscore_reward(**kwargs)]
+
     trainer = UDMGRPOTrainer(
         pipeline,
-        reward_funcs=PickScoreReward(*scorer),
+        reward_funcs=pickscore_reward,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -93,7 +98,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     )
     results = train_and_compare(
         trainer,
-        PickScoreReward(*scorer, normalize=False),
+        pickscore,
         list(eval_dataset),
         num_images_per_prompt=script_args.num_eval_images,
         batch_size=script_args.eval_images_batch_size,

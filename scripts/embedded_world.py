@@ -223,10 +223,13 @@ def train_network(
     num_steps: int,
     batch_size: int,
     seed: int,
+    bf16: bool,
 ):
     """Cross-entropy of the clean tokens given tokens noised to a random time (design of URSA), prompts dropped at 5 %."""
     torch.manual_seed(seed)
     network, scheduler = pipeline.transformer.train(), pipeline.scheduler
+    if bf16:
+        network.set_attn_implementation("eager")  # the backward pass of SDPA is slow in bfloat16 on CPUs
     times = KineticOptimalScheduler.from_config(scheduler.config, shift=world.training_shift)
     latent_shape = pipeline.latent_shape(*world.image_size)
     prompt_ids, prompt_mask = pipeline.encode_prompt(captions)
@@ -250,8 +253,9 @@ def train_network(
         clean_samples = tokens[rows]
         t = times.sample_timesteps((batch_size,), generator=generator)
         noised_samples = scheduler.add_noise(clean_samples, t, generator=generator)
-        logits = pipeline.denoise(ids, mask, noised_samples, latent_shape)
-        loss = functional.cross_entropy(logits.flatten(0, 1), clean_samples.flatten())
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = pipeline.denoise(ids, mask, noised_samples, latent_shape)  # (B, N, V)
+        loss = functional.cross_entropy(logits.float().flatten(0, 1), clean_samples.flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -283,6 +287,7 @@ def main(world: World):
     parser.add_argument("--batch_size", type=int, default=128, help="Scenes a step of the network.")
     parser.add_argument("--caption_error", type=float, default=world.caption_error, help="Share of wrong captions.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of everything.")
+    parser.add_argument("--bf16", action="store_true", help="Train the network in bfloat16, on CPUs that have it.")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
@@ -298,5 +303,7 @@ def main(world: World):
         autoencoder,
         world.max_prompt_length,
     )
-    train_network(world, args.output_dir, pipeline, tokens, captions, args.num_steps, args.batch_size, args.seed)
+    train_network(
+        world, args.output_dir, pipeline, tokens, captions, args.num_steps, args.batch_size, args.seed, args.bf16
+    )
     pipeline.save_pretrained(args.output_dir / "pipeline")

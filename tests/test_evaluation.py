@@ -13,10 +13,15 @@
 # limitations under the License.
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from trl_udm import URSAPipeline
@@ -122,7 +127,7 @@ def test_the_report_holds_settings_table_and_grid(pipeline, tmp_path):
     assert summaries == {"closeness": summarize(results["closeness"])}
     tables = (tmp_path / "results.md").read_text()
     report = json.loads((tmp_path / "results.json").read_text())
-    assert report["settings"] == {"model": "tiny-ursa", "seed": 0, **SETTINGS}
+    assert report["settings"] == {"model": "tiny-ursa", "num_prompts": 3, "seed": 0, **SETTINGS}
     assert report["results"] == results
     mean = np.mean([row["score"] for row in results["closeness"] if row["tag"] == "long"])
     assert re.search(rf"\| long \| {mean:.3f} \| .* \| 1 \| 3 \|", tables)
@@ -130,22 +135,115 @@ def test_the_report_holds_settings_table_and_grid(pipeline, tmp_path):
         assert grid.size == (2 * 164, 212)  # a column a tag, as many rows as each has prompts
 
 
+def test_scores_are_made_anew_where_images_or_settings_have_changed(pipeline, tmp_path):
+    scored = []
+
+    def brightness(prompts, completions, **columns):
+        scored.extend(prompts)
+        return [np.asarray(image).mean() / 255 for image in completions]
+
+    generate_images(pipeline, ROWS, tmp_path, **SETTINGS)
+    first = score_images(tmp_path, brightness, settings={"options": (1, 2)})
+    assert score_images(tmp_path, brightness, settings={"options": (1, 2)}) == first
+    assert len(scored) == 9
+    Image.new("RGB", (16, 16), "white").save(tmp_path / "00001" / "samples" / "00000.png")
+    Image.new("RGB", (16, 16), "black").save(tmp_path / "00002" / "samples" / "00007.png")
+    changed = score_images(tmp_path, brightness, settings={"options": (1, 2)})
+    assert scored[9:] == ["abcd"] * 3 + ["c"] * 4
+    assert changed[3]["score"] == 1.0 and changed[9]["score"] == 0.0 and changed[:3] == first[:3]
+    assert score_images(tmp_path, brightness, settings={"options": (1, 3)}) == changed
+    assert len(scored) == 16 + 10
+
+
+def test_two_rewards_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"names that differ, got \['closeness', 'closeness'\]"):
+        evaluate([closeness, closeness], tmp_path)
+
+
+def test_a_reward_that_cannot_work_says_so_before_images_are_drawn(pipeline, tmp_path):
+    def broken(prompts, **columns):
+        raise ImportError("Install it.")
+
+    with pytest.raises(ImportError, match="Install it."):
+        evaluate([closeness, broken], tmp_path / "out", pipeline, ROWS, **SETTINGS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_asynchronous_reward_scores_outside_of_autocast(pipeline, tmp_path):
+    async def later(prompts, completions, **columns):
+        assert not torch.is_autocast_enabled("cpu")
+        return [0.5] * len(prompts)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        summaries = evaluate([later], tmp_path, pipeline, ROWS, **SETTINGS)
+    assert summaries["later"]["overall"]["mean"] == 0.5
+
+
+def test_rows_of_one_prompt_are_one_prompt(pipeline):
+    # Two rows that are alike say no more than one: with one prompt, every resample is the same
+    results = [
+        {"filename": f"{row:05}/samples/{i:05}.png", "prompt": "ab", "tag": "colors", "score": float(row)}
+        for row in range(2)
+        for i in range(4)
+    ]
+    results.append({"filename": "00002/samples/00000.png", "prompt": "c", "tag": "colors", "score": 1.0})
+    summary = summarize(results)["colors"]
+    assert summary["mean"] == pytest.approx(5 / 9) and summary["num_prompts"] == 2 and summary["num_images"] == 9
+    assert summary["low"] == 0.5 and summary["high"] == 1.0
+
+
+def test_two_processes_draw_and_score_what_one_does(pipeline, tmp_path):
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    code = f"""
+from accelerate import PartialState
+from trl_udm import URSAPipeline
+from trl_udm.evaluation import evaluate
+from tests.test_evaluation import ROWS, SETTINGS, closeness
+assert PartialState().num_processes == 2
+pipeline = URSAPipeline.from_pretrained({str(tmp_path / "pipeline")!r}, max_prompt_length=8)
+summaries = evaluate([closeness], {str(tmp_path / "two")!r}, pipeline, ROWS, **SETTINGS)
+"""
+    (tmp_path / "run.py").write_text(code)
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *launch, str(tmp_path / "run.py")], check=True, env=environment)
+    evaluate([closeness], tmp_path / "one", pipeline, ROWS, **SETTINGS)
+
+    def contents(folder):
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
 def test_overwriting_draws_anew_and_leaves_other_files(pipeline, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "metadata.jsonl").write_text("mine, too")
     evaluate([closeness], tmp_path, pipeline, ROWS, **SETTINGS)
     first = read_images(tmp_path)
     evaluate([closeness], tmp_path, pipeline, ROWS[:2], overwrite=True, **{**SETTINGS, "seed": 7})
     second = read_images(tmp_path)
     assert len(second) == 7 and second["00000/samples/00000.png"] != first["00000/samples/00000.png"]
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "train" / "metadata.jsonl").read_text() == "mine, too"
 
 
 def test_a_folder_of_another_run_is_refused(pipeline, tmp_path):
     generate_images(pipeline, ROWS, tmp_path, **SETTINGS)
     with pytest.raises(ValueError, match="has num_inference_steps=2, got 3"):
         generate_images(pipeline, ROWS, tmp_path, **{**SETTINGS, "num_inference_steps": 3})
+    with pytest.raises(ValueError, match="has num_prompts=3, got 2"):
+        generate_images(pipeline, ROWS[:2], tmp_path, **SETTINGS)
     with pytest.raises(ValueError, match="00001.metadata.jsonl has prompt='abcd', got 'c'"):
-        generate_images(pipeline, [ROWS[0], ROWS[2]], tmp_path, **SETTINGS)
+        generate_images(pipeline, [ROWS[0], ROWS[2], ROWS[1]], tmp_path, **SETTINGS)
+
+
+def test_images_made_elsewhere_are_not_taken_for_the_models(pipeline, tmp_path):
+    generate_images(pipeline, ROWS, tmp_path, **SETTINGS)
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match="holds images that were made elsewhere: .*00000 has no settings.json"):
+        generate_images(pipeline, ROWS, tmp_path, **SETTINGS)
 
 
 @pytest.mark.parametrize("name", ["num_images_per_prompt", "batch_size"])

@@ -67,7 +67,6 @@ BENCHMARKS = {
     "shapes": ("shapes", {}, "geneval"),
     "words": ("words", {}, "ocr"),
 }
-"""By benchmark: name of the reward, arguments of its constructor, task of the prompts."""
 
 
 def evaluate(
@@ -79,7 +78,8 @@ def evaluate(
     dtype: str | None,
     options: dict[str, Any],
     batch_size: int,
-    **settings: Any,
+    overwrite: bool,
+    **pipeline_kwargs: Any,
 ) -> None:
     """
     Evaluate a model, or images, by [`~trl_udm.evaluation.evaluate`].
@@ -102,11 +102,13 @@ def evaluate(
             Arguments of the reward's constructor.
         batch_size (`int`):
             Images at a time.
-        settings (`dict[str, Any]`):
-            Arguments of [`~trl_udm.evaluation.generate_images`]. Those that are `None` are the pipeline's own.
+        overwrite (`bool`):
+            Whether to begin anew.
+        pipeline_kwargs (`dict[str, Any]`):
+            Further arguments of [`~trl_udm.evaluation.evaluate`]. Those that are `None` are the pipeline's own.
 
     Raises:
-        `ValueError`: If the prompts are missing.
+        `ValueError`: If the prompts are missing, or there are prompts or an adapter without a model.
     """
     from accelerate import PartialState
 
@@ -119,8 +121,12 @@ def evaluate(
     from .words.prompts import split_words
 
     reward_name, reward_options, task = BENCHMARKS[benchmark]
-    pipeline = rows = None
-    if model is not None:
+    pipeline = rows = settings = None
+    if model is None:
+        for name, value in (("prompts", prompts), ("adapter", adapter), ("overwrite", overwrite or None)):
+            if value is not None:
+                raise ValueError(f"`--{name}` needs `--model`: without one, the images in `--output_dir` are scored.")
+    else:
         if prompts is not None:
             class_names = world.CLASS_NAMES if benchmark == "shapes" else geneval.CLASS_NAMES
             rows = list(load_prompts(prompts, task=task, class_names=class_names))
@@ -132,10 +138,19 @@ def evaluate(
         else:
             raise ValueError(f"`--prompts` is needed for {benchmark}: a file or a dataset on the Hub.")
         pipeline = load_pipeline(model, adapter, dtype)
-        settings["settings"] = {"model": model, "adapter": adapter}
-    reward = load_reward(reward_name, {**reward_options, **options})
-    settings = {name: value for name, value in settings.items() if value is not None}
-    evaluate([reward], output_dir, pipeline, rows, batch_size, **settings)
+        settings = {"model": model, "adapter": adapter, "dtype": str(pipeline.dtype)}
+    options = {**reward_options, **options}
+    evaluate(
+        [load_reward(reward_name, options)],
+        output_dir,
+        pipeline,
+        rows,
+        batch_size=batch_size,
+        settings=settings,
+        reward_settings={"benchmark": benchmark, "options": options},
+        overwrite=overwrite,
+        **{name: value for name, value in pipeline_kwargs.items() if value is not None},
+    )
     if PartialState().is_main_process:
         print((output_dir / "results.md").read_text())
 
@@ -157,6 +172,7 @@ def _add_evaluate(verbs: Any) -> None:
     )
     parser.add_argument("--batch_size", type=int, default=16, help="images at a time")
     parser.add_argument("--num_images_per_prompt", type=int, default=4, help="images a prompt")
+    parser.add_argument("--overwrite", action="store_true", help="delete what is there first, as for new weights")
     _add_model(parser, required=False)
     parser.set_defaults(run=evaluate)
 

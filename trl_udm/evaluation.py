@@ -19,16 +19,19 @@ Everything lies in one folder, in GenEval's layout, so that a run can be continu
 
     00000/metadata.jsonl            the prompt and what the reward needs to know, one JSON object
     00000/samples/00000.png         its images
-    00000/scores_<reward>.json      their scores
+    00000/scores_<reward>.json      their scores, with the images' checksums and what else the scores depend on
     settings.json                   what made the images, where we made them
     results.json, results.md, samples.png
 
 [`evaluate`] does all of it; its steps come first, in the order in which they are applied.
 """
 
+import asyncio
+import inspect
 import json
 import math
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,7 +81,8 @@ def generate_images(
             Arguments of the pipeline, such as `num_inference_steps`, `guidance_scale`, `height` and `width`.
 
     Raises:
-        ValueError: If a number is out of its range, or if the folder holds images of other settings or prompts.
+        ValueError: If a number is out of its range, or if the folder holds images of other settings or prompts, or such
+            that were made elsewhere.
     """
     output_dir, state = Path(output_dir), PartialState()
     for name, value in (("num_images_per_prompt", num_images_per_prompt), ("batch_size", batch_size)):
@@ -88,12 +92,19 @@ def generate_images(
         raise ValueError("`rows` must have at least one row, got none.")
     settings = {
         **(settings or {}),
+        "num_prompts": len(rows),
         "num_images_per_prompt": num_images_per_prompt,
         "batch_size": batch_size,
         "seed": seed,
         **pipeline_kwargs,
     }
     with state.main_process_first():
+        folders = _prompt_folders(output_dir)
+        if folders and not (output_dir / "settings.json").exists():
+            raise ValueError(
+                f"`output_dir` holds images that were made elsewhere: {folders[0]} has no settings.json beside it. Give "
+                "another folder, or no pipeline to score them."
+            )
         _check_or_write(output_dir / "settings.json", settings)
         for index, row in enumerate(rows):
             _check_or_write(output_dir / f"{index:05}" / "metadata.jsonl", row)
@@ -123,19 +134,25 @@ def generate_images(
 
 
 def score_images(
-    images_dir: str | Path, reward_func: Callable[..., list[float | None]], batch_size: int = 16
+    images_dir: str | Path,
+    reward_func: Callable[..., list[float | None]],
+    batch_size: int = 16,
+    settings: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """
-    Scores a folder of images, shared out among the processes. Prompts whose scores are there are not scored again.
+    Scores a folder of images, shared out among the processes. What has been scored is not scored again, unless its images
+    or `settings` have changed since.
 
     Args:
         images_dir (`str` or `Path`):
             A folder in GenEval's layout, from [`generate_images`] or made elsewhere.
         reward_func (`Callable`):
-            A synchronous reward function `f(prompts, completions, **columns)`. It is given the fields of
-            `metadata.jsonl` as columns.
+            A reward function `f(prompts, completions, **columns)`, synchronous or not. It is given the fields of
+            `metadata.jsonl` as columns. It computes in its own precision, whatever autocast there is around this call.
         batch_size (`int`, *optional*, defaults to `16`):
             Images scored at a time, at least those of one prompt.
+        settings (`dict[str, Any]`, *optional*):
+            What else the scores depend on, such as the reward's options.
 
     Returns:
         `list[dict]`: In all processes, for each image its `filename`, `prompt`, `tag` (`None` without one) and `score`.
@@ -144,7 +161,7 @@ def score_images(
         ValueError: If the folder has no prompts, a prompt has no images, or a score is `None` or not finite.
     """
     images_dir, state, name = Path(images_dir), PartialState(), get_callable_name(reward_func)
-    folders = sorted(path.parent for path in images_dir.glob("*/metadata.jsonl") if path.parent.name.isdigit())
+    folders = _prompt_folders(images_dir)
     if not folders:
         raise ValueError(f"`images_dir` must have folders like 00000 with a metadata.jsonl, got {images_dir}.")
     groups = [[]]
@@ -163,24 +180,28 @@ def score_images(
         unit="batch",
         disable=not state.is_local_main_process,
     ):
-        group = [entry for entry in group if not (entry[0] / f"scores_{name}.json").exists()]
-        if not group:
-            continue
-        rows = [row for _, row, paths in group for _ in paths]
-        images = [Image.open(path).convert("RGB") for _, _, paths in group for path in paths]
-        columns = {key: [row.get(key) for row in rows] for key in sorted({key for row in rows for key in row})}
-        scores = iter(reward_func(prompts=columns.pop("prompt"), completions=images, **columns))
+        unscored = []
         for folder, row, paths in group:
-            folder_scores = {path.name: next(scores) for path in paths}
-            for filename, score in folder_scores.items():
-                if score is None or not np.isfinite(score):
-                    raise ValueError(f"'{name}' must give a number, got {score} for {row['prompt']!r} ({filename}).")
-            _write_json(folder / f"scores_{name}.json", folder_scores)
+            known = {
+                "settings": json.loads(json.dumps(settings or {})),
+                "checksums": {path.name: zlib.crc32(path.read_bytes()) for path in paths},
+            }
+            scores_path = folder / f"scores_{name}.json"
+            found = json.loads(scores_path.read_text()) if scores_path.exists() else {}
+            if {**found, **known} != found:
+                unscored.append((scores_path, known, row, paths))
+        if not unscored:
+            continue
+        rows = [row for _, _, row, paths in unscored for _ in paths]
+        images = [Image.open(path).convert("RGB") for _, _, _, paths in unscored for path in paths]
+        scores = iter(_score(reward_func, rows, images))
+        for scores_path, known, _, paths in unscored:
+            _write_json(scores_path, {**known, "scores": {path.name: next(scores) for path in paths}})
     state.wait_for_everyone()
 
     results = []
     for folder, row, paths in (entry for group in groups for entry in group):
-        folder_scores = json.loads((folder / f"scores_{name}.json").read_text())
+        folder_scores = json.loads((folder / f"scores_{name}.json").read_text())["scores"]
         for path in paths:
             results.append(
                 {
@@ -193,10 +214,23 @@ def score_images(
     return results
 
 
+def _score(reward_func: Callable, rows: list[dict[str, Any]], images: list[Image.Image]) -> list[float]:
+    columns = {key: [row.get(key) for row in rows] for key in sorted({key for row in rows for key in row})}
+    prompts = columns.pop("prompt")
+    with torch.autocast(PartialState().device.type, enabled=False):
+        scores = reward_func(prompts=prompts, completions=images, **columns)
+        if inspect.iscoroutine(scores):
+            scores = asyncio.run(scores)
+    for prompt, score in zip(prompts, scores, strict=True):
+        if score is None or not np.isfinite(score):
+            raise ValueError(f"'{get_callable_name(reward_func)}' must give a number, got {score} for {prompt!r}.")
+    return [float(score) for score in scores]
+
+
 def summarize(results: list[dict[str, Any]], num_resamples: int = 2000) -> dict[str, dict[str, float]]:
     """
     Means by tag with 95 % confidence intervals, from the bootstrap over prompts: images of one prompt are alike, so it is
-    prompts that are drawn with replacement, within each tag.
+    prompts that are drawn with replacement, within each tag. Rows of the same prompt are one prompt.
 
     Args:
         results (`list[dict]`):
@@ -210,15 +244,16 @@ def summarize(results: list[dict[str, Any]], num_resamples: int = 2000) -> dict[
     """
     by_tag: dict[str, dict[str, list[float]]] = {}
     for result in results:
-        prompts = by_tag.setdefault(result["tag"] or "all", {})
-        prompts.setdefault(_folder(result), []).append(result["score"])
+        by_tag.setdefault(result["tag"] or "all", {}).setdefault(result["prompt"], []).append(result["score"])
     random = np.random.default_rng(0)
     summary, resampled_means = {}, []
     for tag, prompts in by_tag.items():
-        means = np.array([np.mean(scores) for scores in prompts.values()])
-        resampled = means[random.integers(len(means), size=(num_resamples, len(means)))].mean(axis=1)
+        totals = np.array([sum(scores) for scores in prompts.values()])
+        counts = np.array([len(scores) for scores in prompts.values()])
+        drawn = random.integers(len(prompts), size=(num_resamples, len(prompts)))
+        resampled = totals[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
         resampled_means.append(resampled)
-        summary[tag] = _statistics(means.mean(), resampled, len(means), sum(map(len, prompts.values())))
+        summary[tag] = _statistics(totals.sum() / counts.sum(), resampled, len(prompts), int(counts.sum()))
     summary["overall"] = _statistics(
         np.mean([statistics["mean"] for statistics in summary.values()]),
         np.mean(resampled_means, axis=0),
@@ -240,7 +275,10 @@ def _statistics(mean: float, resampled: np.ndarray, num_prompts: int, num_images
 
 
 def write_report(
-    output_dir: str | Path, summaries: dict[str, dict[str, dict[str, float]]], results: dict[str, list[dict[str, Any]]]
+    output_dir: str | Path,
+    summaries: dict[str, dict[str, dict[str, float]]],
+    results: dict[str, list[dict[str, Any]]],
+    reward_settings: dict[str, Any] | None = None,
 ) -> str:
     """
     Writes `results.json`, `results.md` and `samples.png` into the folder of the images.
@@ -252,6 +290,8 @@ def write_report(
             By reward, what [`summarize`] gave.
         results (`dict[str, list[dict]]`):
             By reward, what [`score_images`] gave.
+        reward_settings (`dict[str, Any]`, *optional*):
+            What else the scores depend on.
 
     Returns:
         `str`: The tables of `results.md`.
@@ -259,9 +299,13 @@ def write_report(
     output_dir = Path(output_dir)
     settings_path = output_dir / "settings.json"
     settings = json.loads(settings_path.read_text()) if settings_path.exists() else {}
-    _write_json(
-        output_dir / "results.json", {"settings": settings, "summaries": summaries, "results": results}, indent=2
-    )
+    report = {
+        "settings": settings,
+        "reward_settings": reward_settings or {},
+        "summaries": summaries,
+        "results": results,
+    }
+    _write_json(output_dir / "results.json", report, indent=2)
     lines = []
     for name, summary in summaries.items():
         lines += [f"| {name} | mean | 95 % interval | prompts | images |", "|---|---|---|---|---|"]
@@ -297,34 +341,48 @@ def evaluate(
     output_dir: str | Path,
     pipeline: DiffusionPipeline | None = None,
     rows: list[dict[str, Any]] | None = None,
+    num_images_per_prompt: int = 4,
     batch_size: int = 16,
+    seed: int = 0,
+    settings: dict[str, Any] | None = None,
+    reward_settings: dict[str, Any] | None = None,
     overwrite: bool = False,
-    **kwargs: Any,
+    **pipeline_kwargs: Any,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """
     Draws images of prompts, scores and reports them. Called again after an interruption, it continues.
 
+    Before all that, one image is drawn in one step and scored, so that a reward that cannot work says so at once.
+
     Args:
         reward_funcs (`list[Callable]`):
-            Synchronous reward functions `f(prompts, completions, **columns)`.
+            Reward functions `f(prompts, completions, **columns)`, synchronous or not, of different names.
         output_dir (`str` or `Path`):
             The folder for images and report.
         pipeline ([`~diffusers.DiffusionPipeline`], *optional*):
             The model. Without one, the images that are in the folder are scored.
         rows (`list[dict]`, *optional*):
             The prompts, as in [`generate_images`]. Needed with a pipeline.
+        num_images_per_prompt (`int`, *optional*, defaults to `4`):
+            Images a prompt, > 0.
         batch_size (`int`, *optional*, defaults to `16`):
             Images drawn or scored at a time.
+        seed (`int`, *optional*, defaults to `0`):
+            As in [`generate_images`].
+        settings (`dict[str, Any]`, *optional*):
+            As in [`generate_images`].
+        reward_settings (`dict[str, Any]`, *optional*):
+            The `settings` of [`score_images`].
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to delete the folders of prompts that are there first, as after the weights have changed.
-        kwargs (`dict[str, Any]`):
+        pipeline_kwargs (`dict[str, Any]`):
             As in [`generate_images`].
 
     Returns:
         `dict[str, dict]`: By reward, what [`summarize`] gives.
 
     Raises:
-        ValueError: As in [`generate_images`] and [`score_images`].
+        ValueError: As in [`generate_images`] and [`score_images`], or if two rewards have one name.
 
     Example:
 
@@ -345,18 +403,36 @@ def evaluate(
     ... )
     ```
     """
+    names = [get_callable_name(reward_func) for reward_func in reward_funcs]
+    if len(set(names)) != len(names):
+        raise ValueError(f"`reward_funcs` must have names that differ, got {names}. Set `__name__` of one.")
     if pipeline is not None:
+        if not rows:
+            raise ValueError("`rows` must have at least one row, got none.")
+        trial_kwargs = {**pipeline_kwargs, "num_inference_steps": 1, "generator": torch.Generator().manual_seed(seed)}
+        images = pipeline([rows[0]["prompt"]], **trial_kwargs).images
+        for reward_func in reward_funcs:
+            _score(reward_func, rows[:1], images)
         with PartialState().main_process_first():
             if overwrite and PartialState().is_main_process:
-                for path in Path(output_dir).glob("*/metadata.jsonl"):
-                    shutil.rmtree(path.parent)
+                for folder in _prompt_folders(Path(output_dir)):
+                    shutil.rmtree(folder)
                 (Path(output_dir) / "settings.json").unlink(missing_ok=True)
-        generate_images(pipeline, rows, output_dir, batch_size=batch_size, **kwargs)
-    results = {get_callable_name(reward): score_images(output_dir, reward, batch_size) for reward in reward_funcs}
+        generate_images(
+            pipeline, rows, output_dir, num_images_per_prompt, batch_size, seed, settings, **pipeline_kwargs
+        )
+    results = {
+        name: score_images(output_dir, reward_func, batch_size, reward_settings)
+        for name, reward_func in zip(names, reward_funcs, strict=True)
+    }
     summaries = {name: summarize(rewards) for name, rewards in results.items()}
     if PartialState().is_main_process:
-        write_report(output_dir, summaries, results)
+        write_report(output_dir, summaries, results, reward_settings)
     return summaries
+
+
+def _prompt_folders(images_dir: Path) -> list[Path]:
+    return sorted(path.parent for path in images_dir.glob("*/metadata.jsonl") if path.parent.name.isdigit())
 
 
 def _folder(result: dict[str, Any]) -> str:

@@ -252,7 +252,7 @@ def test_images_are_the_references_to_a_grey_level(pipe, oracle_dir):
 def test_size_defaults_to_that_of_the_tokenizer(pipe):
     assert pipe.latent_shape() == (1, 8, 8)
     assert pipe.latent_shape(height=12) == (1, 3, 8)
-    assert pipe.latent_shape(width=12, num_frames=3) == (3, 8, 3)
+    assert pipe.latent_shape(width=12) == (1, 8, 3)
 
 
 def test_return_dict_false_gives_a_tuple(pipe):
@@ -423,11 +423,6 @@ def test_diffusers_callbacks_say_which_tensors_they_take(pipe):
 def test_bad_arguments_are_refused(pipe, changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         pipe(**{"prompt": PROMPTS} | changes)
-
-
-def test_no_frames_are_refused(pipe):
-    with pytest.raises(ValueError, match="`num_frames` must be > 0, got 0."):
-        pipe.latent_shape(num_frames=0)
 
 
 def test_videos_are_not_decoded_as_images(pipe):

@@ -399,6 +399,10 @@ def test_a_body_without_a_length_is_read_up_to_the_limit(shapes):
     assert body.num_bytes < 50_000_000
 
 
+def test_a_body_without_a_length_that_ends_just_beyond_the_limit_is_refused(shapes):
+    assert shapes.post(iter([bytes(MAX_BODY_BYTES), b"1"]), TOKEN).status_code == 413
+
+
 def test_a_body_that_does_not_arrive_is_given_up(moody):
     port = int(moody.url.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:

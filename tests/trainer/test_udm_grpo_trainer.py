@@ -155,9 +155,7 @@ def test_a_row_is_a_sample_at_a_timestep(tmp_path):
 
 @pytest.mark.parametrize("window", [[0, 0], [2, 2], [0, 2]])
 def test_timesteps_are_consecutive_from_a_start_in_the_window(tmp_path, window):
-    trainer = build_trainer(
-        tmp_path, timestep_window=window, trajectory="backward", action="intermediate", per_device_train_batch_size=240
-    )
+    trainer = build_trainer(tmp_path, timestep_window=window, trajectory="backward", action="intermediate")
     trainer.model.train()
     output = trainer._rollout(["ab"] * 80, "train")[2]
     # Let the recorded states tell their own step
@@ -437,6 +435,14 @@ def silent(prompts, completions, **kwargs):
     return [float("nan")] * len(completions)
 
 
+def absent(prompts, completions, **kwargs):
+    return [None] * len(completions)
+
+
+def verbose(prompts, completions, **kwargs):
+    return ["0.5"] * len(completions)
+
+
 async def failing_later(prompts, **kwargs):
     raise KeyError("no such column")
 
@@ -452,7 +458,9 @@ async def failing_later(prompts, **kwargs):
             "'too_few' must return one reward a completion, but returned 1 on 8 prompts, .*'[abcd]+'",
         ),
         (infinite, ValueError, "'infinite' returned inf for the prompt '[abcd]+'"),
-        (silent, ValueError, r"\['silent'\] returned None or NaN for all 8 samples of a batch.*'[abcd]+'"),
+        (silent, ValueError, "'silent' returned NaN and no number on 8 prompts, the first of which is '[abcd]+'"),
+        (absent, ValueError, r"\['absent'\] returned None or NaN for all 8 samples of a batch.*'[abcd]+'"),
+        (verbose, TypeError, "'verbose' must return numbers or None, but returned '0.5' for the prompt '[abcd]+'"),
     ],
 )
 def test_a_bad_reward_function_is_named_with_its_prompt_and_moves_no_weight(tmp_path, reward, error, message):
@@ -461,6 +469,16 @@ def test_a_bad_reward_function_is_named_with_its_prompt_and_moves_no_weight(tmp_
     with pytest.raises(error, match=message):
         trainer.train()
     assert all(torch.equal(tensor, initial[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_one_reward_that_is_nan_throughout_is_named_among_others(tmp_path):
+    with pytest.raises(ValueError, match="'silent' returned NaN and no number on 8 prompts"):
+        build_trainer(tmp_path, [count_a, silent]).train()
+
+
+def test_a_reward_of_weight_zero_does_not_stand_in_for_the_others(tmp_path):
+    with pytest.raises(ValueError, match=r"\['absent'\] returned None or NaN for all 8 samples"):
+        build_trainer(tmp_path, [absent, count_a], reward_weights=[1.0, 0.0]).train()
 
 
 # --- Logging and saving ---
@@ -579,6 +597,36 @@ def test_a_pipeline_is_needed(tmp_path):
         UDMGRPOTrainer("gpt2", count_a, build_args(tmp_path), train_dataset=PROMPTS)
 
 
+def test_a_reward_function_is_needed(tmp_path):
+    with pytest.raises(ValueError, match="`reward_funcs` must have at least one function, got none"):
+        UDMGRPOTrainer(build_toy_text_pipeline(), [], build_args(tmp_path), train_dataset=PROMPTS)
+
+
+def test_a_loaded_adapter_is_not_overwritten(tmp_path):
+    pipeline = build_toy_text_pipeline()
+    pipeline.transformer.add_adapter(LORA)
+    with pytest.raises(
+        ValueError, match=r"has adapters already \(\['default'\]\).* Merge them into the weights first"
+    ):
+        UDMGRPOTrainer(pipeline, count_a, build_args(tmp_path), train_dataset=PROMPTS, peft_config=LORA)
+
+
+def test_weights_in_half_precision_are_warned_of(tmp_path, caplog):
+    for peft_config, is_warned in ((None, True), (LORA, False)):
+        caplog.clear()
+        pipeline = build_toy_text_pipeline()
+        pipeline.transformer.bfloat16()
+        UDMGRPOTrainer(pipeline, count_a, build_args(tmp_path), train_dataset=PROMPTS, peft_config=peft_config)
+        assert ("All weights are trained, in torch.bfloat16" in caplog.text) is is_warned
+
+
+def test_dropout_of_an_adapter_is_off(tmp_path):
+    dropped = LoraConfig(r=8, target_modules="all-linear", exclude_modules=["lm_head"], lora_dropout=0.5)
+    trainer = build_trainer(tmp_path, peft_config=dropped)
+    dropouts = [module.p for module in trainer.model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert dropouts and set(dropouts) == {0}
+
+
 @pytest.mark.parametrize(
     ("dataset", "error", "message"),
     [
@@ -588,6 +636,11 @@ def test_a_pipeline_is_needed(tmp_path):
             r"`train_dataset` must have a column 'prompt', got \['text'\]",
         ),
         (Dataset.from_dict({"prompt": []}), ValueError, "`train_dataset` must have at least one row"),
+        (
+            Dataset.from_dict({"prompt": ["a"]}),
+            ValueError,
+            r"`train_dataset` must have at least the 2 prompts of a generation batch .* got 1\. Repeat its rows",
+        ),
         (None, TypeError, "`train_dataset` must be a `Dataset`, got `NoneType`"),
         (
             IterableDataset.from_generator(lambda: iter([{"prompt": "a"}])),
@@ -618,6 +671,16 @@ def test_a_bad_dataset_is_refused(tmp_path, dataset, error, message):
         ({"guidance_trunc": 1.5}, r"`guidance_trunc` must be in \[0, 1\], got 1.5"),
         ({"advantage_clip": 0.0}, "`advantage_clip` must be > 0 or None, got 0.0"),
         ({"rollout_batch_size": 0}, "`rollout_batch_size` must be > 0 or None, got 0"),
+        (
+            {"num_inference_steps": 9, "num_inference_steps_eval": 4},
+            r"`timestep_window` must end at 1 at the latest, .* or raise `num_inference_steps_eval`",
+        ),
+        ({"scale_rewards": "groups"}, r"`scale_rewards` must be one of \('group', 'batch', 'none'\), got 'groups'"),
+        ({"multi_objective_aggregation": "sum"}, "`multi_objective_aggregation` must be one of .*, got 'sum'"),
+        (
+            {"num_generations_eval": 3, "per_device_eval_batch_size": 8},
+            r"An evaluation batch of 8 samples .* must hold whole groups of `num_generations_eval` 3",
+        ),
         ({"temperature": 0.5}, "`temperature` must be 1.0, got 0.5"),
         ({"use_vllm": True}, "`use_vllm` must be False, got True"),
         (

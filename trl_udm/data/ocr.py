@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from datasets import Dataset, Features, Value
 
-from ..rewards.ocr import extract_target
+from ..rewards.ocr import extract_target, normalise_text
 
 
 OCR_FEATURES = Features({"prompt": Value("string"), "target_text": Value("string")})
@@ -154,8 +154,8 @@ def generate_ocr_prompts(
         texts (`Sequence[str]`, *optional*):
             Texts to ask for, without double quotes. By default 23,594 of one to five words, some with a number.
         exclude (`Iterable[str | Mapping[str, str]]`, *optional*):
-            Prompts, or rows with `prompt` and `target_text`, whose texts must not be asked for. Case and white space
-            make no difference.
+            Prompts, or rows with `prompt` and `target_text`, whose texts must not be asked for, in whatever form the
+            [`OCRReward`] takes for the same.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the choice and the order. A longer dataset begins with the shorter one of the same seed.
 
@@ -190,8 +190,8 @@ def generate_ocr_prompts(
     excluded = set()
     for item in exclude:
         target = extract_target(item) if isinstance(item, str) else item["target_text"]
-        excluded.add("".join(target.lower().split()))
-    texts = [text for text in dict.fromkeys(texts) if "".join(text.lower().split()) not in excluded]
+        excluded.add(normalise_text(target))
+    texts = [text for text in dict.fromkeys(texts) if normalise_text(text) not in excluded]
     templates = list(itertools.product(_SURFACES, _VERBS, _SETTINGS))
     if not 1 <= num_prompts <= len(texts) * len(templates):
         raise ValueError(

@@ -77,7 +77,9 @@ class AutoencoderVQ(VQModel):
             `[0, num_vq_embeddings)`.
         """
         latents = self.encode(sample).latents.permute(0, 2, 3, 1)  # (B, h, w, d)
-        return nn.functional.linear(latents, self.codebook).argmax(dim=-1)
+        # 256 tokens at a time: 128 MiB of products in float32 for 131,072 codes, where all would be 0.5 GiB an image
+        ids = [nn.functional.linear(chunk, self.codebook).argmax(dim=-1) for chunk in latents.flatten(0, 2).split(256)]
+        return torch.cat(ids).view(latents.shape[:3])
 
     @apply_forward_hook
     def decode_ids(self, ids: torch.LongTensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:

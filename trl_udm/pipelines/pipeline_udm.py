@@ -190,6 +190,7 @@ class UDMPipeline(DiffusionPipeline):
                     latent_shape,
                 ).chunk(2)
                 logits = torch.lerp(negative_logits, logits, guidance_scale)
+                del negative_logits  # a view, which would keep both halves
             else:
                 logits = self.denoise(prompt_ids, prompt_mask, latents, latent_shape)  # (B, N, V)
             output = self.scheduler.step(logits, timestep, latents, generator=generator)
@@ -199,6 +200,7 @@ class UDMPipeline(DiffusionPipeline):
             latents = output.prev_sample
             if callback is not None:
                 latents = callback(i, timestep, {"latents": latents, "logits": logits}).pop("latents", latents)
+            del logits  # else they would stay while the next ones are made
         trajectory = None
         if return_trajectory:
             trajectory = UDMTrajectory(

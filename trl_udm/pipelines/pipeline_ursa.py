@@ -146,9 +146,7 @@ class URSAPipeline(UDMPipeline):
         """
         self.transformer.delete_adapter(adapter_name)
 
-    def latent_shape(
-        self, height: int | None = None, width: int | None = None, num_frames: int = 1
-    ) -> tuple[int, int, int]:
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """
         Shape of the token grid.
 
@@ -157,11 +155,9 @@ class URSAPipeline(UDMPipeline):
                 Image height in pixels, a multiple of the tokenizer's stride. Defaults to `vae.config.sample_size`.
             width (`int`, *optional*):
                 Image width in pixels, likewise.
-            num_frames (`int`, *optional*, defaults to `1`):
-                Number of frames of tokens.
 
         Returns:
-            `tuple[int, int, int]`: Frames, rows and columns.
+            `tuple[int, int, int]`: Frames, which is 1, rows and columns.
         """
         height = self.vae.config.sample_size if height is None else height
         width = self.vae.config.sample_size if width is None else width
@@ -170,9 +166,7 @@ class URSAPipeline(UDMPipeline):
             if value <= 0 or value % stride != 0:
                 nearest = max(stride, round(value / stride) * stride)
                 raise ValueError(f"`{name}` must be a positive multiple of {stride}, got {value}. Try {nearest}.")
-        if num_frames < 1:
-            raise ValueError(f"`num_frames` must be > 0, got {num_frames}.")
-        return num_frames, height // stride, width // stride
+        return 1, height // stride, width // stride
 
     def encode_prompt(self, prompt: list[str]) -> tuple[torch.LongTensor, torch.Tensor]:
         encoded = self.tokenizer(

@@ -62,7 +62,7 @@ def extract_target(prompt: str) -> str:
     if match is None:
         raise ValueError(f"`prompt` must have its target text in double quotes, got {prompt!r}.")
     target = match[match.lastindex]
-    if not _normalise(target):
+    if not normalise_text(target):
         raise ValueError(f"`prompt` must quote a target text that is not empty, got {prompt!r}.")
     return target
 
@@ -122,7 +122,7 @@ def ocr_score(recognised_text: str, target_text: str, partial: bool = False) -> 
     except ImportError as error:
         raise ImportError("`ocr_score` needs RapidFuzz: `pip install trl-udm[ocr]`.") from error
 
-    recognised, target = _normalise(recognised_text), _normalise(target_text)
+    recognised, target = normalise_text(recognised_text), normalise_text(target_text)
     if not target:
         raise ValueError(f"`target_text` must have a character other than white space, got {target_text!r}.")
     if target in recognised:
@@ -136,7 +136,17 @@ def ocr_score(recognised_text: str, target_text: str, partial: bool = False) -> 
     return 1 - min(distance, len(target)) / len(target)
 
 
-def _normalise(text: str) -> str:
+def normalise_text(text: str) -> str:
+    """
+    Bring a text into the form in which texts are compared: lower case, no white space, straight quotes, NFKC.
+
+    Args:
+        text (`str`):
+            Any text.
+
+    Returns:
+        `str`: Its form.
+    """
     # Quotes first: NFKC takes some of them apart into a space and an accent.
     return "".join(unicodedata.normalize("NFKC", text.translate(QUOTES)).lower().split())
 
@@ -164,7 +174,7 @@ class OCRReward:
         min_confidence (`float`, *optional*, defaults to 0.5):
             Lines that the engine is less sure of, in `[0, 1]`, are dropped.
         num_engines (`int`, *optional*, defaults to 1):
-            Number of images that are read at a time, each by an engine of its own, of about 150 MiB. Raise it to the
+            Number of images that are read at a time, each by an engine of its own, of about 170 MiB. Raise it to the
             number of cores that this process may use.
         num_threads (`int`, *optional*, defaults to 1):
             Number of threads of each engine, which gain less than as many engines.
@@ -265,7 +275,7 @@ class OCRReward:
         if target_text is None:
             target_text = [extract_target(prompt) for prompt in prompts]
         for prompt, target in zip(prompts, target_text, strict=True):
-            if target is not None and not (isinstance(target, str) and _normalise(target)):
+            if target is not None and not (isinstance(target, str) and normalise_text(target)):
                 raise ValueError(
                     f"`target_text` of {prompt!r} must be `None` or a text with a character other than white space, "
                     f"got {target!r}."

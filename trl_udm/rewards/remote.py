@@ -160,11 +160,14 @@ class RemoteReward:
             `list[float | None]`: A reward for each image.
 
         Raises:
-            `ValueError`: If the completions are no RGB images, or if a column cannot be sent.
+            `ValueError`: If the completions are no RGB images, or if a column is missing or cannot be sent.
             `RuntimeError`: If no server answered, or one refused the request or failed. The message says what each said.
         """
         completions = as_pil_images(completions, len(prompts))
         if self.columns is not None:
+            for name in self.columns:
+                if name not in columns:
+                    raise ValueError(f"`columns` must name columns of the dataset, {sorted(columns)}, got {name!r}.")
             columns = {name: columns[name] for name in self.columns}
 
         headers = {"Content-Type": MEDIA_TYPE}

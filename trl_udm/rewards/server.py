@@ -136,7 +136,8 @@ def create_app(
         # Clients send all before they listen, and would lose the answer if the connection were closed meanwhile. So what
         # they send is read and dropped for a while.
         num_bytes = 0
-        with contextlib.suppress(TimeoutError, ClientDisconnect):
+        # Starlette raises a RuntimeError where the body has been read to its end
+        with contextlib.suppress(TimeoutError, ClientDisconnect, RuntimeError):
             async with asyncio.timeout(body_timeout):
                 async for chunk in request.stream():
                     num_bytes += len(chunk)

@@ -16,7 +16,12 @@
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
+
+
+try:
+    from scipy import ndimage
+except ImportError as error:
+    raise ImportError("`ShapesDetector` needs SciPy: `pip install trl-udm[geneval]`.") from error
 
 from ..rewards.geneval import Detection
 from .world import BACKGROUND, CLASS_NAMES, COLORS, IMAGE_SIZE, class_mask

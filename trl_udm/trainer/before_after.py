@@ -74,14 +74,15 @@ def train_and_compare(
                 num_images_per_prompt=num_images_per_prompt,
                 num_inference_steps=trainer.args.num_inference_steps_eval,
                 guidance_scale=trainer.args.guidance_scale_eval,
+                guidance_trunc=trainer.args.guidance_trunc,
                 **(trainer.args.pipeline_kwargs or {}),
             ).values()
         return {tag: statistics["mean"] for tag, statistics in summary.items()}
 
     before = run("before")
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    after = run("after")
     trainer.save_model()
+    after = run("after")
     results = {"before": before, "after": after, "seconds": trainer.state.log_history[-1].get("train_runtime")}
     if trainer.accelerator.is_main_process:
         for name in ("before", "after"):

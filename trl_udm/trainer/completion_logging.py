@@ -17,7 +17,7 @@
 import math
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
@@ -61,7 +61,8 @@ def make_image_grid(
     for i, image in enumerate(images):
         left, top = i % num_columns * (tile_size + 4), i // num_columns * (tile_height + 4)
         resample = Image.Resampling.NEAREST if image.width < tile_size else Image.Resampling.LANCZOS
-        grid.paste(image.convert("RGB").resize((tile_size, tile_size), resample), (left, top))
+        tile = ImageOps.pad(image.convert("RGB"), (tile_size, tile_size), method=resample, color="white")
+        grid.paste(tile, (left, top))
         text = "" if rewards is None else ", ".join(f"{reward:.2f}" for reward in rewards[i]) + " "
         text += str(prompts[i])
         lines = [text[start : start + num_characters] for start in range(0, len(text), num_characters)]

@@ -73,7 +73,8 @@ class UDMGRPOConfig(GRPOConfig):
 
     Changed defaults: `learning_rate` 1e-6, `adam_beta2` 0.95, `weight_decay` 0.01, `lr_scheduler_type` "constant", `beta`
     0.05, `epsilon` 1e-4, `loss_type` "grpo", `importance_sampling_level` "sequence", `use_bias_correction_kl` False,
-    `num_generations` 8, `num_generations_eval` 1, `per_device_train_batch_size` 24 (one group of 8 samples, 3 timesteps).
+    `disable_dropout` True, `num_generations` 8, `num_generations_eval` 1, `per_device_train_batch_size` 24 (one group of 8
+    samples, 3 timesteps).
 
     Raises:
         ValueError: If a value is out of its range, or the batch does not hold whole groups.
@@ -88,6 +89,9 @@ class UDMGRPOConfig(GRPOConfig):
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
     per_device_train_batch_size: int = field(
         default=24, metadata={"help": "Rows, which are (sample, timestep) pairs, a device and a forward pass."}
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Whether to disable dropout, in the network and in adapters."}
     )
     num_generations: int = field(default=8, metadata={"help": "Samples a prompt (G)."})
     num_generations_eval: int | None = field(default=1, metadata={"help": "Samples a prompt in evaluation."})
@@ -177,9 +181,24 @@ class UDMGRPOConfig(GRPOConfig):
                     "a moving reference policy, which UDM-GRPO does not have."
                 )
         super().__post_init__()
+        for name, choices in (
+            ("scale_rewards", ("group", "batch", "none")),
+            ("multi_objective_aggregation", ("sum_then_normalize", "normalize_then_sum")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        num_samples = self.per_device_eval_batch_size * self.world_size
+        num_generations_eval = self.num_generations_eval or self.num_generations
+        if num_samples % num_generations_eval != 0:
+            raise ValueError(
+                f"An evaluation batch of {num_samples} samples (`per_device_eval_batch_size` "
+                f"{self.per_device_eval_batch_size} * {self.world_size} processes) must hold whole groups of "
+                f"`num_generations_eval` {num_generations_eval}."
+            )
 
     def _check_timestep_window(self):
-        num_steps = min(self.num_inference_steps, self.num_inference_steps_eval)
+        name = min(("num_inference_steps", "num_inference_steps_eval"), key=lambda name: getattr(self, name))
+        num_steps = getattr(self, name)
         last_start = num_steps - self.num_train_timesteps
         window = self.timestep_window
         if len(window) != 2 or not 0 <= window[0] <= window[1]:
@@ -188,7 +207,7 @@ class UDMGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"`timestep_window` must end at {last_start} at the latest, for {self.num_train_timesteps} training "
                 f"timesteps to fit on a grid of {num_steps} steps, got {window}. Lower it or `num_train_timesteps`, or "
-                "raise `num_inference_steps`."
+                f"raise `{name}`."
             )
 
     def _check_batch_geometry(self):

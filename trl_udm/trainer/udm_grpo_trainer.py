@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
@@ -35,8 +36,6 @@ from trl.trainer.utils import (
     RepeatSampler,
     add_fused_lm_head,
     disable_dropout_in_model,
-    get_callable_name,
-    is_async_callable,
     nanstd,
     use_adapter,
 )
@@ -44,7 +43,11 @@ from trl.trainer.utils import (
 from ..pipelines.pipeline_output import UDMSamplerOutput
 from ..pipelines.pipeline_udm import UDMPipeline
 from .completion_logging import log_images_to_tensorboard, make_image_grid
+from .reward_checks import name_failures
 from .udm_grpo_config import UDMGRPOConfig
+
+
+logger = get_logger(__name__)
 
 
 class UDMGRPOTrainer(GRPOTrainer):
@@ -138,12 +141,30 @@ class UDMGRPOTrainer(GRPOTrainer):
         if eval_dataset is not None:
             for name, dataset in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():
                 _check_dataset(f"eval_dataset[{name!r}]" if name else "eval_dataset", dataset)
+        num_prompts = args.generation_batch_size // (args.num_generations * args.num_train_timesteps)
+        if len(train_dataset) < num_prompts:
+            raise ValueError(
+                f"`train_dataset` must have at least the {num_prompts} prompts of a generation batch "
+                f"(`generation_batch_size` {args.generation_batch_size} / (`num_generations` {args.num_generations} * "
+                f"`num_train_timesteps` {args.num_train_timesteps})), got {len(train_dataset)}. Repeat its rows, or lower "
+                "the batch."
+            )
         self.pipeline = pipeline
         self.latent_shape = pipeline.latent_shape(**(args.pipeline_kwargs or {}))
 
         # Reference model. `GRPOTrainer` would load one by the name of the model's class; ours is a copy of the weights
         # given, so it is held back from `GRPOTrainer.__init__` by a beta of zero in a copy of the arguments.
         transformer = pipeline.transformer
+        if getattr(transformer, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"The pipeline has adapters already ({sorted(transformer.peft_config)}): training would overwrite them. "
+                "Merge them into the weights first, as docs/checkpoints.md shows, or unload them."
+            )
+        if peft_config is None and any(parameter.dtype != torch.float32 for parameter in transformer.parameters()):
+            logger.warning(
+                f"All weights are trained, in {transformer.dtype}, which rounds small steps to nothing. Load the pipeline "
+                "with `dtype=torch.float32`; `bf16=True` still computes in bfloat16."
+            )
         ref_model = None
         if args.beta != 0.0 and peft_config is None:
             ref_model = copy.deepcopy(transformer).requires_grad_(False).eval()
@@ -159,7 +180,9 @@ class UDMGRPOTrainer(GRPOTrainer):
         if not hasattr(transformer, "generation_config"):
             transformer.generation_config = GenerationConfig()
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        named_reward_funcs = [_name_failures(reward_func) for reward_func in reward_funcs]
+        if not reward_funcs:
+            raise ValueError("`reward_funcs` must have at least one function, got none.")
+        named_reward_funcs = [name_failures(reward_func) for reward_func in reward_funcs]
 
         # Rewards of evaluation are rewards of weight 0 that abstain in training
         if eval_reward_funcs is None:
@@ -169,7 +192,7 @@ class UDMGRPOTrainer(GRPOTrainer):
         for reward_func in eval_reward_funcs:
             if isinstance(reward_func, nn.Module | str):
                 raise TypeError(f"`eval_reward_funcs` must be functions, got {reward_func!r}.")
-            named_reward_funcs.append(_name_failures(reward_func, abstains=lambda: self.model.training))
+            named_reward_funcs.append(name_failures(reward_func, abstains=lambda: self.model.training))
         if eval_reward_funcs:
             weights = args.reward_weights or [1.0] * len(reward_funcs)
             args.reward_weights = [*weights, *[0.0] * len(eval_reward_funcs)]
@@ -282,7 +305,11 @@ class UDMGRPOTrainer(GRPOTrainer):
             self.accelerator.autocast(),
         ):
             for ids, mask in zip(prompt_ids.split(batch_size), prompt_mask.split(batch_size), strict=True):
-                negative_prompt_ids, negative_prompt_mask = (tensor[-1:].expand(len(ids), -1) for tensor in encoded)
+                negative_prompt_ids = negative_prompt_mask = None
+                if guidance_scale != 1.0:
+                    negative_prompt_ids, negative_prompt_mask = (
+                        tensor[-1:].expand(len(ids), -1) for tensor in encoded
+                    )
                 output = self.pipeline.sample_tokens(
                     ids,
                     mask,
@@ -309,7 +336,7 @@ class UDMGRPOTrainer(GRPOTrainer):
         rows = torch.arange(num_samples, device=device).repeat_interleave(args.num_train_timesteps)  # (B * K,)
         clean_samples = output.clean_samples[rows]  # (B * K, N)
         if args.trajectory == "forward":
-            grid = torch.tensor([scheduler.timestep_to_t(i) for i in range(scheduler.num_inference_steps)])
+            grid = torch.tensor([scheduler.timestep_to_t(timestep) for timestep in scheduler.timesteps.tolist()])
             noised_samples = scheduler.add_noise(clean_samples, grid.to(device)[timesteps])
         else:
             noised_samples = output.trajectory.noised_samples[timesteps, rows]
@@ -319,11 +346,12 @@ class UDMGRPOTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        num_trained = len(self.reward_funcs) - self._num_eval_reward_funcs
-        if torch.isnan(rewards_per_func[:, :num_trained]).all():
+        is_trained = self.reward_weights != 0
+        if torch.isnan(rewards_per_func[:, is_trained.to(rewards_per_func.device)]).all():
+            names = [name for name, trained in zip(self.reward_func_names, is_trained, strict=True) if trained]
             raise ValueError(
-                f"The reward functions {self.reward_func_names[:num_trained]} returned None or NaN for all "
-                f"{len(rewards_per_func)} samples of a batch, the first of which has the prompt {prompts[0]!r}."
+                f"The reward functions {names} returned None or NaN for all {len(rewards_per_func)} samples of a batch, the "
+                f"first of which has the prompt {prompts[0]!r}."
             )
         return rewards_per_func
 
@@ -354,18 +382,13 @@ class UDMGRPOTrainer(GRPOTrainer):
                 std_rewards = std(rewards).expand_as(rewards)
             if self.scale_rewards != "none":
                 advantages = advantages / (std_rewards + 1e-4)
-        elif self.multi_objective_aggregation == "normalize_then_sum":
+        else:
             grouped = rewards_per_func.view(-1, num_generations, rewards_per_func.size(1))
             centered = grouped - torch.nanmean(grouped, dim=1, keepdim=True)
             normalized = (centered / (std(grouped, dim=1) + 1e-4)).view_as(rewards_per_func)
             total = (normalized * weights).nansum(dim=1).masked_fill(unscorable, torch.nan)
             std_rewards = std(total).expand_as(total)
             advantages = (total - torch.nanmean(total)) / (std_rewards + 1e-4)
-        else:
-            raise ValueError(
-                f"Invalid multi_objective_aggregation: {self.multi_objective_aggregation}. Must be "
-                "'sum_then_normalize' or 'normalize_then_sum'."
-            )
         advantages = torch.nan_to_num(advantages, nan=0.0)
         if self.args.advantage_clip is not None:
             advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
@@ -485,6 +508,8 @@ class UDMGRPOTrainer(GRPOTrainer):
         if is_peft_model(self.model):
             super()._save(output_dir, state_dict)
             return
+        if not self.args.should_save:
+            return
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         self.pipeline.save_config(output_dir)
         for name, component in self.pipeline.components.items():
@@ -512,49 +537,3 @@ def _check_dataset(name: str, dataset: Any) -> None:
         raise ValueError(f"`{name}` must have a column 'prompt', got {dataset.column_names}.")
     if len(dataset) == 0:
         raise ValueError(f"`{name}` must have at least one row.")
-
-
-def _name_failures(reward_func: Callable, abstains: Callable[[], bool] = lambda: False) -> Callable:
-    """Makes a reward function's failures say whose they are, and on which prompts. It is not called where it abstains."""
-    if isinstance(reward_func, nn.Module | str):
-        return reward_func
-    name = get_callable_name(reward_func)
-
-    def failed(prompts: list[Any], reason: str) -> str:
-        return (
-            f"The reward function '{name}' {reason} on {len(prompts)} prompts, the first of which is {prompts[0]!r}."
-        )
-
-    def check(prompts: list[Any], rewards: list[float | None]) -> list[float | None]:
-        if not hasattr(rewards, "__len__") or len(rewards) != len(prompts):
-            got = len(rewards) if hasattr(rewards, "__len__") else type(rewards).__name__
-            raise ValueError(failed(prompts, f"must return one reward a completion, but returned {got}"))
-        for prompt, reward in zip(prompts, rewards, strict=True):
-            if reward is not None and math.isinf(reward):
-                raise ValueError(f"The reward function '{name}' returned {reward} for the prompt {prompt!r}.")
-        return rewards
-
-    if is_async_callable(reward_func):
-
-        async def wrapper(prompts, **kwargs):
-            if abstains():
-                return [None] * len(prompts)
-            try:
-                rewards = await reward_func(prompts=prompts, **kwargs)
-            except Exception as error:
-                raise RuntimeError(failed(prompts, "failed")) from error
-            return check(prompts, rewards)
-
-    else:
-
-        def wrapper(prompts, **kwargs):
-            if abstains():
-                return [None] * len(prompts)
-            try:
-                rewards = reward_func(prompts=prompts, **kwargs)
-            except Exception as error:
-                raise RuntimeError(failed(prompts, "failed")) from error
-            return check(prompts, rewards)
-
-    wrapper.__name__ = name
-    return wrapper
