@@ -18,8 +18,8 @@ Trains the embedded world's checkpoint: a VQ image tokenizer and a small URSA on
     python scripts/train_shapes.py --output_dir shapes_checkpoint
 
 A share of the captions makes one mistake of meaning (a wrong class, colour, count or side), so the model draws well but
-obeys its prompt only about two times in three, which is what reinforcement learning is then asked to mend. Both stages
-write a checkpoint as they go and continue from it when the command is given again.
+obeys its prompt only about two times in three, which is what reinforcement learning is then asked to mend. Given again,
+the command keeps a finished tokenizer and continues the network's training from its last checkpoint.
 """
 
 import random

@@ -18,8 +18,8 @@ Trains the embedded world of words: a VQ image tokenizer and a small URSA on wri
     python scripts/train_words.py --output_dir words_checkpoint
 
 The words mean nothing, so the model learns to write letter by letter. A share of them is misspelt, so it writes clearly
-but often something else than it was asked for. Both stages write a checkpoint as they go and continue from it when the
-command is given again.
+but often something else than it was asked for. Given again, the command keeps a finished tokenizer and continues the
+network's training from its last checkpoint.
 """
 
 import random

@@ -15,9 +15,11 @@
 import ast
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import trl_udm
 
@@ -37,6 +39,39 @@ def test_import_loads_no_heavy_package():
         [sys.executable, "-c", IMPORT_AND_LIST], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
     )
     assert run.stdout.split() == []
+
+
+def test_neither_the_package_nor_an_extra_brings_torchvision():
+    seen, waiting = set(), [Requirement("trl-udm[geneval,ocr,server]")]
+    while waiting:
+        requirement = waiting.pop()
+        for extra in ("", *requirement.extras):
+            if (requirement.name, extra) in seen:
+                continue
+            seen.add((requirement.name, extra))
+            for text in requires(requirement.name) or ():
+                needed = Requirement(text)
+                if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                    waiting.append(needed)
+    names = {name.lower() for name, _ in seen}
+    assert {"torch", "trl", "diffusers", "rapidocr", "onnxruntime", "scipy", "fastapi"} <= names
+    assert "torchvision" not in names
+
+
+def test_everything_is_imported_and_text_is_read_without_torchvision():
+    code = """
+import sys
+sys.modules["torchvision"] = None
+import trl_udm, trl_udm.cli, trl_udm.evaluation, trl_udm.rewards.server, trl_udm.shapes.detector
+for name in trl_udm.__all__:
+    getattr(trl_udm, name)
+from PIL import Image, ImageDraw
+image = Image.new("RGB", (256, 64), "white")
+ImageDraw.Draw(image).text((20, 10), "HELLO", fill="black", font_size=40)
+print(trl_udm.OCRReward()(prompts=['"HELLO"'], completions=[image]))
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[1.0]"
 
 
 @pytest.mark.parametrize("name", trl_udm.__all__)

@@ -284,6 +284,19 @@ def test_reward_takes_what_the_trainer_passes_and_logs_accuracy_by_tag():
     assert logged == [("geneval/single_object", 1.0), ("geneval/single_object", 0.0), ("geneval/counting", 0.0)]
 
 
+def test_colors_are_named_once_for_both_rules():
+    calls = []
+
+    def classify(image, detections, class_name):
+        calls.append(class_name)
+        return ["blue"] * len(detections)
+
+    reward = GenEvalReward(GivenDetector({"car": [bench()]}), classify, mode="dense")
+    columns = {"tag": ["colors"], "include": [[BLUE_CAR]], "log_metric": lambda name, value: None}
+    assert reward(["a photo of a blue car"], [IMAGE], **columns) == [1.0]
+    assert calls == ["car"]
+
+
 def test_reward_has_a_name_for_the_logs():
     official, dense = GenEvalReward(GivenDetector()), GenEvalReward(GivenDetector(), mode="dense")
     assert get_callable_name(official) == "geneval_accuracy"
