@@ -589,6 +589,49 @@ def test_a_lora_run_saves_an_adapter_that_loads_two_ways(tmp_path, oracle_dir):
         torch.testing.assert_close(other.denoise(*inputs), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("peft_config", [None, LORA])
+def test_the_best_model_is_loaded_at_the_end(tmp_path, peft_config):
+    eval_rewards = iter([0.1, 0.9, 0.2])
+
+    def falls_at_the_end(completions, **kwargs):
+        return [next(eval_rewards)] * len(completions)
+
+    class KeepWeights(TrainerCallback):
+        weights = []
+
+        def on_step_end(self, args, state, control, model, **kwargs):
+            self.weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+    callback = KeepWeights()
+    trainer = UDMGRPOTrainer(
+        build_toy_text_pipeline(),
+        count_a,
+        build_args(
+            tmp_path,
+            max_steps=3,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_rewards/falls_at_the_end/mean",
+            per_device_eval_batch_size=8,
+        ),
+        train_dataset=PROMPTS,
+        eval_dataset=PROMPTS,
+        callbacks=[callback],
+        peft_config=peft_config,
+        eval_reward_funcs=falls_at_the_end,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    changed = False
+    for name, tensor in trainer.model.state_dict().items():
+        torch.testing.assert_close(tensor, callback.weights[1][name], rtol=0, atol=0)
+        changed = changed or not torch.equal(tensor, callback.weights[2][name])
+    assert changed
+
+
 # --- Bad input ---
 
 

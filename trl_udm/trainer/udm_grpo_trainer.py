@@ -524,6 +524,13 @@ class UDMGRPOTrainer(GRPOTrainer):
             resume_from_checkpoint = os.path.join(resume_from_checkpoint, "transformer")
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    # `Trainer` would look for the weights in the checkpoint's root, and keep the last ones where there are none
+    def _load_best_model(self) -> None:
+        if is_peft_model(self.model) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
 
 def _check_dataset(name: str, dataset: Any) -> None:
     if isinstance(dataset, IterableDataset):
