@@ -100,7 +100,9 @@ def train_autoencoder(world: World, output_dir: Path, num_steps: int, batch_size
     """
     path = output_dir / "vae"
     if path.exists():
-        return AutoencoderVQ.from_pretrained(path)
+        autoencoder = AutoencoderVQ.from_pretrained(path)
+        autoencoder.register_to_config(_name_or_path=None)  # else the pipeline would be saved with this folder's name
+        return autoencoder
     rng = random.Random(seed)
     autoencoder = world.build_autoencoder()
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=2e-3, weight_decay=0.0)

@@ -137,13 +137,35 @@ def test_evaluate_asks_for_prompts(tmp_path):
         main(["evaluate", "--benchmark", "ocr", "--model", "shapes", "--output_dir", str(tmp_path)])
 
 
+@pytest.mark.parametrize("flags", [["--prompts", "a.txt"], ["--adapter", "lora"], ["--overwrite"]])
+def test_evaluate_refuses_what_needs_a_model(tmp_path, flags):
+    with pytest.raises(ValueError, match=f"`{flags[0]}` needs `--model`"):
+        main(["evaluate", "--benchmark", "ocr", "--output_dir", str(tmp_path), *flags])
+
+
+def test_evaluate_begins_anew_when_asked(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text(
+        json.dumps({"tag": "colors", "include": [{"class": "ring", "count": 1}], "prompt": "a photo of a ring"})
+    )
+    argv = [*EVALUATE, "--model", "shapes", "--prompts", str(tmp_path / "prompts.jsonl")]
+    argv += ["--output_dir", str(tmp_path / "out")]
+    main(argv)
+    with pytest.raises(ValueError, match="has seed=0, got 1"):
+        main([*argv, "--seed", "1"])
+    main([*argv, "--seed", "1", "--overwrite"])
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert report["settings"]["seed"] == 1
+    assert report["reward_settings"] == {"benchmark": "shapes", "options": {}}
+
+
 def test_generate_draws_and_does_not_overwrite(tmp_path, capsys):
-    argv = ["generate", "a photo of a ring", "--model", "shapes", "--output_dir", str(tmp_path / "images")]
+    argv = ["generate", "a photo of a ring", "a photo of a cross", "--model", "shapes"]
+    argv += ["--output_dir", str(tmp_path / "images"), "--batch_size", "1"]
     argv += ["--num_images_per_prompt", "2", "--num_inference_steps", "2"]
     main(argv)
-    images = [Image.open(tmp_path / "images" / name) for name in ("00000.png", "00001.png")]
+    images = [Image.open(tmp_path / "images" / name) for name in ("00000.png", "00003.png")]
     assert [image.size for image in images] == [(32, 32), (32, 32)]
-    assert "00001.png" in capsys.readouterr().out
+    assert "00003.png" in capsys.readouterr().out
     with pytest.raises(FileExistsError, match="`--output_dir` has 00000.png already"):
         main(argv)
 

@@ -184,6 +184,7 @@ def generate(
     adapter: str | None,
     dtype: str | None,
     seed: int,
+    batch_size: int,
     **settings: Any,
 ) -> None:
     """
@@ -202,14 +203,19 @@ def generate(
             As in `load_pipeline`.
         seed (`int`):
             Seed of all images.
+        batch_size (`int`):
+            Prompts at a time, > 0.
         settings (`dict[str, Any]`):
             Arguments of the pipeline. Those that are `None` are the pipeline's own.
 
     Raises:
         `FileExistsError`: If an image would be overwritten.
+        `ValueError`: If `batch_size` is not positive.
     """
     import torch
 
+    if batch_size < 1:
+        raise ValueError(f"`--batch_size` must be > 0, got {batch_size}.")
     num_images = len(prompts) * settings["num_images_per_prompt"]
     paths = [output_dir / f"{index:05}.png" for index in range(num_images)]
     for path in paths:
@@ -217,11 +223,14 @@ def generate(
             raise FileExistsError(f"`--output_dir` has {path.name} already. Give another folder, or move it.")
     pipeline = load_pipeline(model, adapter, dtype)
     settings = {name: value for name, value in settings.items() if value is not None}
-    images = pipeline(prompts, generator=torch.Generator().manual_seed(seed), **settings).images
+    generator = torch.Generator().manual_seed(seed)
     output_dir.mkdir(parents=True, exist_ok=True)
-    for path, image in zip(paths, images, strict=True):
-        image.save(path)
-        print(path)
+    remaining_paths = iter(paths)
+    for start in range(0, len(prompts), batch_size):
+        for image in pipeline(prompts[start : start + batch_size], generator=generator, **settings).images:
+            path = next(remaining_paths)
+            image.save(path)
+            print(path)
 
 
 def _add_generate(verbs: Any) -> None:
@@ -234,6 +243,7 @@ def _add_generate(verbs: Any) -> None:
     parser.add_argument("prompts", nargs="+", help="what to draw")
     parser.add_argument("--output_dir", type=Path, default=Path("images"), help="folder of the images")
     parser.add_argument("--num_images_per_prompt", type=int, default=1, help="images a prompt")
+    parser.add_argument("--batch_size", type=int, default=16, help="prompts at a time")
     _add_model(parser, required=True)
     parser.set_defaults(run=generate)
 

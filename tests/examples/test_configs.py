@@ -1,0 +1,52 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import pytest
+from trl import ModelConfig, TrlParser
+
+from trl_udm import UDMGRPOConfig
+
+from . import EXAMPLES_DIR, load_example
+
+
+@pytest.mark.parametrize(
+    ("config", "example", "num_generations"),
+    [
+        ("shapes", "train_geneval", 8),
+        ("words", "train_ocr", 8),
+        ("ursa_geneval", "train_geneval", 8),
+        ("ursa_ocr", "train_ocr", 16),
+        ("ursa_pickscore", "train_pickscore", 16),
+    ],
+)
+def test_the_settings_of_a_file_are_those_of_the_paper(tmp_path, config, example, num_generations):
+    parser = TrlParser((load_example(example).ScriptArguments, UDMGRPOConfig, ModelConfig))
+    argv = ["--config", str(EXAMPLES_DIR / "configs" / f"{config}.yaml"), "--output_dir", str(tmp_path)]
+    if example == "train_pickscore":
+        argv += ["--dataset_name", "train.txt", "--eval_dataset_name", "test.txt"]
+    script_args, args, model_args = parser.parse_args_and_config([*argv, "--use_cpu", "True"])
+    assert args.num_generations == num_generations
+    # 16 prompts a step, one update a rollout
+    assert args.generation_batch_size == 16 * num_generations * args.num_train_timesteps
+    assert args.steps_per_generation == args.gradient_accumulation_steps
+    assert (args.num_inference_steps, args.num_train_timesteps, args.timestep_window) == (10, 3, [0, 2])
+    assert (args.action, args.trajectory, args.guidance_scale) == ("clean", "forward", 1.0)
+    if config.startswith("ursa"):
+        assert model_args.model_name_or_path == "BAAI/URSA-1.7B-IBQ512"
+        assert args.pipeline_kwargs == {"height": 512, "width": 512}
+        assert (args.learning_rate, args.adam_beta1, args.adam_beta2, args.weight_decay) == (1e-6, 0.9, 0.95, 0.01)
+        assert (args.beta, args.epsilon, args.max_grad_norm, args.bf16) == (0.05, 1e-4, 1.0, True)
+        assert (args.num_inference_steps_eval, args.guidance_scale_eval) == (25, 1.0)
+    else:
+        assert model_args.model_name_or_path is None
