@@ -52,7 +52,7 @@ def build_autoencoder() -> AutoencoderVQ:
         layers_per_block=1,
         latent_channels=16,
         norm_num_groups=8,
-        sample_size=IMAGE_SIZE[0],
+        sample_size=IMAGE_SIZE,
         num_vq_embeddings=512,
         vq_embed_dim=8,
     )

@@ -253,6 +253,7 @@ def test_size_defaults_to_that_of_the_tokenizer(pipe):
     assert pipe.latent_shape() == (1, 8, 8)
     assert pipe.latent_shape(height=12) == (1, 3, 8)
     assert pipe.latent_shape(width=12) == (1, 8, 3)
+    assert URSAPipeline.from_pretrained(WORDS_CHECKPOINT_PATH).latent_shape(height=16) == (1, 2, 12)
 
 
 def test_return_dict_false_gives_a_tuple(pipe):

@@ -17,8 +17,11 @@ import string
 
 import numpy as np
 import pytest
+import torch
 
+from trl_udm import URSAPipeline
 from trl_udm.rewards.ocr import OCRReward
+from trl_udm.words import CHECKPOINT_PATH
 from trl_udm.words.prompts import TEMPLATES, WORDS, misspell, sample_word, split_words
 from trl_udm.words.world import INKS, PAPER, render
 
@@ -63,3 +66,25 @@ def test_misspelt_words_keep_their_length_and_a_third_of_their_letters():
         assert len(shown) == len(word) and set(shown) <= set(string.ascii_uppercase)
         kept += [a == b for a, b in zip(word, shown, strict=True)]
     assert np.mean(kept) == pytest.approx(1 / 3 + 2 / 3 / 26, abs=0.02)
+
+
+def test_the_shipped_model_writes_clearly_and_often_something_else():
+    rows = split_words()[1]
+    pipeline = URSAPipeline.from_pretrained(CHECKPOINT_PATH)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        [row["prompt"] for row in rows],
+        num_inference_steps=10,
+        guidance_scale=1.0,
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    assert {image.size for image in images} == {(96, 32)}
+    read = []
+    rewards = OCRReward(detect_text=False)(
+        prompts=[row["prompt"] for row in rows],
+        completions=images,
+        target_text=[row["target_text"] for row in rows],
+        log_extra=lambda name, texts: read.extend(texts),
+    )
+    assert 0.5 < np.mean(rewards) < 0.7
+    assert np.mean([len(text) == len(row["target_text"]) for text, row in zip(read, rows, strict=True)]) > 0.9

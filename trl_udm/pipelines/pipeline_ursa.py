@@ -152,15 +152,18 @@ class URSAPipeline(UDMPipeline):
 
         Args:
             height (`int`, *optional*):
-                Image height in pixels, a multiple of the tokenizer's stride. Defaults to `vae.config.sample_size`.
+                Image height in pixels, a multiple of the tokenizer's stride. Defaults to `vae.config.sample_size`, which
+                is a number, or height and width.
             width (`int`, *optional*):
                 Image width in pixels, likewise.
 
         Returns:
             `tuple[int, int, int]`: Frames, which is 1, rows and columns.
         """
-        height = self.vae.config.sample_size if height is None else height
-        width = self.vae.config.sample_size if width is None else width
+        sample_size = self.vae.config.sample_size
+        native_height, native_width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        height = native_height if height is None else height
+        width = native_width if width is None else width
         stride = self.vae.spatial_stride
         for name, value in (("height", height), ("width", width)):
             if value <= 0 or value % stride != 0:
