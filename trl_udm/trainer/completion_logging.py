@@ -15,6 +15,7 @@
 """Images of a generation batch, for people to look at."""
 
 import math
+import textwrap
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
@@ -43,7 +44,7 @@ def make_image_grid(
         num_columns (`int`, *optional*):
             Columns of the grid; about square by default.
         tile_size (`int`, *optional*, defaults to `160`):
-            Side of an image in the grid, in pixels.
+            Width of an image in the grid, and its greatest height, in pixels. Images keep their aspect ratio.
         max_images (`int`, *optional*, defaults to `64`):
             Images from this number on are left out.
 
@@ -55,19 +56,19 @@ def make_image_grid(
     num_rows = math.ceil(len(images) / num_columns)
     line_height, num_characters = 12, tile_size // 6
     num_lines = 4
-    tile_height = tile_size + line_height * num_lines
+    image_height = max(min(tile_size, round(tile_size * image.height / image.width)) for image in images)
+    tile_height = image_height + line_height * num_lines
     grid = Image.new("RGB", (num_columns * (tile_size + 4), num_rows * (tile_height + 4)), "white")
     draw = ImageDraw.Draw(grid)
     for i, image in enumerate(images):
         left, top = i % num_columns * (tile_size + 4), i // num_columns * (tile_height + 4)
         resample = Image.Resampling.NEAREST if image.width < tile_size else Image.Resampling.LANCZOS
-        tile = ImageOps.pad(image.convert("RGB"), (tile_size, tile_size), method=resample, color="white")
+        tile = ImageOps.pad(image.convert("RGB"), (tile_size, image_height), method=resample, color="white")
         grid.paste(tile, (left, top))
         text = "" if rewards is None else ", ".join(f"{reward:.2f}" for reward in rewards[i]) + " "
         text += str(prompts[i])
-        lines = [text[start : start + num_characters] for start in range(0, len(text), num_characters)]
-        for number, line in enumerate(lines[:num_lines]):
-            draw.text((left + 2, top + tile_size + number * line_height), line, fill="black")
+        for number, line in enumerate(textwrap.wrap(text, num_characters)[:num_lines]):
+            draw.text((left + 2, top + image_height + number * line_height), line, fill="black")
     return grid
 
 
