@@ -39,7 +39,7 @@ def train_and_compare(
     """
     Trains, and evaluates before and after with the same prompts and seeds.
 
-    The output folder then has the weights, `samples_before.png` and `samples_after.png`, `reward_curve.png`,
+    The output folder then has the weights, what was logged (`trainer_state.json`), `samples_before.png` and `samples_after.png`, `reward_curve.png`,
     `results.json`, and in `before` and `after` everything that [`~trl_udm.evaluation.evaluate`] leaves.
 
     Args:
@@ -82,6 +82,7 @@ def train_and_compare(
     before = run("before")
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
+    trainer.save_state()
     after = run("after")
     results = {"before": before, "after": after, "seconds": trainer.state.log_history[-1].get("train_runtime")}
     if trainer.accelerator.is_main_process:

@@ -1,0 +1,212 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The ablation of UDM-GRPO (https://huggingface.co/papers/2604.18518) on the world of shapes.
+
+Each setting differs in one thing from the first, which is the method itself, and is trained with several seeds by
+`examples/train_geneval.py`. Given again, the command continues with the runs that are not finished. In the output folder are
+then the runs, `results.json`, `table.md`, and `curves.png` with reward and KL divergence.
+
+    python benchmarks/ablation.py --output_dir outputs/ablation
+
+"Passes" is the cost of a step in forward passes of the network for one sample: those of the rollout, of the scoring by the
+reference and the old policy, and three for each row that is trained on, for its forward and backward pass.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+
+ROOT = Path(__file__).parents[1]
+NUM_SAMPLES = 128  # a rollout
+NUM_STEPS = 10  # of the time grid
+
+# By group and name, the options that differ from the method's
+METHOD = {
+    "action": "clean",
+    "trajectory": "forward",
+    "guidance_scale": 1.0,
+    "num_train_timesteps": 3,
+    "timestep_window": (0, 2),
+    "beta": 0.1,
+    "num_generations": 8,
+    "num_iterations": 1,
+    "epsilon": 1e-4,
+}
+SETTINGS = {
+    "corners": {
+        "clean action, forward trajectory": {},
+        "clean action, backward trajectory": {"trajectory": "backward"},
+        "intermediate action, forward trajectory": {"action": "intermediate"},
+        "intermediate action, backward trajectory": {"action": "intermediate", "trajectory": "backward"},
+    },
+    "guidance": {"rollouts guided by 3": {"guidance_scale": 3.0}},
+    "timesteps": {
+        "K = 1": {"num_train_timesteps": 1},
+        "K = 2": {"num_train_timesteps": 2},
+        "K = 5": {"num_train_timesteps": 5},
+        "all timesteps": {"num_train_timesteps": NUM_STEPS, "timestep_window": (0, 0)},
+        "late window": {"timestep_window": (5, 7)},
+        "uniform window": {"timestep_window": (0, 7)},
+    },
+    "KL": {"beta = 0": {"beta": 0.0}, "beta = 0.05": {"beta": 0.05}, "beta = 0.5": {"beta": 0.5}},
+    "groups": {"G = 4": {"num_generations": 4}, "G = 16": {"num_generations": 16}},
+    "updates": {
+        "4 updates a rollout, epsilon = 1e-4": {"num_iterations": 4},
+        "4 updates a rollout, epsilon = 1e-3": {"num_iterations": 4, "epsilon": 1e-3},
+        "4 updates a rollout, epsilon = 0.2": {"num_iterations": 4, "epsilon": 0.2},
+    },
+}
+
+
+def count_passes(options: dict[str, Any]) -> float:
+    """Forward passes of a training step, a sample."""
+    rollout = NUM_STEPS * (1 if options["guidance_scale"] == 1.0 else 2)
+    num_scorings = (options["beta"] != 0) + (options["num_iterations"] > 1)
+    scoring = num_scorings * options["num_train_timesteps"]
+    return (rollout + scoring) / options["num_iterations"] + 3 * options["num_train_timesteps"]
+
+
+def run(options: dict[str, Any], seed: int, output_dir: Path, extra: list[str]) -> None:
+    """Train one setting with one seed, unless it is done."""
+    if (output_dir / "results.json").exists():
+        return
+    flags = ["--output_dir", str(output_dir), "--seed", str(seed)]
+    flags += ["--per_device_train_batch_size", str(NUM_SAMPLES * options["num_train_timesteps"])]
+    for name, value in options.items():
+        flags += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / "log.txt").open("w") as log:
+        subprocess.run(
+            [sys.executable, str(ROOT / "examples" / "train_geneval.py"), *flags, *extra],
+            cwd=ROOT,
+            env={"OMP_NUM_THREADS": "1", **os.environ},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=True,
+        )
+
+
+def read(output_dir: Path) -> dict[str, Any]:
+    """Accuracy before and after, the curves, and the seconds of one run."""
+    results = json.loads((output_dir / "results.json").read_text())
+    logs = [log for log in json.loads((output_dir / "trainer_state.json").read_text())["log_history"] if "loss" in log]
+    return {
+        "before": results["before"]["overall"],
+        "after": results["after"]["overall"],
+        "seconds": results["seconds"],
+        "reward": [log["reward"] for log in logs],
+        # Without a reference there is no divergence to log
+        "kl": [log["kl"] for log in logs if "kl" in log],
+    }
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def write_table(path: Path, results: dict[str, dict[str, Any]]) -> None:
+    """A row a setting: mean over the seeds, with the least and the greatest."""
+    lines = [
+        "| setting | accuracy before | after | KL at the end | passes a step | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for group, settings in results.items():
+        for name, setting in settings.items():
+            runs = setting["runs"].values()
+            kl = [statistics.fmean(run["kl"][-10:]) for run in runs if run["kl"]]
+            lines.append(
+                f"| {group}: {name} | {statistics.fmean(run['before'] for run in runs):.3f} "
+                f"| {spread([run['after'] for run in runs])} | {spread(kl) if kl else ''} "
+                f"| {setting['passes']:.1f} | {statistics.fmean(run['seconds'] for run in runs):.0f} |"
+            )
+    path.write_text("\n".join(lines) + "\n")
+
+
+def save_curves(path: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Reward above KL divergence, a column a group; the method in each."""
+    figure = Figure(figsize=(4.5 * len(results), 7))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(results), sharex=True, sharey="row", squeeze=False)
+    method_name, method = next(iter(next(iter(results.values())).items()))
+    for column, (group, settings) in enumerate(results.items()):
+        axes[0, column].set_title(group)
+        axes[1, column].set(xlabel="step", yscale="log")
+        for name, setting in {method_name: method, **settings}.items():
+            for row, curve in enumerate(("reward", "kl")):
+                curves = [run[curve] for run in setting["runs"].values() if run[curve]]
+                if curves:
+                    means = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+                    means = [statistics.fmean(means[max(0, i - 4) : i + 1]) for i in range(len(means))]
+                    axes[row, column].plot(range(1, len(means) + 1), means, label=name)
+        axes[0, column].legend(fontsize=7)
+    axes[0, 0].set_ylabel("reward, running mean of 5 steps")
+    axes[1, 0].set_ylabel("KL divergence from the initial model")
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the runs and the report go")
+    parser.add_argument("--groups", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="what is varied")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 1, 2])
+    parser.add_argument("--max_steps", type=int, default=100, help="training steps of a run")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="runs at a time, each with one thread")
+    args, extra = parser.parse_known_args()
+    groups = {group: SETTINGS[group] for group in dict.fromkeys(["corners", *args.groups])}
+    if "corners" not in args.groups:  # the method itself is needed to compare with
+        groups["corners"] = dict([next(iter(SETTINGS["corners"].items()))])
+
+    runs = []
+    for group, settings in groups.items():
+        for name, options in settings.items():
+            folder = args.output_dir / group / name.replace(" ", "-")
+            runs += [({**METHOD, **options}, seed, folder / str(seed)) for seed in args.seeds]
+    # Every setting has its first seed before any has its second
+    runs.sort(key=lambda arguments: args.seeds.index(arguments[1]))
+    extra = ["--max_steps", str(args.max_steps), *extra]
+    with ThreadPoolExecutor(args.num_workers) as pool:
+        futures = [pool.submit(run, *arguments, extra) for arguments in runs]
+        for future in tqdm(futures, desc="Training", unit="run"):
+            future.result()
+
+    results = {}
+    for group, settings in groups.items():
+        for name, options in settings.items():
+            folder = args.output_dir / group / name.replace(" ", "-")
+            results.setdefault(group, {})[name] = {
+                "options": {**METHOD, **options},
+                "passes": count_passes({**METHOD, **options}),
+                "runs": {seed: read(folder / str(seed)) for seed in args.seeds},
+            }
+    (args.output_dir / "results.json").write_text(json.dumps({"arguments": extra, "results": results}, indent=2))
+    write_table(args.output_dir / "table.md", results)
+    save_curves(args.output_dir / "curves.png", results)
+    print((args.output_dir / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
