@@ -62,17 +62,25 @@ def flat_gradient(trainer, objective):
     return torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()])
 
 
-def ascent(trainer):
-    """Cosine of the loss's step with the gradient of Σ Â log π, on one rollout."""
+def roll_out(trainer):
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
-    batch = trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
-    step = -flat_gradient(trainer, trainer._compute_loss(trainer.model, batch))
+    return trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+
+
+def score(trainer, batch):
+    """log π of each row, with a gradient."""
     input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     num_tokens = batch["completion_ids"].size(1)
-    logps = trainer._get_per_token_logps_and_entropies(trainer.model, input_ids, mask, num_tokens)[0].mean(dim=1)
-    reinforce = flat_gradient(trainer, (batch["advantages"] * logps).sum())
+    return trainer._get_per_token_logps_and_entropies(trainer.model, input_ids, mask, num_tokens)[0].mean(dim=1)
+
+
+def ascent(trainer):
+    """Cosine of the loss's step with the gradient of Σ Â log π, on one rollout."""
+    batch = roll_out(trainer)
+    step = -flat_gradient(trainer, trainer._compute_loss(trainer.model, batch))
+    reinforce = flat_gradient(trainer, (batch["advantages"] * score(trainer, batch)).sum())
     return torch.nn.functional.cosine_similarity(step, reinforce, dim=0).item()
 
 
@@ -98,6 +106,20 @@ def test_a_loss_steps_towards_good_samples(tmp_path, loss_type, importance_sampl
 def test_an_option_of_the_loss_steps_towards_good_samples(tmp_path, options):
     trainer = build_trainer(tmp_path, [redness, darkness], reward_weights=[1.0, 0.5], **options)
     assert ascent(trainer) > 0.5
+
+
+@pytest.mark.parametrize("delta", [-3.0, -0.1, 1.0])
+@pytest.mark.parametrize("use_bias_correction_kl", [False, True])
+def test_the_kl_term_pulls_as_documented(tmp_path, use_bias_correction_kl, delta):
+    trainer = build_trainer(tmp_path, beta=0.5, use_bias_correction_kl=use_bias_correction_kl)
+    batch = roll_out(trainer)
+    batch["advantages"] = torch.zeros_like(batch["advantages"])
+    batch["ref_per_token_logps"] = (score(trainer, batch) + delta).detach().unsqueeze(1)
+    gradient = flat_gradient(trainer, trainer._compute_loss(trainer.model, batch))
+    # delta is log π_ref − log π: far below 0, the weight of the one stays below 1 and that of the other grows
+    weight = -delta if use_bias_correction_kl else 1 - np.exp(delta)
+    expected = flat_gradient(trainer, 0.5 * weight * score(trainer, batch).mean())
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
