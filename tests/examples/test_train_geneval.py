@@ -35,7 +35,11 @@ def test_the_example_trains_on_shapes_and_leaves_its_results(tmp_path, capsys, e
         with Image.open(tmp_path / name) as image:
             sizes.add(image.size)
     assert len(sizes) == 1
+    with Image.open(tmp_path / "samples.png") as both:
+        ((width, height),) = sizes
+        assert both.size == (2 * width + 24, height + 20)
     assert (tmp_path / "reward_curve.png").exists()
+    assert (tmp_path / "trainer_state.json").exists()
     assert (tmp_path / ("adapter_model.safetensors" if extra else "model_index.json")).exists()
     assert "GenEval accuracy" in capsys.readouterr().out
 

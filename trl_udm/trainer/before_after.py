@@ -23,6 +23,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
 
 from ..evaluation import evaluate
 from .udm_grpo_trainer import UDMGRPOTrainer
@@ -39,7 +40,7 @@ def train_and_compare(
     """
     Trains, and evaluates before and after with the same prompts and seeds.
 
-    The output folder then has the weights, what was logged (`trainer_state.json`), `samples_before.png` and `samples_after.png`, `reward_curve.png`,
+    The output folder then has the weights, what was logged (`trainer_state.json`), `samples_before.png` and `samples_after.png`, `samples.png` with both, `reward_curve.png`,
     `results.json`, and in `before` and `after` everything that [`~trl_udm.evaluation.evaluate`] leaves.
 
     Args:
@@ -88,9 +89,34 @@ def train_and_compare(
     if trainer.accelerator.is_main_process:
         for name in ("before", "after"):
             shutil.copyfile(output_dir / name / "samples.png", output_dir / f"samples_{name}.png")
+        save_side_by_side(
+            output_dir / "samples.png", output_dir / "samples_before.png", output_dir / "samples_after.png"
+        )
         save_curves(output_dir / "reward_curve.png", trainer.state.log_history, {"reward": "reward", **(curves or {})})
         (output_dir / "results.json").write_text(json.dumps(results, indent=2))
     return results
+
+
+def save_side_by_side(path: str | Path, before_path: str | Path, after_path: str | Path) -> None:
+    """
+    Puts two images of the same size side by side, under the words "before" and "after".
+
+    Args:
+        path (`str` or `Path`):
+            The image to write.
+        before_path (`str` or `Path`):
+            The image on the left.
+        after_path (`str` or `Path`):
+            The image on the right.
+    """
+    header_height, gap = 20, 24
+    with Image.open(before_path) as before, Image.open(after_path) as after:
+        both = Image.new("RGB", (2 * before.width + gap, header_height + before.height), "white")
+        draw = ImageDraw.Draw(both)
+        for left, title, image in ((0, "before", before), (before.width + gap, "after", after)):
+            draw.text((left + 2, 2), title, fill="black", font_size=14)
+            both.paste(image, (left, header_height))
+    both.save(path)
 
 
 def save_curves(path: str | Path, log_history: list[dict[str, float]], curves: dict[str, str]) -> None:
