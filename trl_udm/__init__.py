@@ -25,6 +25,7 @@ _MODULES = {
     "CLIPReward": ".rewards.clip",
     "CLIPScoreReward": ".rewards.clip",
     "GenEvalReward": ".rewards.geneval",
+    "GuardrailCallback": ".trainer.guardrails",
     "HPSv2Reward": ".rewards.clip",
     "KineticOptimalScheduler": ".schedulers.scheduling_kinetic_optimal",
     "Mask2FormerDetector": ".rewards.mask2former",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from .rewards.ocr import OCRReward as OCRReward
     from .rewards.remote import RemoteReward as RemoteReward
     from .schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler as KineticOptimalScheduler
+    from .trainer.guardrails import GuardrailCallback as GuardrailCallback
     from .trainer.udm_grpo_config import UDMGRPOConfig as UDMGRPOConfig
     from .trainer.udm_grpo_trainer import UDMGRPOTrainer as UDMGRPOTrainer
 

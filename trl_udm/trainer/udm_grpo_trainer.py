@@ -406,6 +406,12 @@ class UDMGRPOTrainer(GRPOTrainer):
         rewards_per_func = self._calculate_rewards(inputs, prompts, completions, output.clean_samples.tolist())
         advantages, rewards, std_rewards = self._compute_advantages(rewards_per_func, num_generations)
         self._log_rollout(mode, prompts, completions, rewards_per_func, rewards, std_rewards, advantages)
+        if num_generations > 1:
+            # Share of tokens in which two samples of a group differ
+            groups = self.accelerator.gather(output.clean_samples).unflatten(0, (-1, num_generations))  # (P, G, N)
+            num_pairs = groups.size(0) * num_generations * (num_generations - 1) * groups.size(2)
+            num_different = (groups.unsqueeze(1) != groups.unsqueeze(2)).sum()
+            self._metrics[mode]["diversity"].append(num_different.item() / num_pairs)
         process_slice = slice(
             self.accelerator.process_index * len(prompts),
             (self.accelerator.process_index + 1) * len(prompts),
