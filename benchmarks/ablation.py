@@ -118,9 +118,9 @@ def read(output_dir: Path) -> dict[str, Any]:
         "before": results["before"]["overall"],
         "after": results["after"]["overall"],
         "seconds": results["seconds"],
-        "reward": [log["reward"] for log in logs],
-        # Without a reference there is no divergence to log
-        "kl": [log["kl"] for log in logs if "kl" in log],
+        # Pairs of step and value: a reward is logged with each rollout, a divergence where there is a reference
+        "reward": [(log["step"], log["reward"]) for log in logs if "reward" in log],
+        "kl": [(log["step"], log["kl"]) for log in logs if "kl" in log],
     }
 
 
@@ -137,7 +137,7 @@ def write_table(path: Path, results: dict[str, dict[str, Any]]) -> None:
     for group, settings in results.items():
         for name, setting in settings.items():
             runs = setting["runs"].values()
-            kl = [statistics.fmean(run["kl"][-10:]) for run in runs if run["kl"]]
+            kl = [statistics.fmean(value for _, value in run["kl"][-10:]) for run in runs if run["kl"]]
             lines.append(
                 f"| {group}: {name} | {statistics.fmean(run['before'] for run in runs):.3f} "
                 f"| {spread([run['after'] for run in runs])} | {spread(kl) if kl else ''} "
@@ -159,9 +159,10 @@ def save_curves(path: Path, results: dict[str, dict[str, Any]]) -> None:
             for row, curve in enumerate(("reward", "kl")):
                 curves = [run[curve] for run in setting["runs"].values() if run[curve]]
                 if curves:
-                    means = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+                    steps = [step for step, _ in curves[0]]
+                    means = [statistics.fmean(value for _, value in pairs) for pairs in zip(*curves, strict=True)]
                     means = [statistics.fmean(means[max(0, i - 4) : i + 1]) for i in range(len(means))]
-                    axes[row, column].plot(range(1, len(means) + 1), means, label=name)
+                    axes[row, column].plot(steps, means, label=name)
         axes[0, column].legend(fontsize=7)
     axes[0, 0].set_ylabel("reward, running mean of 5 steps")
     axes[1, 0].set_ylabel("KL divergence from the initial model")
