@@ -199,13 +199,13 @@ from accelerate import PartialState
 from trl_udm import URSAPipeline
 from trl_udm.evaluation import evaluate
 from tests.test_evaluation import ROWS, SETTINGS, closeness
-assert PartialState().num_processes == 2
+assert PartialState(cpu=True).num_processes == 2
 pipeline = URSAPipeline.from_pretrained({str(tmp_path / "pipeline")!r}, max_prompt_length=8)
 summaries = evaluate([closeness], {str(tmp_path / "two")!r}, pipeline, ROWS, **SETTINGS)
 """
     (tmp_path / "run.py").write_text(code)
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    # `accelerate launch` starts several processes on CPUs only by way of MPI
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *launch, str(tmp_path / "run.py")], check=True, env=environment)
     evaluate([closeness], tmp_path / "one", pipeline, ROWS, **SETTINGS)
