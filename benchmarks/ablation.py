@@ -44,18 +44,19 @@ ROOT = Path(__file__).parents[1]
 NUM_SAMPLES = 128  # a rollout
 NUM_STEPS = 10  # of the time grid
 
-# By group and name, the options that differ from the method's
+# As in examples/configs/shapes.yaml
 METHOD = {
     "action": "clean",
     "trajectory": "forward",
     "guidance_scale": 1.0,
     "num_train_timesteps": 3,
     "timestep_window": (0, 2),
-    "beta": 0.1,
+    "beta": 0.12,
     "num_generations": 8,
     "num_iterations": 1,
     "epsilon": 1e-4,
 }
+# By group and name, the options that differ from the method's
 SETTINGS = {
     "corners": {
         "clean action, forward trajectory": {},
@@ -92,13 +93,17 @@ def count_passes(options: dict[str, Any]) -> float:
 
 def run(options: dict[str, Any], seed: int, output_dir: Path, extra: list[str]) -> None:
     """Train one setting with one seed, unless it is done."""
-    if (output_dir / "results.json").exists():
-        return
     flags = ["--output_dir", str(output_dir), "--seed", str(seed)]
     flags += ["--per_device_train_batch_size", str(NUM_SAMPLES * options["num_train_timesteps"])]
     for name, value in options.items():
         flags += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
     output_dir.mkdir(parents=True, exist_ok=True)
+    flags_path = output_dir / "flags.json"
+    if flags_path.exists() and json.loads(flags_path.read_text()) != [*flags, *extra]:
+        raise ValueError(f"`--output_dir` holds a run with other flags: {flags_path}. Give another folder.")
+    if (output_dir / "results.json").exists():
+        return
+    flags_path.write_text(json.dumps([*flags, *extra]))
     with (output_dir / "log.txt").open("w") as log:
         subprocess.run(
             [sys.executable, str(ROOT / "examples" / "train_geneval.py"), *flags, *extra],

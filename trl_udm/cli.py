@@ -123,8 +123,8 @@ def evaluate(
     reward_name, reward_options, task = BENCHMARKS[benchmark]
     pipeline = rows = settings = None
     if model is None:
-        for name, value in (("prompts", prompts), ("adapter", adapter), ("overwrite", overwrite or None)):
-            if value is not None:
+        for name, value in (("prompts", prompts), ("adapter", adapter), ("overwrite", overwrite)):
+            if value:
                 raise ValueError(f"`--{name}` needs `--model`: without one, the images in `--output_dir` are scored.")
     else:
         if prompts is not None:

@@ -76,6 +76,13 @@ def test_hacking_is_a_reward_that_rises_while_the_watched_one_falls(reward, watc
         assert 10 < callback.alarms["hacking"] <= 15
 
 
+def test_logs_in_which_the_watched_reward_abstained_are_passed_over():
+    reward, watched = noisy([0.1] * 10 + [0.5] * 10), noisy([0.9] * 10 + [0.5] * 10)
+    callback = GuardrailCallback(watched="rewards/true/mean", window=5)
+    feed(callback, **{"reward": [0.0, *reward], "rewards/true/mean": [None, *watched]})
+    assert "hacking" in callback.alarms
+
+
 def test_a_hacked_reward_stops_a_run(tmp_path):
     def hackable(prompts, completions, **kwargs):
         return count_a(prompts, completions)

@@ -101,6 +101,7 @@ class GuardrailCallback(TrainerCallback):
             return
         if self.watched not in logs:
             raise ValueError(f"`watched` must be one of {sorted(logs)}, got {self.watched!r}.")
+        history = [log for log in history if log[self.watched] is not None]  # the watched function may abstain
         earlier, later = history[-2 * self.window : -self.window], history[-self.window :]
         if len(earlier) < self.window:
             return
