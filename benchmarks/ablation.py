@@ -51,7 +51,7 @@ METHOD = {
     "guidance_scale": 1.0,
     "num_train_timesteps": 3,
     "timestep_window": (0, 2),
-    "beta": 0.12,
+    "beta": 0.1,
     "num_generations": 8,
     "num_iterations": 1,
     "epsilon": 1e-4,
