@@ -17,7 +17,8 @@ The ablation of UDM-GRPO (https://huggingface.co/papers/2604.18518) on the world
 
 Each setting differs in one thing from the first, which is the method itself, and is trained with several seeds by
 `examples/train_geneval.py`. Given again, the command continues with the runs that are not finished. In the output folder are
-then the runs, `results.json`, `table.md`, and `curves.png` with reward and KL divergence.
+then the runs, `results.json`, `table.md`, and `curves.png` with reward and KL divergence; the runs of the four corners have
+`diagnostics.png` too.
 
     python benchmarks/ablation.py --output_dir outputs/ablation
 
@@ -41,10 +42,10 @@ from tqdm.auto import tqdm
 
 
 ROOT = Path(__file__).parents[1]
-NUM_SAMPLES = 128  # a rollout
+NUM_SAMPLES = 64  # a rollout, half of examples/configs/shapes.yaml
 NUM_STEPS = 10  # of the time grid
 
-# As in examples/configs/shapes.yaml
+# As in examples/configs/shapes.yaml, which has the options that are not varied too
 METHOD = {
     "action": "clean",
     "trajectory": "forward",
@@ -179,7 +180,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="where the runs and the report go")
     parser.add_argument("--groups", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="what is varied")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 1, 2])
-    parser.add_argument("--max_steps", type=int, default=100, help="training steps of a run")
+    parser.add_argument("--max_steps", type=int, default=60, help="training steps of a run")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="runs at a time, each with one thread")
     args, extra = parser.parse_known_args()
     groups = {group: SETTINGS[group] for group in dict.fromkeys(["corners", *args.groups])}
@@ -190,7 +191,10 @@ def main() -> None:
     for group, settings in groups.items():
         for name, options in settings.items():
             folder = args.output_dir / group / name.replace(" ", "-")
-            runs += [({**METHOD, **options}, seed, folder / str(seed)) for seed in args.seeds]
+            options = {**METHOD, **options}
+            if group == "corners":
+                options["diagnostics_steps"] = max(1, args.max_steps // 4)
+            runs += [(options, seed, folder / str(seed)) for seed in args.seeds]
     # Every setting has its first seed before any has its second
     runs.sort(key=lambda arguments: args.seeds.index(arguments[1]))
     extra = ["--max_steps", str(args.max_steps), *extra]

@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from trl import ModelConfig, TrlParser, get_peft_config
 
-from trl_udm import GenEvalReward, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
+from trl_udm import DiagnosticsCallback, GenEvalReward, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
 from trl_udm.data.geneval import generate_geneval_prompts, geneval_dataset
 from trl_udm.data.loading import load_prompts
 from trl_udm.shapes import CHECKPOINT_PATH
@@ -76,6 +76,8 @@ class ScriptArguments:
             Images a prompt in the evaluation before and after.
         eval_images_batch_size (`int`, *optional*, defaults to `120`):
             Images at a time in that evaluation.
+        diagnostics_steps (`int`, *optional*):
+            Training steps between two measurements of `DiagnosticsCallback`, on 64 training prompts. By default none.
     """
 
     dataset_name: str | None = field(default=None, metadata={"help": "Training prompts: a file or a Hub dataset."})
@@ -94,6 +96,9 @@ class ScriptArguments:
     )
     num_eval_images: int = field(default=4, metadata={"help": "Images a prompt in the final evaluations."})
     eval_images_batch_size: int = field(default=120, metadata={"help": "Images at a time in the final evaluations."})
+    diagnostics_steps: int | None = field(
+        default=None, metadata={"help": "Training steps between two measurements of `DiagnosticsCallback`."}
+    )
 
 
 def import_callable(path: str):
@@ -155,6 +160,9 @@ def main(argv: list[str]) -> dict[str, Any]:
         eval_dataset=eval_dataset,
         peft_config=get_peft_config(model_args),
     )
+    if script_args.diagnostics_steps is not None:
+        prompts = train_dataset.shuffle(seed=0)["prompt"][:64]
+        trainer.add_callback(DiagnosticsCallback(trainer, prompts, measure_steps=script_args.diagnostics_steps))
     results = train_and_compare(
         trainer,
         GenEvalReward(detector, color_classifier, mode="official"),

@@ -24,6 +24,7 @@ _MODULES = {
     "CLIPColorClassifier": ".rewards.clip_color",
     "CLIPReward": ".rewards.clip",
     "CLIPScoreReward": ".rewards.clip",
+    "DiagnosticsCallback": ".trainer.diagnostics",
     "GenEvalReward": ".rewards.geneval",
     "GuardrailCallback": ".trainer.guardrails",
     "HPSv2Reward": ".rewards.clip",
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
     from .rewards.ocr import OCRReward as OCRReward
     from .rewards.remote import RemoteReward as RemoteReward
     from .schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler as KineticOptimalScheduler
+    from .trainer.diagnostics import DiagnosticsCallback as DiagnosticsCallback
     from .trainer.guardrails import GuardrailCallback as GuardrailCallback
     from .trainer.udm_grpo_config import UDMGRPOConfig as UDMGRPOConfig
     from .trainer.udm_grpo_trainer import UDMGRPOTrainer as UDMGRPOTrainer

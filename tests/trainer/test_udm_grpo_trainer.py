@@ -497,9 +497,9 @@ def test_image_completions_are_logged_as_a_grid_and_a_table(tmp_path, oracle_dir
         assert grid.width > 3 * 160 and grid.height > 3 * 160
     assert (tmp_path / "completions" / "completions_00001.parquet").exists()
     assert len(trainer._logs["images"]) == 8
-    assert {"reward", "kl", "entropy", "clip_ratio/region_mean", "step_time", "rewards/brightness/mean"} <= set(
-        trainer.state.log_history[0]
-    )
+    logs = trainer.state.log_history[0]
+    assert {"reward", "kl", "entropy", "clip_ratio/region_mean", "step_time", "rewards/brightness/mean"} <= set(logs)
+    assert 0 <= logs["images/dark_fraction"] <= 1 and 0 < logs["images/saturation"] < 1
 
 
 def test_images_of_a_grid_keep_their_aspect_ratio():
@@ -736,6 +736,7 @@ def test_a_bad_dataset_is_refused(tmp_path, dataset, error, message):
             {"num_generations_eval": 3, "per_device_eval_batch_size": 8},
             r"An evaluation batch of 8 samples .* must hold whole groups of `num_generations_eval` 3",
         ),
+        ({"top_entropy_quantile": 0.5}, "`top_entropy_quantile` must be 1.0 with .*'sequence'.*, got 0.5"),
         ({"temperature": 0.5}, "`temperature` must be 1.0, got 0.5"),
         ({"use_vllm": True}, "`use_vllm` must be False, got True"),
         (

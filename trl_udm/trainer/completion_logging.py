@@ -72,6 +72,24 @@ def make_image_grid(
     return grid
 
 
+def image_statistics(images: list[Image.Image]) -> dict[str, list[float]]:
+    """
+    What hacked rewards tend to do to images: darken them, or flood them with colour.
+
+    Args:
+        images (`list[PIL.Image.Image]`):
+            Images.
+
+    Returns:
+        `dict[str, list[float]]`: A value an image, in `[0, 1]`: `dark_fraction`, the share of pixels with less than a tenth
+        of full luma, and `saturation`, the mean saturation in HSV.
+    """
+    return {
+        "dark_fraction": [float((np.asarray(image.convert("L")) < 25.5).mean()) for image in images],
+        "saturation": [float(np.asarray(image.convert("HSV"))[..., 1].mean() / 255) for image in images],
+    }
+
+
 def log_images_to_tensorboard(callbacks: list[TrainerCallback], grid: Image.Image, step: int) -> None:
     """
     Sends a grid to TensorBoard where the trainer reports to it.

@@ -187,6 +187,12 @@ class UDMGRPOConfig(GRPOConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        if self.top_entropy_quantile < 1.0 and self.importance_sampling_level == "sequence":
+            raise ValueError(
+                f"`top_entropy_quantile` must be 1.0 with `importance_sampling_level='sequence'`, got "
+                f"{self.top_entropy_quantile}: it selects tokens, and there a row has one log-probability. Set "
+                "`importance_sampling_level='token'`."
+            )
         num_samples = self.per_device_eval_batch_size * self.world_size
         num_generations_eval = self.num_generations_eval or self.num_generations
         if num_samples % num_generations_eval != 0:

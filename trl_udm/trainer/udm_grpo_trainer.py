@@ -42,7 +42,7 @@ from trl.trainer.utils import (
 
 from ..pipelines.pipeline_output import UDMSamplerOutput
 from ..pipelines.pipeline_udm import UDMPipeline
-from .completion_logging import log_images_to_tensorboard, make_image_grid
+from .completion_logging import image_statistics, log_images_to_tensorboard, make_image_grid
 from .reward_checks import name_failures
 from .udm_grpo_config import UDMGRPOConfig
 
@@ -282,7 +282,7 @@ class UDMGRPOTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def _rollout(
-        self, prompts: list[Any], mode: str
+        self, prompts: list[Any], mode: str, return_trajectory: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, UDMSamplerOutput, list[Any]]:
         """Draws a sample for each prompt: conditioning and its mask (B, T), samples (B, N), completions."""
         num_inference_steps = self.args.num_inference_steps if mode == "train" else self.args.num_inference_steps_eval
@@ -319,7 +319,7 @@ class UDMGRPOTrainer(GRPOTrainer):
                     guidance_trunc=self.args.guidance_trunc,
                     negative_prompt_ids=negative_prompt_ids,
                     negative_prompt_mask=negative_prompt_mask,
-                    return_trajectory=self.args.action == "intermediate" or self.args.trajectory == "backward",
+                    return_trajectory=return_trajectory,
                 )
                 outputs.append(output)
                 completions += self.pipeline.decode(output.clean_samples, self.latent_shape)
@@ -402,7 +402,8 @@ class UDMGRPOTrainer(GRPOTrainer):
             inputs = inputs[::num_timesteps]  # the sampler repeats a sample for each of its rows
         prompts = [x["prompt"] for x in inputs]
 
-        prompt_ids, prompt_mask, output, completions = self._rollout(prompts, mode)
+        needs_trajectory = self.args.action == "intermediate" or self.args.trajectory == "backward"
+        prompt_ids, prompt_mask, output, completions = self._rollout(prompts, mode, needs_trajectory)
         rewards_per_func = self._calculate_rewards(inputs, prompts, completions, output.clean_samples.tolist())
         advantages, rewards, std_rewards = self._compute_advantages(rewards_per_func, num_generations)
         self._log_rollout(mode, prompts, completions, rewards_per_func, rewards, std_rewards, advantages)
@@ -469,6 +470,11 @@ class UDMGRPOTrainer(GRPOTrainer):
             is_std_zero = torch.isclose(std_rewards, torch.zeros_like(std_rewards))
             self._metrics[mode]["frac_reward_zero_std"].append(is_std_zero.float().mean().item())
 
+        is_image = not isinstance(completions[0], str)
+        if is_image:
+            for name, values in image_statistics(completions).items():
+                self._pending_metrics[f"images/{name}"].extend(values)
+
         # Flush user-logged metrics (from log_metric), averaging across processes. Keys must be sorted so that all ranks
         # gather in the same order.
         for name in sorted(set(gather_object(list(self._pending_metrics)))):
@@ -484,7 +490,6 @@ class UDMGRPOTrainer(GRPOTrainer):
         # Only the latest generation batch is kept, as in `GRPOTrainer`, whose buffers are sized for a sample a row
         for buffer in self._logs.values():
             buffer.clear()
-        is_image = not isinstance(completions[0], str)
         self._logs["prompt"].extend(gather_object(prompts))
         self._logs["completion"].extend(gather_object(["<image>"] * len(completions) if is_image else completions))
         if is_image:

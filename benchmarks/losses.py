@@ -1,0 +1,119 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+The losses that the trainer inherits from TRL, each with every way to scale rewards, at both levels: trained or refused?
+
+Each combination takes a few steps from the world of shapes, with several updates a rollout, clipping on both sides, the KL
+term and two weighted rewards, so that every branch of the loss counts. Prints a Markdown table: the gradient norm of the
+first step and the KL divergence after the last, or the error that refused the combination.
+
+    python benchmarks/losses.py
+"""
+
+import argparse
+import itertools
+import logging
+import tempfile
+import warnings
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from PIL import Image
+from tqdm.auto import tqdm
+
+from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
+from trl_udm.shapes import CHECKPOINT_PATH
+
+
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+LEVELS = ("sequence", "token")
+# What is varied beside the loss and the level, one at a time
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as they are": {},
+    '`scale_rewards="batch"`': {"scale_rewards": "batch"},
+    '`scale_rewards="none"`': {"scale_rewards": "none"},
+    '`multi_objective_aggregation="normalize_then_sum"`': {"multi_objective_aggregation": "normalize_then_sum"},
+    "`delta=1.5`, `epsilon_high=2e-4`": {"delta": 1.5, "epsilon_high": 2e-4},
+    "`entropy_coef=1e-4`": {"entropy_coef": 1e-4},
+    "`top_entropy_quantile=0.5`": {"top_entropy_quantile": 0.5},
+}
+PROMPTS = Dataset.from_dict({"prompt": ["a photo of a red circle", "a photo of a blue ring"]})
+
+
+def redness(completions: list[Image.Image], **kwargs) -> list[float]:
+    return [float(np.asarray(image)[..., 0].mean()) / 255 for image in completions]
+
+
+def darkness(completions: list[Image.Image], **kwargs) -> list[float]:
+    return [1 - float(np.asarray(image).mean()) / 255 for image in completions]
+
+
+def train(output_dir: str, num_steps: int, **options: Any) -> str:
+    """What the table says of one combination."""
+    try:
+        args = UDMGRPOConfig(
+            output_dir,
+            num_generations=4,
+            num_iterations=2,
+            per_device_train_batch_size=8,
+            num_train_timesteps=1,
+            num_inference_steps=4,
+            num_inference_steps_eval=4,
+            learning_rate=1e-3,
+            reward_weights=[1.0, 0.5],
+            max_steps=num_steps,
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=False,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            **options,
+        )
+        trainer = UDMGRPOTrainer(
+            URSAPipeline.from_pretrained(CHECKPOINT_PATH), [redness, darkness], args, train_dataset=PROMPTS
+        )
+        trainer.train()
+    except ValueError as error:
+        return f"refused: {error}"
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    if not all(np.isfinite(parameter.detach().numpy()).all() for parameter in trainer.model.parameters()):
+        raise RuntimeError(f"{options} led to weights that are not finite.")
+    return f"{logs[0]['grad_norm']:.2g}, {logs[-1]['kl']:.2g}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num_steps", type=int, default=3, help="training steps of a combination")
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+
+    cells = {}
+    combinations = list(itertools.product(VARIANTS, LEVELS, LOSS_TYPES))
+    with tempfile.TemporaryDirectory() as output_dir:
+        for variant, level, loss_type in tqdm(combinations, unit="combination"):
+            options = {"loss_type": loss_type, "importance_sampling_level": level, **VARIANTS[variant]}
+            cells[variant, level, loss_type] = train(output_dir, args.num_steps, **options)
+    print("| options | level | " + " | ".join(f"`{loss_type}`" for loss_type in LOSS_TYPES) + " |")
+    print("|---" * (len(LOSS_TYPES) + 2) + "|")
+    for variant, level in itertools.product(VARIANTS, LEVELS):
+        print(f"| {variant} | {level} | " + " | ".join(cells[variant, level, name] for name in LOSS_TYPES) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+A reward that can be hacked, on the world of shapes, and the alarm that notices.
+
+The reward is an image's colorfulness (Hasler and Süsstrunk, 2003, equation 3 of https://doi.org/10.1117/12.477378), which
+says nothing about the prompt: the policy learns to paint more and stronger colours than were asked for. The strict GenEval
+accuracy is only watched, and `GuardrailCallback` compares the two. In the output folder are then `alarms.json` and
+`curves.png`.
+
+    python benchmarks/reward_hacking.py --output_dir outputs/reward-hacking
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from trl_udm import GenEvalReward, GuardrailCallback, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
+from trl_udm.data.geneval import geneval_dataset
+from trl_udm.shapes import CHECKPOINT_PATH
+from trl_udm.shapes.detector import ShapesColorClassifier, ShapesDetector
+from trl_udm.shapes.prompts import TRAIN_NUM_PROMPTS, balance_metadata, split_metadata
+from trl_udm.shapes.world import CLASS_NAMES
+
+
+WATCHED = "rewards/geneval_accuracy/mean"
+SHOWN = {
+    "reward": "reward: colorfulness",
+    WATCHED: "watched: GenEval accuracy",
+    "images/saturation": "saturation",
+    "diversity": "diversity",
+}
+
+
+def colorfulness(completions: list[Image.Image], **kwargs) -> list[float]:
+    """Spread and strength of the opponent colours, over 255."""
+    rewards = []
+    for image in completions:
+        red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), dtype=np.float64), -1, 0)
+        opponents = np.stack([red - green, (red + green) / 2 - blue])
+        spread = np.linalg.norm(opponents.std(axis=(1, 2)))
+        strength = np.linalg.norm(opponents.mean(axis=(1, 2)))
+        rewards.append(float(spread + 0.3 * strength) / 255)
+    return rewards
+
+
+def save_curves(path: Path, logs: list[dict[str, float]], alarms: dict[str, int]) -> None:
+    figure = Figure(figsize=(7, 4))
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for name, label in SHOWN.items():
+        axis.plot([log["step"] for log in logs], [log[name] for log in logs], label=label)
+    for kind, step in alarms.items():
+        axis.axvline(step, color="black", linestyle="--", label=f"alarm: {kind}")
+    axis.set(xlabel="step", ylabel="mean over the rollout's samples")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the figures go")
+    parser.add_argument("--max_steps", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=42)
+    args = parser.parse_args()
+
+    rows, _ = split_metadata()
+    detector, color_classifier = ShapesDetector(), ShapesColorClassifier()
+    training_args = UDMGRPOConfig(
+        str(args.output_dir),
+        num_generations=8,
+        per_device_train_batch_size=192,  # 8 prompts x 8 samples x 3 timesteps
+        num_inference_steps_eval=10,
+        learning_rate=2e-4,
+        beta=0.0,
+        reward_weights=[1.0, 0.0],
+        max_steps=args.max_steps,
+        seed=args.seed,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+    )
+    trainer = UDMGRPOTrainer(
+        URSAPipeline.from_pretrained(CHECKPOINT_PATH),
+        reward_funcs=[colorfulness, GenEvalReward(detector, color_classifier, mode="official")],
+        args=training_args,
+        train_dataset=geneval_dataset(balance_metadata(rows, TRAIN_NUM_PROMPTS), CLASS_NAMES),
+    )
+    guardrail = GuardrailCallback(watched=WATCHED, window=10)
+    trainer.add_callback(guardrail)
+    trainer.train()
+
+    logs = [log for log in trainer.state.log_history if "reward" in log]
+    (args.output_dir / "alarms.json").write_text(json.dumps({"alarms": guardrail.alarms, "logs": logs}, indent=2))
+    save_curves(args.output_dir / "curves.png", logs, guardrail.alarms)
+    for name, label in SHOWN.items():
+        first, last = (np.mean([log[name] for log in part]) for part in (logs[:5], logs[-5:]))
+        print(f"{label}: {first:.3f} -> {last:.3f}")
+    print(f"alarms at step: {guardrail.alarms}")
+
+
+if __name__ == "__main__":
+    main()

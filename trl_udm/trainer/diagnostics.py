@@ -1,0 +1,236 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the paper argues with, measured in a run: how states, probabilities and samples differ from those before training."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .udm_grpo_trainer import UDMGRPOTrainer
+
+
+TRAJECTORIES = ("forward", "backward")
+
+
+class DiagnosticsCallback(TrainerCallback):
+    r"""
+    Measures the policy on fixed prompts and seeds, before training and every `measure_steps` steps.
+
+    A measurement draws one sample x̂₁ a prompt, and takes for each step of the rollout's grid both kinds of states: those of
+    the forward trajectory, x̂_t ~ p_t(· | x̂₁), and those of the backward one, which the sampler passed through. Whichever of
+    them is trained on, both are measured:
+
+    - `state_distance`: energy distance ([`energy_distance`]) of the states from clean tokens noised by the forward process,
+      as in pretraining. Estimates scatter around 0 where the two are distributed alike.
+    - `log_prob_variance`: variance over the samples of log π, the mean log-probability of the sample's tokens.
+    - `entropy`: mean entropy of p_θ(x₁ | x_t), in nats a token.
+    - `tokens_changed`: share of the samples' tokens that differ from those before training, drawn with the same seeds.
+
+    Their means over the grid are logged as `diagnostics/<name>_<trajectory>` and `diagnostics/tokens_changed`. The output
+    folder has them step by step in `diagnostics.json` and, at the end of training, `diagnostics.png`. The run itself is the
+    same with and without the callback.
+
+    Args:
+        trainer ([`UDMGRPOTrainer`]):
+            The trainer that the callback is added to.
+        prompts (`list`):
+            At least two prompts. A measurement costs 3·S forward passes a prompt, S being `num_inference_steps`.
+        clean_samples (`torch.LongTensor` of shape `(B, N)`, *optional*):
+            Clean tokens that stand for the data, such as an encoded image for each of the B prompts. By default the samples
+            of the model before training.
+        measure_steps (`int`, *optional*, defaults to `25`):
+            Training steps between two measurements, > 0.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of every draw in a measurement.
+
+    Raises:
+        `ValueError`: If there are fewer than two prompts, `clean_samples` has another shape, or `measure_steps` is below 1.
+
+    Example:
+
+    ```python
+    >>> from trl_udm import DiagnosticsCallback
+
+    >>> trainer.add_callback(DiagnosticsCallback(trainer, prompts=trainer.train_dataset["prompt"][:64]))
+    ```
+    """
+
+    def __init__(
+        self,
+        trainer: UDMGRPOTrainer,
+        prompts: list[Any],
+        clean_samples: torch.LongTensor | None = None,
+        measure_steps: int = 25,
+        seed: int = 0,
+    ):
+        if len(prompts) < 2:
+            raise ValueError(f"`prompts` must have at least 2 prompts, got {len(prompts)}.")
+        shape = (len(prompts), torch.Size(trainer.latent_shape).numel())
+        if clean_samples is not None and clean_samples.shape != shape:
+            raise ValueError(f"`clean_samples` must have the shape {shape}, got {tuple(clean_samples.shape)}.")
+        if measure_steps < 1:
+            raise ValueError(f"`measure_steps` must be > 0, got {measure_steps}.")
+        self.trainer = trainer
+        self.prompts = list(prompts)
+        self.clean_samples = clean_samples
+        self.measure_steps = measure_steps
+        self.seed = seed
+        self.initial_samples: torch.LongTensor | None = None
+        self.measurements: list[dict[str, Any]] = []
+        """Each has the `step`, `tokens_changed`, and the others by trajectory, a value a step of the grid."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        path = Path(args.output_dir, "diagnostics.json")
+        if state.global_step > 0 and path.exists():  # a resumed run
+            saved = json.loads(path.read_text())
+            self.initial_samples = torch.tensor(saved["initial_samples"])
+            self.measurements = [one for one in saved["measurements"] if one["step"] <= state.global_step]
+        else:
+            self._measure(args, state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if state.global_step % self.measure_steps == 0:
+            self._measure(args, state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if state.is_world_process_zero:
+            save_diagnostics(Path(args.output_dir, "diagnostics.png"), self.measurements)
+
+    def _measure(self, args: TrainingArguments, state: TrainerState) -> None:
+        model = self.trainer.model
+        was_training = model.training
+        model.eval()
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(self.seed)
+            measurement = {"step": state.global_step, **self._measure_policy()}
+        model.train(was_training)
+        self.measurements.append(measurement)
+        metrics = self.trainer._metrics["train"]
+        for name, value in measurement.items():
+            if isinstance(value, dict):
+                for trajectory, values in value.items():
+                    metrics[f"diagnostics/{name}_{trajectory}"].append(statistics.fmean(values))
+        metrics["diagnostics/tokens_changed"].append(measurement["tokens_changed"])
+        if state.is_world_process_zero:
+            saved = {"initial_samples": self.initial_samples.tolist(), "measurements": self.measurements}
+            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+            Path(args.output_dir, "diagnostics.json").write_text(json.dumps(saved))
+
+    def _measure_policy(self) -> dict[str, Any]:
+        trainer, scheduler = self.trainer, self.trainer.pipeline.scheduler
+        prompt_ids, prompt_mask, output, _ = trainer._rollout(self.prompts, "train", return_trajectory=True)
+        samples = output.clean_samples  # (B, N)
+        if self.initial_samples is None:
+            self.initial_samples = samples.cpu()
+        clean_samples = self.initial_samples if self.clean_samples is None else self.clean_samples
+        clean_samples = clean_samples.to(samples.device)
+        grid = [scheduler.timestep_to_t(timestep) for timestep in scheduler.timesteps.tolist()]
+        states = {
+            "forward": torch.stack([scheduler.add_noise(samples, t) for t in grid]),
+            "backward": output.trajectory.noised_samples,
+        }  # each (S, B, N)
+        pretraining_states = [scheduler.add_noise(clean_samples, t) for t in grid]
+        measurement = {
+            "tokens_changed": (samples != self.initial_samples.to(samples.device)).float().mean().item(),
+            "state_distance": {},
+            "log_prob_variance": {},
+            "entropy": {},
+        }
+        for trajectory, noised_samples in states.items():
+            pairs = zip(noised_samples, pretraining_states, strict=True)
+            measurement["state_distance"][trajectory] = [energy_distance(x, y) for x, y in pairs]
+            repeated_ids, repeated_mask, actions = (x.repeat(len(grid), 1) for x in (prompt_ids, prompt_mask, samples))
+            log_probs, entropies, _ = trainer._get_per_token_logps_and_entropies(
+                trainer.model,
+                torch.cat([repeated_ids, noised_samples.flatten(0, 1), actions], dim=1),
+                torch.cat([repeated_mask, torch.ones_like(actions), torch.ones_like(actions)], dim=1),
+                logits_to_keep=actions.size(1),
+                batch_size=trainer.args.per_device_train_batch_size,
+                compute_entropy=True,
+            )
+            log_probs = log_probs.mean(dim=1).unflatten(0, (len(grid), -1))  # (S, B)
+            measurement["log_prob_variance"][trajectory] = log_probs.var(dim=1).tolist()
+            measurement["entropy"][trajectory] = entropies.unflatten(0, (len(grid), -1)).mean(dim=(1, 2)).tolist()
+        return measurement
+
+
+def energy_distance(x: torch.LongTensor, y: torch.LongTensor) -> float:
+    r"""
+    Unbiased estimate of the energy distance 2·E d(X, Y) − E d(X, X') − E d(Y, Y') between two distributions of tokens
+    (Székely and Rizzo, https://doi.org/10.1016/j.jspi.2013.03.018), where d is the square root of the share of tokens that
+    differ.
+
+    With this d, a Euclidean distance of one-hot vectors, it is 0 only for equal distributions. Row i of both belongs to the
+    same prompt, and only pairs of different prompts count, so that the choice of prompts makes no difference.
+
+    Args:
+        x (`torch.LongTensor` of shape `(B, N)`):
+            B > 1 draws from the one, independent of each other.
+        y (`torch.LongTensor` of shape `(B, N)`):
+            B draws from the other.
+
+    Returns:
+        `float`: The estimate, at most 2. It may be below 0.
+    """
+
+    def mean_distance(x: torch.LongTensor, y: torch.LongTensor) -> float:
+        total = 0.0
+        for i, row in enumerate(x):
+            distances = (row != y).float().mean(dim=1).sqrt()
+            total += (distances.sum() - distances[i]).item()
+        return total / (len(x) * (len(x) - 1))
+
+    return 2 * mean_distance(x, y) - mean_distance(x, x) - mean_distance(y, y)
+
+
+def save_diagnostics(path: str | Path, measurements: list[dict[str, Any]]) -> None:
+    """
+    Plots measurements of [`DiagnosticsCallback`]: the first and the last by step of the grid, and changed tokens over training.
+
+    Args:
+        path (`str` or `Path`):
+            The image to write.
+        measurements (`list[dict]`):
+            At least one.
+    """
+    figure = Figure(figsize=(16, 3.6))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, 4)
+    for axis, (name, label) in zip(
+        axes,
+        {
+            "state_distance": "energy distance of the states\nfrom the noised clean samples",
+            "log_prob_variance": "variance of log π",
+            "entropy": "entropy, nats a token",
+        }.items(),
+        strict=False,
+    ):
+        for measurement, style in ((measurements[0], "--"), (measurements[-1], "-")):
+            for trajectory, color in zip(TRAJECTORIES, ("tab:blue", "tab:red"), strict=True):
+                label_of_line = f"{trajectory}, step {measurement['step']}"
+                axis.plot(measurement[name][trajectory], style, color=color, label=label_of_line)
+        axis.set(xlabel="step of the grid, from noise to clean", title=label)
+    axes[0].legend(fontsize=8)
+    steps = [measurement["step"] for measurement in measurements]
+    axes[3].plot(steps, [measurement["tokens_changed"] for measurement in measurements], "o-")
+    axes[3].set(xlabel="training step", title="share of tokens changed", ylim=(0, 1))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
