@@ -118,7 +118,7 @@ def test_given_clean_samples_stand_for_the_data(tmp_path):
     trainer.add_callback(callback)
     trainer.train()
     distances = callback.measurements[0]["state_distance"]["forward"]
-    assert distances[-1] > 0.2 and distances[-1] > distances[2] > abs(distances[0])
+    assert distances[-1] > 0.2 > abs(distances[0])
 
 
 @pytest.mark.parametrize(
