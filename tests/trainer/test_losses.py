@@ -122,6 +122,21 @@ def test_the_kl_term_pulls_as_documented(tmp_path, use_bias_correction_kl, delta
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
 
 
+def test_clipping_binds_at_epsilon(tmp_path):
+    trainer = build_trainer(tmp_path, num_iterations=2, epsilon=1e-4, epsilon_high=3e-4)
+    batch = roll_out(trainer)
+    batch["advantages"] = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0, 1.0, -1.0])
+    # By how much the ratio differs from 1. Only the third and the fourth are beyond their bound in the advantage's direction
+    offsets = torch.tensor([-1e-3, 2.8e-4, 3.2e-4, -1.2e-4, -0.8e-4, 1e-3, 0.0, 0.0])
+    is_clipped = torch.tensor([0, 0, 1, 1, 0, 0, 0, 0])
+    batch["old_per_token_logps"] = (score(trainer, batch) - offsets.log1p()).detach().unsqueeze(1)
+    gradient = flat_gradient(trainer, trainer._compute_loss(trainer.model, batch))
+    weights = (1 - is_clipped) * (1 + offsets) * batch["advantages"]
+    expected = flat_gradient(trainer, -(weights * score(trainer, batch)).mean())
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5 * expected.abs().max().item())
+    assert trainer._metrics["train"]["clip_ratio/region_mean"][-1] == pytest.approx(2 / 8)
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_loss_trains_with_clipping_and_kl(tmp_path, loss_type):
     trainer = build_trainer(tmp_path, loss_type=loss_type, beta=0.05, num_iterations=2, learning_rate=1e-3)
