@@ -31,8 +31,11 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from tqdm.auto import tqdm
+from transformers import PrinterCallback
+from transformers.utils import logging as transformers_logging
 
 from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
 from trl_udm.shapes import CHECKPOINT_PATH
@@ -47,7 +50,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     '`scale_rewards="none"`': {"scale_rewards": "none"},
     '`multi_objective_aggregation="normalize_then_sum"`': {"multi_objective_aggregation": "normalize_then_sum"},
     "`delta=1.5`, `epsilon_high=2e-4`": {"delta": 1.5, "epsilon_high": 2e-4},
-    "`entropy_coef=1e-4`": {"entropy_coef": 1e-4},
+    "`entropy_coef=0.01`": {"entropy_coef": 0.01},
     "`top_entropy_quantile=0.5`": {"top_entropy_quantile": 0.5},
 }
 PROMPTS = Dataset.from_dict({"prompt": ["a photo of a red circle", "a photo of a blue ring"]})
@@ -62,34 +65,32 @@ def darkness(completions: list[Image.Image], **kwargs) -> list[float]:
 
 
 def train(output_dir: str, num_steps: int, **options: Any) -> str:
-    """What the table says of one combination."""
-    try:
-        args = UDMGRPOConfig(
-            output_dir,
-            num_generations=4,
-            num_iterations=2,
-            per_device_train_batch_size=8,
-            num_train_timesteps=1,
-            num_inference_steps=4,
-            num_inference_steps_eval=4,
-            learning_rate=1e-3,
-            reward_weights=[1.0, 0.5],
-            max_steps=num_steps,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            **options,
-        )
-        trainer = UDMGRPOTrainer(
-            URSAPipeline.from_pretrained(CHECKPOINT_PATH), [redness, darkness], args, train_dataset=PROMPTS
-        )
-        trainer.train()
-    except ValueError as error:
-        return f"refused: {error}"
+    """What the table says of one combination that is not refused."""
+    args = UDMGRPOConfig(
+        output_dir,
+        num_generations=4,
+        num_iterations=2,
+        per_device_train_batch_size=8,
+        num_train_timesteps=1,
+        num_inference_steps=4,
+        num_inference_steps_eval=4,
+        learning_rate=1e-3,
+        reward_weights=[1.0, 0.5],
+        max_steps=num_steps,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **options,
+    )
+    trainer = UDMGRPOTrainer(
+        URSAPipeline.from_pretrained(CHECKPOINT_PATH), [redness, darkness], args, train_dataset=PROMPTS
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     if not all(np.isfinite(parameter.detach().numpy()).all() for parameter in trainer.model.parameters()):
         raise RuntimeError(f"{options} led to weights that are not finite.")
@@ -101,18 +102,29 @@ def main() -> None:
     parser.add_argument("--num_steps", type=int, default=3, help="training steps of a combination")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
     warnings.simplefilter("ignore")
 
-    cells = {}
+    cells: dict[tuple[str, str, str], str] = {}
+    reasons: list[str] = []
     combinations = list(itertools.product(VARIANTS, LEVELS, LOSS_TYPES))
     with tempfile.TemporaryDirectory() as output_dir:
         for variant, level, loss_type in tqdm(combinations, unit="combination"):
             options = {"loss_type": loss_type, "importance_sampling_level": level, **VARIANTS[variant]}
-            cells[variant, level, loss_type] = train(output_dir, args.num_steps, **options)
+            if loss_type == "cispo":  # where it bounds the weight of a log-probability
+                options["epsilon_high"] = 5.0
+            try:
+                cells[variant, level, loss_type] = train(output_dir, args.num_steps, **options)
+            except ValueError as error:
+                reasons += [] if str(error) in reasons else [str(error)]
+                cells[variant, level, loss_type] = f"refused ({reasons.index(str(error)) + 1})"
     print("| options | level | " + " | ".join(f"`{loss_type}`" for loss_type in LOSS_TYPES) + " |")
     print("|---" * (len(LOSS_TYPES) + 2) + "|")
     for variant, level in itertools.product(VARIANTS, LEVELS):
         print(f"| {variant} | {level} | " + " | ".join(cells[variant, level, name] for name in LOSS_TYPES) + " |")
+    for number, reason in enumerate(reasons, start=1):
+        print(f"\n({number}) {reason}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ def darkness(completions, **kwargs):
 
 
 def build_trainer(output_dir, reward_funcs=redness, **kwargs):
+    if kwargs.get("loss_type") == "cispo":
+        kwargs["epsilon_high"] = 5.0
     args = UDMGRPOConfig(
         str(output_dir),
         num_generations=4,

@@ -737,6 +737,7 @@ def test_a_bad_dataset_is_refused(tmp_path, dataset, error, message):
             r"An evaluation batch of 8 samples .* must hold whole groups of `num_generations_eval` 3",
         ),
         ({"top_entropy_quantile": 0.5}, "`top_entropy_quantile` must be 1.0 with .*'sequence'.*, got 0.5"),
+        ({"loss_type": "cispo"}, "`epsilon_high` must be >= 1 with `loss_type='cispo'`, got 0.0001"),
         ({"temperature": 0.5}, "`temperature` must be 1.0, got 0.5"),
         ({"use_vllm": True}, "`use_vllm` must be False, got True"),
         (

@@ -193,6 +193,12 @@ class UDMGRPOConfig(GRPOConfig):
                 f"{self.top_entropy_quantile}: it selects tokens, and there a row has one log-probability. Set "
                 "`importance_sampling_level='token'`."
             )
+        epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if self.loss_type == "cispo" and epsilon_high < 1.0:
+            raise ValueError(
+                f"`epsilon_high` must be >= 1 with `loss_type='cispo'`, got {epsilon_high}: there it is the greatest weight "
+                "of a log-probability, so that below 1 it scales every gradient down. Set it to 5, for instance."
+            )
         num_samples = self.per_device_eval_batch_size * self.world_size
         num_generations_eval = self.num_generations_eval or self.num_generations
         if num_samples % num_generations_eval != 0:
