@@ -284,7 +284,12 @@ class UDMGRPOTrainer(GRPOTrainer):
     def _rollout(
         self, prompts: list[Any], mode: str, return_trajectory: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, UDMSamplerOutput, list[Any]]:
-        """Draws a sample for each prompt: conditioning and its mask (B, T), samples (B, N), completions."""
+        """
+        Draws a sample for each prompt: conditioning and its mask (B, T), samples (B, N), completions.
+
+        The samples come with the trajectory where the rows are built from it, or where it is asked for.
+        """
+        return_trajectory |= self.args.action == "intermediate" or self.args.trajectory == "backward"
         num_inference_steps = self.args.num_inference_steps if mode == "train" else self.args.num_inference_steps_eval
         guidance_scale = self.args.guidance_scale if mode == "train" else self.args.guidance_scale_eval
         # With guidance the empty prompt is encoded along with the others, so that it is padded to their length
@@ -402,8 +407,7 @@ class UDMGRPOTrainer(GRPOTrainer):
             inputs = inputs[::num_timesteps]  # the sampler repeats a sample for each of its rows
         prompts = [x["prompt"] for x in inputs]
 
-        needs_trajectory = self.args.action == "intermediate" or self.args.trajectory == "backward"
-        prompt_ids, prompt_mask, output, completions = self._rollout(prompts, mode, needs_trajectory)
+        prompt_ids, prompt_mask, output, completions = self._rollout(prompts, mode)
         rewards_per_func = self._calculate_rewards(inputs, prompts, completions, output.clean_samples.tolist())
         advantages, rewards, std_rewards = self._compute_advantages(rewards_per_func, num_generations)
         self._log_rollout(mode, prompts, completions, rewards_per_func, rewards, std_rewards, advantages)
