@@ -14,25 +14,21 @@
 
 """Every loss that is inherited from TRL, on the shapes model: its step makes good samples more likely, bad ones less."""
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 
 from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
 from trl_udm.shapes import CHECKPOINT_PATH
 
 
-LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
-PROMPTS = Dataset.from_dict({"prompt": ["a photo of a red circle", "a photo of a blue ring"]})
-
-
-def redness(completions, **kwargs):
-    return [float(np.asarray(image)[..., 0].mean()) / 255 for image in completions]
-
-
-def darkness(completions, **kwargs):
-    return [1 - float(np.asarray(image).mean()) / 255 for image in completions]
+# The losses, rewards and prompts of the table in docs/udm_grpo.md
+BENCHMARK = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "losses.py"))
+LOSS_TYPES, PROMPTS = BENCHMARK["LOSS_TYPES"], BENCHMARK["PROMPTS"]
+redness, darkness = BENCHMARK["redness"], BENCHMARK["darkness"]
 
 
 def build_trainer(output_dir, reward_funcs=redness, **kwargs):

@@ -27,7 +27,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .udm_grpo_trainer import UDMGRPOTrainer
 
 
-TRAJECTORIES = ("forward", "backward")
+COLORS = {"forward": "tab:blue", "backward": "tab:red"}
 
 
 class DiagnosticsCallback(TrainerCallback):
@@ -154,10 +154,10 @@ class DiagnosticsCallback(TrainerCallback):
             "log_prob_variance": {},
             "entropy": {},
         }
+        repeated_ids, repeated_mask, actions = (x.repeat(len(grid), 1) for x in (prompt_ids, prompt_mask, samples))
         for trajectory, noised_samples in states.items():
             pairs = zip(noised_samples, pretraining_states, strict=True)
             measurement["state_distance"][trajectory] = [energy_distance(x, y) for x, y in pairs]
-            repeated_ids, repeated_mask, actions = (x.repeat(len(grid), 1) for x in (prompt_ids, prompt_mask, samples))
             log_probs, entropies, _ = trainer._get_per_token_logps_and_entropies(
                 trainer.model,
                 torch.cat([repeated_ids, noised_samples.flatten(0, 1), actions], dim=1),
@@ -192,11 +192,8 @@ def energy_distance(x: torch.LongTensor, y: torch.LongTensor) -> float:
     """
 
     def mean_distance(x: torch.LongTensor, y: torch.LongTensor) -> float:
-        total = 0.0
-        for i, row in enumerate(x):
-            distances = (row != y).float().mean(dim=1).sqrt()
-            total += (distances.sum() - distances[i]).item()
-        return total / (len(x) * (len(x) - 1))
+        distances = torch.stack([(row != y).float().mean(dim=1).sqrt() for row in x])  # (B, B)
+        return (distances.sum() - distances.trace()).item() / (len(x) * (len(x) - 1))
 
     return 2 * mean_distance(x, y) - mean_distance(x, x) - mean_distance(y, y)
 
@@ -214,20 +211,17 @@ def save_diagnostics(path: str | Path, measurements: list[dict[str, Any]]) -> No
     figure = Figure(figsize=(16, 3.6))
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 4)
-    for axis, (name, label) in zip(
-        axes,
-        {
-            "state_distance": "energy distance of the states\nfrom the noised clean samples",
-            "log_prob_variance": "variance of log π",
-            "entropy": "entropy, nats a token",
-        }.items(),
-        strict=False,
-    ):
+    titles = {
+        "state_distance": "energy distance of the states\nfrom the noised clean samples",
+        "log_prob_variance": "variance of log π",
+        "entropy": "entropy, nats a token",
+    }
+    for axis, (name, title) in zip(axes[:3], titles.items(), strict=True):
         for measurement, style in ((measurements[0], "--"), (measurements[-1], "-")):
-            for trajectory, color in zip(TRAJECTORIES, ("tab:blue", "tab:red"), strict=True):
-                label_of_line = f"{trajectory}, step {measurement['step']}"
-                axis.plot(measurement[name][trajectory], style, color=color, label=label_of_line)
-        axis.set(xlabel="step of the grid, from noise to clean", title=label)
+            for trajectory, color in COLORS.items():
+                label = f"{trajectory}, step {measurement['step']}"
+                axis.plot(measurement[name][trajectory], style, color=color, label=label)
+        axis.set(xlabel="step of the grid, from noise to clean", title=title)
     axes[0].legend(fontsize=8)
     steps = [measurement["step"] for measurement in measurements]
     axes[3].plot(steps, [measurement["tokens_changed"] for measurement in measurements], "o-")
