@@ -25,6 +25,7 @@ _MODULES = {
     "CLIPReward": ".rewards.clip",
     "CLIPScoreReward": ".rewards.clip",
     "DiagnosticsCallback": ".trainer.diagnostics",
+    "EMACallback": ".trainer.ema",
     "GenEvalReward": ".rewards.geneval",
     "GuardrailCallback": ".trainer.guardrails",
     "HPSv2Reward": ".rewards.clip",
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from .rewards.remote import RemoteReward as RemoteReward
     from .schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler as KineticOptimalScheduler
     from .trainer.diagnostics import DiagnosticsCallback as DiagnosticsCallback
+    from .trainer.ema import EMACallback as EMACallback
     from .trainer.guardrails import GuardrailCallback as GuardrailCallback
     from .trainer.udm_grpo_config import UDMGRPOConfig as UDMGRPOConfig
     from .trainer.udm_grpo_trainer import UDMGRPOTrainer as UDMGRPOTrainer

@@ -71,6 +71,17 @@ class UDMGRPOConfig(GRPOConfig):
         guidance_scale_eval (`float`, *optional*, defaults to `1.0`):
             Weight of classifier-free guidance in evaluation.
 
+        > Parameters that control failures
+
+        reward_timeout (`float`, *optional*):
+            Seconds that a call of a reward function may take, in `(0, inf)`. By default there is no bound.
+        reward_error (`str`, *optional*, defaults to `"raise"`):
+            What follows when a reward function fails or takes too long: `"raise"` ends the run; with `"none"` the samples
+            that failed are left out of their group's statistics, and their share is logged as `rewards/<name>/failed`.
+        max_failed_steps (`int`, *optional*, defaults to `5`):
+            Steps in a row that may fail before the run ends: those whose gradient is not finite, which are skipped, and,
+            with `reward_error="none"`, those without any reward.
+
     Changed defaults: `learning_rate` 1e-6, `adam_beta2` 0.95, `weight_decay` 0.01, `lr_scheduler_type` "constant", `beta`
     0.05, `epsilon` 1e-4, `loss_type` "grpo", `importance_sampling_level` "sequence", `use_bias_correction_kl` False,
     `disable_dropout` True, `num_generations` 8, `num_generations_eval` 1, `per_device_train_batch_size` 24 (one group of 8
@@ -147,6 +158,24 @@ class UDMGRPOConfig(GRPOConfig):
         default=1.0, metadata={"help": "Weight of classifier-free guidance in evaluation."}
     )
 
+    # Parameters that control failures
+    reward_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds that a call of a reward function may take. By default any."}
+    )
+    reward_error: str = field(
+        default="raise",
+        metadata={
+            "help": "'raise': a reward function that fails ends the run. 'none': its samples are left out.",
+            "choices": ["raise", "none"],
+        },
+    )
+    max_failed_steps: int = field(
+        default=5,
+        metadata={
+            "help": "Steps in a row that may fail, by their gradient or for want of rewards, before the run ends."
+        },
+    )
+
     def __post_init__(self):
         for name in ("num_inference_steps", "num_inference_steps_eval", "num_train_timesteps"):
             if getattr(self, name) < 1:
@@ -166,6 +195,17 @@ class UDMGRPOConfig(GRPOConfig):
             raise ValueError(f"`guidance_trunc` must be in [0, 1], got {self.guidance_trunc}.")
         if self.advantage_clip is not None and self.advantage_clip <= 0:
             raise ValueError(f"`advantage_clip` must be > 0 or None, got {self.advantage_clip}.")
+        if self.reward_timeout is not None and self.reward_timeout <= 0:
+            raise ValueError(f"`reward_timeout` must be > 0 or None, got {self.reward_timeout}.")
+        if self.reward_error not in ("raise", "none"):
+            raise ValueError(f"`reward_error` must be 'raise' or 'none', got {self.reward_error!r}.")
+        if self.max_failed_steps < 0:
+            raise ValueError(f"`max_failed_steps` must be >= 0, got {self.max_failed_steps}.")
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "`enable_jit_checkpoint` must be False, got True: it saves in the middle of a step. `UDMGRPOTrainer` saves at "
+                "the end of the step on SIGTERM without it."
+            )
         self._check_timestep_window()
         self._check_batch_geometry()
         for name, only in (

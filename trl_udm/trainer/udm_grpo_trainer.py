@@ -28,12 +28,10 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import GenerationConfig, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
-from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context, profiling_decorator
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import (
-    RepeatSampler,
     add_fused_lm_head,
     disable_dropout_in_model,
     nanstd,
@@ -43,14 +41,15 @@ from trl.trainer.utils import (
 from ..pipelines.pipeline_output import UDMSamplerOutput
 from ..pipelines.pipeline_udm import UDMPipeline
 from .completion_logging import image_statistics, log_images_to_tensorboard, make_image_grid
-from .reward_checks import name_failures
+from .resumable_grpo_trainer import EpochRepeatSampler, ResumableGRPOTrainer
+from .reward_checks import handle_failures
 from .udm_grpo_config import UDMGRPOConfig
 
 
 logger = get_logger(__name__)
 
 
-class UDMGRPOTrainer(GRPOTrainer):
+class UDMGRPOTrainer(ResumableGRPOTrainer):
     r"""
     Trainer for UDM-GRPO (https://huggingface.co/papers/2604.18518): group relative policy optimisation of uniform discrete
     diffusion models.
@@ -182,7 +181,8 @@ class UDMGRPOTrainer(GRPOTrainer):
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         if not reward_funcs:
             raise ValueError("`reward_funcs` must have at least one function, got none.")
-        named_reward_funcs = [name_failures(reward_func) for reward_func in reward_funcs]
+        handle = functools.partial(handle_failures, timeout=args.reward_timeout, on_error=args.reward_error)
+        handled_reward_funcs = [handle(reward_func) for reward_func in reward_funcs]
 
         # Rewards of evaluation are rewards of weight 0 that abstain in training
         if eval_reward_funcs is None:
@@ -192,7 +192,7 @@ class UDMGRPOTrainer(GRPOTrainer):
         for reward_func in eval_reward_funcs:
             if isinstance(reward_func, nn.Module | str):
                 raise TypeError(f"`eval_reward_funcs` must be functions, got {reward_func!r}.")
-            named_reward_funcs.append(name_failures(reward_func, abstains=lambda: self.model.training))
+            handled_reward_funcs.append(handle(reward_func, abstains=lambda: self.model.training))
         if eval_reward_funcs:
             weights = args.reward_weights or [1.0] * len(reward_funcs)
             args.reward_weights = [*weights, *[0.0] * len(eval_reward_funcs)]
@@ -200,7 +200,7 @@ class UDMGRPOTrainer(GRPOTrainer):
 
         super().__init__(
             model=transformer,
-            reward_funcs=named_reward_funcs,
+            reward_funcs=handled_reward_funcs,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -231,7 +231,8 @@ class UDMGRPOTrainer(GRPOTrainer):
     # A sample gives K rows, which lie side by side in the generation batch
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         num_rows = self.num_generations * self.args.num_train_timesteps
-        return RepeatSampler(
+        return EpochRepeatSampler(
+            get_epoch=lambda: int(self.state.epoch or 0),
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=num_rows,
             batch_size=self.args.generation_batch_size // num_rows,
@@ -354,10 +355,15 @@ class UDMGRPOTrainer(GRPOTrainer):
         is_trained = self.reward_weights != 0
         if torch.isnan(rewards_per_func[:, is_trained.to(rewards_per_func.device)]).all():
             names = [name for name, trained in zip(self.reward_func_names, is_trained, strict=True) if trained]
-            raise ValueError(
+            reason = (
                 f"The reward functions {names} returned None or NaN for all {len(rewards_per_func)} samples of a batch, the "
                 f"first of which has the prompt {prompts[0]!r}."
             )
+            if self.args.reward_error == "raise":
+                raise ValueError(reason)
+            self._count_failure("rewards", reason)
+        else:
+            self._num_failures["rewards"] = 0
         return rewards_per_func
 
     def _compute_advantages(
@@ -502,7 +508,9 @@ class UDMGRPOTrainer(GRPOTrainer):
             self._logs["rewards"][name].extend(rewards_per_func[:, i].tolist())
         self._logs["advantages"].extend(advantages.tolist())
         for column in sorted(set(gather_object(list(self._pending_extra_logs)))):
-            values = self._pending_extra_logs.get(column, [None] * len(prompts))
+            values = self._pending_extra_logs.get(column, [])
+            if len(values) != len(prompts):  # a reward function failed
+                values = [None] * len(prompts)
             self._logs["extra"][column].extend(gather_object(values))
         self._pending_extra_logs.clear()
 
@@ -520,24 +528,28 @@ class UDMGRPOTrainer(GRPOTrainer):
 
     # A full run saves the whole pipeline, which `from_pretrained` loads as it is; an adapter is saved as PEFT saves it
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        if is_peft_model(self.model):
-            super()._save(output_dir, state_dict)
-            return
         if not self.args.should_save:
             return
         output_dir = output_dir if output_dir is not None else self.args.output_dir
-        self.pipeline.save_config(output_dir)
-        for name, component in self.pipeline.components.items():
-            if component is not self.pipeline.transformer:
-                component.save_pretrained(os.path.join(output_dir, name))
-        model = self.accelerator.unwrap_model(self.model)
-        model.save_pretrained(os.path.join(output_dir, "transformer"), state_dict=state_dict)
-        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+        if is_peft_model(self.model):
+            super()._save(output_dir, state_dict)
+        else:
+            self.pipeline.save_config(output_dir)
+            for name, component in self.pipeline.components.items():
+                if component is not self.pipeline.transformer:
+                    component.save_pretrained(os.path.join(output_dir, name))
+            model = self.accelerator.unwrap_model(self.model)
+            model.save_pretrained(os.path.join(output_dir, "transformer"), state_dict=state_dict)
+            torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+        self._save_ema(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not is_peft_model(self.model):
-            resume_from_checkpoint = os.path.join(resume_from_checkpoint, "transformer")
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(os.path.join(resume_from_checkpoint, "transformer"), model)
+        elif self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:  # `Trainer` would load the average's folder as a second adapter
+            self.model.load_adapter(resume_from_checkpoint, self.model.active_adapter, is_trainable=True)
 
     # `Trainer` would look for the weights in the checkpoint's root, and keep the last ones where there are none
     def _load_best_model(self) -> None:

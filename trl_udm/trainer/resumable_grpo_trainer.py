@@ -1,0 +1,288 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What makes a run survive: whole checkpoints, exact resume, SIGTERM, and gradients that are not finite."""
+
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import send_to_device
+from safetensors import SafetensorError
+from torch import nn
+from transformers.trainer import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
+from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
+
+from .ema import EMA_FOLDER, EMACallback
+
+
+logger = get_logger(__name__)
+
+
+class ResumableGRPOTrainer(GRPOTrainer):
+    """
+    A [`~trl.GRPOTrainer`] whose runs continue as if nothing had happened.
+
+    * A checkpoint is *whole* once its `trainer_state.json` is, which is written when all else lies there, by all processes.
+      Others are never resumed from. An older checkpoint goes only after the new one is whole.
+    * A resumed run equals an unbroken one bit by bit: beside what [`~transformers.Trainer`] restores, the rollouts between
+      two of their updates, the metrics between two logs, and the order of the prompts in later epochs are restored. It is
+      refused where the reference policy is not the one that the run began with.
+    * On SIGTERM, as clusters send it, the step is finished, a checkpoint is saved, and the process exits with 143.
+    * A step whose gradient is not finite is skipped; `args.max_failed_steps` in a row end the run.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._is_terminated = False
+        self._num_failures = Counter()  # in a row, by kind
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """
+        Train, as [`~transformers.Trainer.train`] does.
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint folder, or `True` for the last whole one of `args.output_dir`, whose torn ones are then deleted.
+            args (`Any`), kwargs (`Any`):
+                As in [`~transformers.Trainer.train`].
+
+        Raises:
+            ValueError: If there is no whole checkpoint, or its reference policy is not that of this trainer.
+        """
+        if str(resume_from_checkpoint).lower() == "true":  # a string from the command line
+            checkpoints = find_checkpoints(self.args.output_dir)
+            whole = [checkpoint for checkpoint in checkpoints if is_whole(checkpoint)]
+            if not whole:
+                raise ValueError(
+                    f"`resume_from_checkpoint` is True, but `output_dir` {self.args.output_dir!r} has no whole checkpoint "
+                    f"({len(checkpoints)} torn ones). Start anew without it, or name a checkpoint."
+                )
+            resume_from_checkpoint = whole[-1]
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                for torn in set(checkpoints) - set(whole):
+                    logger.warning(f"{torn} was not finished and is deleted.")
+                    shutil.rmtree(torn)
+        elif resume_from_checkpoint and not is_whole(resume_from_checkpoint):
+            raise ValueError(
+                f"`resume_from_checkpoint` must be a whole checkpoint, got {resume_from_checkpoint!r}, which is missing or "
+                "was not finished. `True` takes the last whole one of `output_dir`."
+            )
+
+        def on_sigterm(signum: int, frame: FrameType | None) -> None:
+            self._is_terminated = True
+
+        if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        previous_handler = signal.signal(signal.SIGTERM, on_sigterm)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            signal.signal(signal.SIGTERM, previous_handler)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        is_terminated = self._is_terminated
+        if self.accelerator.num_processes > 1:  # the signal reaches them at different times, and all must save now
+            signals = torch.tensor(float(is_terminated), device=self.accelerator.device)
+            is_terminated = self.accelerator.reduce(signals, reduction="sum").item() > 0
+        if is_terminated:
+            self.control.should_save = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if is_terminated:
+            logger.warning(f"Terminated at step {self.state.global_step}, after saving a checkpoint.")
+            raise SystemExit(128 + signal.SIGTERM)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> torch.Tensor | float:
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # DeepSpeed has taken its step by now, and the scaler of fp16 skips steps by itself
+        if self.is_deepspeed_enabled or self.accelerator.scaler is not None:
+            return grad_norm
+        is_finite = math.isfinite(grad_norm)
+        self._metrics["train"]["frac_skipped_steps"].append(float(not is_finite))
+        if is_finite:
+            self._num_failures["gradient"] = 0
+        else:
+            model.zero_grad(set_to_none=True)  # the optimizer leaves a parameter without a gradient as it is
+            self._count_failure("gradient", f"The gradient norm is {grad_norm}, so the step is skipped.")
+        return grad_norm
+
+    def _count_failure(self, kind: str, reason: str) -> None:
+        self._num_failures[kind] += 1
+        if self._num_failures[kind] > self.args.max_failed_steps:
+            raise RuntimeError(
+                f"{reason} So it was {self._num_failures[kind]} times in a row, and `max_failed_steps` is "
+                f"{self.args.max_failed_steps}. Look at the reward functions, or lower `learning_rate`, and go on from the "
+                "last checkpoint with `resume_from_checkpoint=True`."
+            )
+        logger.warning(reason)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        checkpoint = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and checkpoint.exists():  # of an earlier attempt at this step
+            (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+            shutil.rmtree(checkpoint)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if self.args.should_save and not is_whole(checkpoint):
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            gigabytes = shutil.disk_usage(checkpoint.parent).free / 1e9
+            raise RuntimeError(
+                f"{checkpoint} could not be written ({error}). The disk has {gigabytes:.1f} GB left. Older checkpoints are "
+                "untouched: free space, and go on with `resume_from_checkpoint=True`."
+            ) from error
+
+    # `Trainer` writes `trainer_state.json` after this
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        is_between_updates = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
+        state = {
+            "step": self._step,
+            "buffered_inputs": self._buffered_inputs if is_between_updates else None,
+            "metrics": {mode: dict(metrics) for mode, metrics in self._metrics.items()},
+            "loss": (self._tr_loss, self._total_loss_scalar, self._globalstep_last_logged),
+            "entropy_control": (self.entropy_coef, self._last_world_entropy),
+            "reference_checksum": self._reference_checksum,
+        }
+        torch.save(state, os.path.join(output_dir, f"rollout_state_{self.accelerator.process_index}.pth"))
+        self.accelerator.wait_for_everyone()
+
+    # `Trainer` calls this just before the first batch that is not skipped
+    def _load_rng_state(self, checkpoint: str) -> None:
+        super()._load_rng_state(checkpoint)
+        path = os.path.join(checkpoint, f"rollout_state_{self.accelerator.process_index}.pth")
+        if not os.path.exists(path):
+            logger.warning(
+                f"{checkpoint} has no {os.path.basename(path)}: it was saved with `save_only_model`, by another trainer, or "
+                "with fewer processes. Training goes on from its weights, but not as if it had not been interrupted."
+            )
+            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+            return
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["reference_checksum"] != self._reference_checksum:
+            raise ValueError(
+                "The reference policy must be the one that the run began with: the model given to the trainer has other "
+                f"weights, or another dtype, than the one that {checkpoint} was trained from. Load the initial model, as "
+                "before; its trained weights are taken from the checkpoint."
+            )
+        self._step = state["step"]
+        self._buffered_inputs = send_to_device(state["buffered_inputs"], self.accelerator.device)
+        for mode, metrics in state["metrics"].items():
+            self._metrics[mode] = defaultdict(list, metrics)
+        loss, self._total_loss_scalar, self._globalstep_last_logged = state["loss"]
+        self._tr_loss = loss.to(self.accelerator.device)
+        self.entropy_coef, self._last_world_entropy = state["entropy_control"]
+        ema_folder = os.path.join(checkpoint, EMA_FOLDER)
+        if self._ema_callback is not None and os.path.isdir(ema_folder):
+            # `GRPOTrainer`'s, for the folder has the network alone
+            load_weights = functools.partial(super()._load_from_checkpoint, ema_folder)
+            self._ema_callback.load(load_weights, self.state.global_step)
+
+    @property
+    def _ema_callback(self) -> EMACallback | None:
+        return next((one for one in self.callback_handler.callbacks if isinstance(one, EMACallback)), None)
+
+    def _save_ema(self, output_dir: str) -> None:
+        if self._ema_callback is not None and self._ema_callback.ema is not None:
+            with self._ema_callback.applied():
+                self.accelerator.unwrap_model(self.model).save_pretrained(os.path.join(output_dir, EMA_FOLDER))
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        ema = self._ema_callback
+        with ema.applied() if ema is not None and ema.evaluate else nullcontext():
+            return super().evaluate(*args, **kwargs)
+
+    @functools.cached_property
+    def _reference_checksum(self) -> int | None:
+        """Of the reference policy's weights, which are frozen: the copy's, or those that the adapter is on."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # each process has a part of them only
+            return None
+        model = self.model if self.ref_model is None else self.ref_model
+        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        frozen = [parameter.detach() for parameter in model.parameters() if not parameter.requires_grad]
+        sums = [weights.view(integers[weights.element_size()]).sum(dtype=torch.int64).item() for weights in frozen]
+        return sum(place * total for place, total in enumerate(sums, start=1))
+
+
+class EpochRepeatSampler(RepeatSampler):
+    """
+    A [`~trl.trainer.utils.RepeatSampler`] that shuffles each epoch by its number, so that it does not matter whether the
+    epochs before it were drawn in this process.
+
+    Args:
+        get_epoch (`Callable[[], int]`):
+            Number of the epoch that begins.
+        kwargs (`Any`):
+            As in [`~trl.trainer.utils.RepeatSampler`].
+    """
+
+    def __init__(self, get_epoch: Callable[[], int], **kwargs: Any):
+        super().__init__(**kwargs)
+        self.get_epoch = get_epoch
+
+    def __iter__(self):
+        if self.shuffle:
+            self.generator.manual_seed(self.seed + self.get_epoch())
+        return super().__iter__()
+
+
+def is_whole(checkpoint: str | os.PathLike) -> bool:
+    """
+    Whether a checkpoint was finished.
+
+    Args:
+        checkpoint (`str` or `os.PathLike`):
+            The folder.
+
+    Returns:
+        `bool`: Whether it has a complete `trainer_state.json`, which is written last.
+    """
+    try:
+        json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def find_checkpoints(output_dir: str | os.PathLike) -> list[str]:
+    """
+    The checkpoints of a run, whole or not.
+
+    Args:
+        output_dir (`str` or `os.PathLike`):
+            Folder of the run.
+
+    Returns:
+        `list[str]`: Their folders, by step.
+    """
+    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+    found = [(pattern.fullmatch(path.name), str(path)) for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
+    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
