@@ -84,7 +84,7 @@ class EMACallback(TrainerCallback):
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within this context, the model's weights are the average. Before the first training there is none: it does nothing."""
-        if self.ema is None:
+        if self.ema is None or self.ema.temp_stored_params is not None:  # none yet, or applied already
             yield
             return
         self.ema.store(self.parameters)

@@ -60,6 +60,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._resumed_checkpoint = None
         self._is_terminated = False
         self._num_failures = Counter()  # in a row, by kind
 
@@ -96,6 +97,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 "was not finished. `True` takes the last whole one of `output_dir`."
             )
 
+        self._resumed_checkpoint = resume_from_checkpoint or None
+
         def on_sigterm(signum: int, frame: FrameType | None) -> None:
             self._is_terminated = True
 
@@ -106,6 +109,18 @@ class ResumableGRPOTrainer(GRPOTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             signal.signal(signal.SIGTERM, previous_handler)
+
+    # `Trainer` would train one step more where the checkpoint has had the last one
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        if self._resumed_checkpoint is not None and self.state.global_step == self._initial_global_step:
+            self._load_rng_state(self._resumed_checkpoint)
+        return super()._finalize_training(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         is_terminated = self._is_terminated
@@ -168,7 +183,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
             "step": self._step,
             "buffered_inputs": self._buffered_inputs if is_between_updates else None,
             "metrics": {mode: dict(metrics) for mode, metrics in self._metrics.items()},
-            "loss": (self._tr_loss, self._total_loss_scalar, self._globalstep_last_logged),
+            "unlogged_loss": (self._tr_loss, self._globalstep_last_logged),
             "entropy_control": (self.entropy_coef, self._last_world_entropy),
             "reference_checksum": self._reference_checksum,
         }
@@ -197,8 +212,9 @@ class ResumableGRPOTrainer(GRPOTrainer):
         self._buffered_inputs = send_to_device(state["buffered_inputs"], self.accelerator.device)
         for mode, metrics in state["metrics"].items():
             self._metrics[mode] = defaultdict(list, metrics)
-        loss, self._total_loss_scalar, self._globalstep_last_logged = state["loss"]
-        self._tr_loss = loss.to(self.accelerator.device)
+        unlogged_loss, self._globalstep_last_logged = state["unlogged_loss"]
+        self._tr_loss = unlogged_loss.to(self.accelerator.device)
+        self._total_loss_scalar = -unlogged_loss.item()  # the summary at the end is of the steps of this call
         self.entropy_coef, self._last_world_entropy = state["entropy_control"]
         ema_folder = os.path.join(checkpoint, EMA_FOLDER)
         if self._ema_callback is not None and os.path.isdir(ema_folder):
