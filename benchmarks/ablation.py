@@ -81,6 +81,15 @@ SETTINGS = {
         "4 updates a rollout, epsilon = 1e-3": {"num_iterations": 4, "epsilon": 1e-3},
         "4 updates a rollout, epsilon = 0.2": {"num_iterations": 4, "epsilon": 0.2},
     },
+    # Four times the method's, where the naive baseline collapses
+    "learning rate": {
+        "clean action, forward trajectory, 1e-3": {"learning_rate": 1e-3},
+        "intermediate action, backward trajectory, 1e-3": {
+            "action": "intermediate",
+            "trajectory": "backward",
+            "learning_rate": 1e-3,
+        },
+    },
 }
 
 

@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from trl import ModelConfig, TrlParser, get_peft_config
 
-from trl_udm import DiagnosticsCallback, GenEvalReward, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
+from trl_udm import DiagnosticsCallback, EMACallback, GenEvalReward, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
 from trl_udm.data.geneval import generate_geneval_prompts, geneval_dataset
 from trl_udm.data.loading import load_prompts
 from trl_udm.shapes import CHECKPOINT_PATH
@@ -78,6 +78,8 @@ class ScriptArguments:
             Images at a time in that evaluation.
         diagnostics_steps (`int`, *optional*):
             Training steps between two measurements of `DiagnosticsCallback`, on 64 training prompts. By default none.
+        ema_decay (`float`, *optional*):
+            Decay of an exponential moving average of the weights, which is saved beside them. By default none.
     """
 
     dataset_name: str | None = field(default=None, metadata={"help": "Training prompts: a file or a Hub dataset."})
@@ -99,6 +101,7 @@ class ScriptArguments:
     diagnostics_steps: int | None = field(
         default=None, metadata={"help": "Training steps between two measurements of `DiagnosticsCallback`."}
     )
+    ema_decay: float | None = field(default=None, metadata={"help": "Decay of an average of the weights."})
 
 
 def import_callable(path: str):
@@ -159,6 +162,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         peft_config=get_peft_config(model_args),
+        callbacks=None if script_args.ema_decay is None else [EMACallback(script_args.ema_decay)],
     )
     if script_args.diagnostics_steps is not None:
         prompts = train_dataset.shuffle(seed=0)["prompt"][:64]

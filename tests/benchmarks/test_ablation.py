@@ -57,11 +57,11 @@ def ablation(monkeypatch):
 def test_every_setting_is_trained_once_with_each_seed(tmp_path, ablation, capsys):
     argv = ["--output_dir", tmp_path, "--seeds", 1, 2, "--max_steps", 3]
     trainings = ablation(*argv)
-    assert len(trainings) == 19 * 2 and len({tuple(flags) for flags in trainings}) == len(trainings)
+    assert len(trainings) == 21 * 2 and len({tuple(flags) for flags in trainings}) == len(trainings)
     assert ablation(*argv) == []
 
     table = (tmp_path / "table.md").read_text().splitlines()
-    assert len(table) == 2 + 19
+    assert len(table) == 2 + 21
     assert table[2].startswith(
         "| corners: clean action, forward trajectory | 0.600 | 0.915 (0.910 to 0.920) | 0.200 (0.200"
     )

@@ -20,7 +20,9 @@ from PIL import Image
 from . import load_example
 
 
-@pytest.mark.parametrize("extra", [[], ["--use_peft", "--lora_r", "4", "--diagnostics_steps", "2"]])
+@pytest.mark.parametrize(
+    "extra", [[], ["--use_peft", "--lora_r", "4", "--diagnostics_steps", "2", "--ema_decay", "0.9"]]
+)
 def test_the_example_trains_on_shapes_and_leaves_its_results(tmp_path, capsys, extra):
     small = ["--max_steps", "2", "--num_generations", "4", "--per_device_train_batch_size", "24"]
     small += ["--num_eval_images", "1", "--num_inference_steps", "5", "--num_inference_steps_eval", "5"]
@@ -41,6 +43,7 @@ def test_the_example_trains_on_shapes_and_leaves_its_results(tmp_path, capsys, e
     assert (tmp_path / "reward_curve.png").exists()
     assert (tmp_path / "trainer_state.json").exists()
     assert (tmp_path / "diagnostics.png").exists() == bool(extra)
+    assert (tmp_path / "transformer_ema" / "adapter_model.safetensors").exists() == bool(extra)
     assert (tmp_path / ("adapter_model.safetensors" if extra else "model_index.json")).exists()
     assert "GenEval accuracy" in capsys.readouterr().out
 

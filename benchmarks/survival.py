@@ -1,0 +1,183 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Kills a run on shapes with SIGKILL at random moments, goes on from its last whole checkpoint each time, and compares what it
+ends with, bit by bit, with a run that nobody killed.
+
+    python benchmarks/survival.py --output_dir outputs/survival
+
+A checkpoint is saved every step, so that many kills come in the middle of one. The run has two updates a rollout and an
+average of the weights. After the last kill it is left to finish. `results.json` then has what each kill hit.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+from trl_udm import EMACallback, GenEvalReward, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
+from trl_udm.shapes import CHECKPOINT_PATH
+from trl_udm.shapes.detector import ShapesColorClassifier, ShapesDetector
+from trl_udm.shapes.prompts import split_metadata
+from trl_udm.trainer.resumable_grpo_trainer import find_checkpoints, is_whole
+
+
+def train(output_dir: Path, lora: bool, num_steps: int) -> None:
+    """Train from the last whole checkpoint, where there is one, and save all that the run ends with."""
+    torch.set_num_threads(1)
+    prompts = Dataset.from_list([{**row} for row in split_metadata()[0][:12]])
+    args = UDMGRPOConfig(
+        str(output_dir),
+        num_generations=4,
+        num_train_timesteps=1,
+        per_device_train_batch_size=8,
+        num_iterations=2,
+        num_inference_steps=4,
+        num_inference_steps_eval=4,
+        learning_rate=1e-3,
+        max_steps=num_steps,
+        save_steps=1,
+        save_total_limit=2,
+        logging_steps=3,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    ema = EMACallback(decay=0.9)
+    trainer = UDMGRPOTrainer(
+        URSAPipeline.from_pretrained(CHECKPOINT_PATH),
+        GenEvalReward(ShapesDetector(), ShapesColorClassifier(), mode="dense"),
+        args,
+        train_dataset=prompts,
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear") if lora else None,
+        callbacks=[ema],
+    )
+    trainer.train(resume_from_checkpoint=any(map(is_whole, find_checkpoints(output_dir))))
+    (last,) = [folder for folder in find_checkpoints(output_dir) if folder.endswith(f"-{num_steps}")]
+    outcome = {
+        "weights": trainer.model.state_dict(),
+        "optimizer": torch.load(Path(last) / "optimizer.pt", weights_only=True),
+        "average": ema.ema.shadow_params,
+        "metrics": [
+            {name: value for name, value in log.items() if "step_time" not in name and "profiling" not in name}
+            for log in trainer.state.log_history
+            if "reward" in log
+        ],
+        "next random numbers": torch.rand(8),
+    }
+    torch.save(outcome, output_dir / "outcome.pth")
+
+
+def is_equal(first: object, second: object) -> bool:
+    """Bit by bit."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(is_equal(first[name], second[name]) for name in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(is_equal, first, second))
+    return first == second
+
+
+def describe(output_dir: Path) -> tuple[int, bool]:
+    """Steps in the last whole checkpoint, and whether a torn one lies beside it."""
+    checkpoints = find_checkpoints(output_dir)
+    whole = [int(folder.rsplit("-", 1)[1]) for folder in checkpoints if is_whole(folder)]
+    return max(whole, default=0), len(whole) < len(checkpoints)
+
+
+def survive(output_dir: Path, lora: bool, num_kills: int, num_steps: int, seed: int) -> dict[str, object]:
+    """One run unbroken, one killed `num_kills` times, and their comparison."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trl_udm.trainer.udm_grpo_trainer", "trl_udm.pipelines.pipeline_ursa", "peft"])
+    shutil.rmtree(output_dir, ignore_errors=True)
+
+    def start(name: str) -> multiprocessing.Process:
+        process = context.Process(target=train, args=(output_dir / name, lora, num_steps))
+        process.start()
+        return process
+
+    unbroken = start("unbroken")
+    started = time.monotonic()
+    unbroken.join()
+    seconds = time.monotonic() - started
+    assert unbroken.exitcode == 0
+
+    # A whole run takes `seconds`, of which a good part passes before the first step; most kills are to hit a step
+    draw, kills = random.Random(seed), []
+    while len(kills) < num_kills:
+        before, _ = describe(output_dir / "killed")
+        if before == 0:
+            shutil.rmtree(output_dir / "killed", ignore_errors=True)
+        process = start("killed")
+        process.join(draw.uniform(0.1, 0.6) * seconds)
+        if process.exitcode is not None:
+            if process.exitcode != 0:
+                return {"kills": kills, "equal": False, "exit code of a resumed run": process.exitcode}
+            # It finished before its kill: the next one begins anew
+            if not is_equal(*(torch.load(output_dir / name / "outcome.pth") for name in ("unbroken", "killed"))):
+                return {"kills": kills, "equal": False}
+            shutil.rmtree(output_dir / "killed")
+            continue
+        process.kill()
+        process.join()
+        after, is_torn = describe(output_dir / "killed")
+        kills.append({"resumed from step": before, "killed after step": after, "in a checkpoint": is_torn})
+        print(kills[-1], flush=True)
+    last = start("killed")
+    last.join()
+    outcomes = [torch.load(output_dir / name / "outcome.pth") for name in ("unbroken", "killed")]
+    return {
+        "kills": kills,
+        "in a checkpoint": sum(kill["in a checkpoint"] for kill in kills),
+        "exit code": last.exitcode,
+        "equal": last.exitcode == 0 and is_equal(*outcomes),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the runs and results.json go")
+    parser.add_argument("--num_kills", type=int, default=25, help="kills of each kind of run")
+    parser.add_argument("--num_steps", type=int, default=20, help="training steps of a run")
+    parser.add_argument("--kinds", nargs="+", choices=["full", "lora"], default=["full", "lora"])
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    results = {
+        kind: survive(args.output_dir / kind, kind == "lora", args.num_kills, args.num_steps, args.seed)
+        for kind in args.kinds
+    }
+    (args.output_dir / "results.json").write_text(json.dumps(results, indent=2))
+    for kind, result in results.items():
+        print(
+            f"{kind}: {len(result['kills'])} kills, {result.get('in a checkpoint')} of them in a checkpoint; equal to the "
+            f"unbroken run: {result['equal']}"
+        )
+    if not all(result["equal"] for result in results.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

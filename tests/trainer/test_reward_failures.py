@@ -1,0 +1,138 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import asyncio
+import threading
+import time
+
+import pytest
+import torch
+
+from .test_udm_grpo_trainer import build_args, build_trainer
+
+
+def trainer_with(tmp_path, reward_func, is_async, **kwargs):
+    """`reward_func(completions, calls)` as a synchronous or an asynchronous reward function, and the sizes of its calls."""
+    calls = []
+
+    def count(prompts, completions, **kwargs):
+        calls.append(len(prompts))
+        return reward_func(completions, calls)
+
+    async def count_async(prompts, completions, **kwargs):
+        calls.append(len(prompts))
+        if reward_func is hang:
+            await asyncio.sleep(30)
+        return reward_func(completions, calls)
+
+    count_async.__name__ = "count"
+    return build_trainer(tmp_path, reward_funcs=count_async if is_async else count, **kwargs), calls
+
+
+def hang(completions, calls):
+    time.sleep(30)
+
+
+def fail_on_the_third(completions, calls):
+    if len(completions) > 1 or len(calls) == 4:  # the call of all, and the third of those for one each
+        raise ConnectionError("no route to the scorer")
+    return [completion.count("a") / len(completion) for completion in completions]
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["synchronous", "asynchronous"])
+def test_a_reward_function_that_hangs_ends_the_run(tmp_path, is_async):
+    trainer, _ = trainer_with(tmp_path, hang, is_async, reward_timeout=0.2)
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match="'count' took longer than the 0.2 s of `reward_timeout` on 8 prompts"):
+        trainer.train()
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("is_async", [False, True], ids=["synchronous", "asynchronous"])
+def test_a_sample_whose_reward_fails_is_left_out_of_its_group(tmp_path, is_async, caplog):
+    trainer, calls = trainer_with(tmp_path, fail_on_the_third, is_async, reward_error="none")
+    compute_advantages, seen = trainer._compute_advantages, {}
+
+    def record(rewards_per_func, num_generations):
+        seen["rewards"] = rewards_per_func
+        seen["advantages"] = compute_advantages(rewards_per_func, num_generations)[0]
+        return compute_advantages(rewards_per_func, num_generations)
+
+    trainer._compute_advantages = record
+    trainer.train()
+    assert calls == [8] + [1] * 8
+    assert torch.isnan(seen["rewards"]).flatten().tolist() == [i == 2 for i in range(8)]
+    rewards, advantages = seen["rewards"][[0, 1, 3], 0], seen["advantages"]
+    expected = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-4)
+    torch.testing.assert_close(advantages[[0, 1, 3]], expected)
+    assert advantages[2] == 0
+    assert trainer.state.log_history[0]["rewards/count/failed"] == 1 / 8
+    assert "1 of 8 samples have no reward of 'count'" in caplog.text
+    assert "'count' failed on 1 prompts" in caplog.text
+    assert "ConnectionError('no route to the scorer')" in caplog.text
+
+
+def test_a_call_that_takes_too_long_is_not_repeated(tmp_path):
+    def hang_once(completions, calls):
+        if len(calls) == 1:
+            time.sleep(5)
+        return [completion.count("a") / len(completion) for completion in completions]
+
+    trainer, calls = trainer_with(
+        tmp_path, hang_once, False, reward_error="none", reward_timeout=0.5, max_steps=2, max_failed_steps=1
+    )
+    trainer.train()
+    assert calls == [8, 8]
+    assert [log["rewards/count/failed"] for log in trainer.state.log_history[:2]] == [1.0, 0.0]
+    assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
+
+
+def test_steps_without_any_reward_end_the_run_in_the_end(tmp_path):
+    def never(completions, calls):
+        raise ConnectionError("no route to the scorer")
+
+    trainer, _ = trainer_with(tmp_path, never, False, reward_error="none", max_steps=9, max_failed_steps=2)
+    with pytest.raises(
+        RuntimeError, match="for all 8 samples of a batch.* 3 times in a row, and `max_failed_steps` is 2"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_a_bounded_reward_function_runs_in_a_thread_and_its_own_error_is_named(tmp_path):
+    threads = []
+
+    def fail(completions, calls):
+        threads.append(threading.current_thread())
+        raise KeyError("missing")
+
+    trainer, _ = trainer_with(tmp_path, fail, False, reward_timeout=30)
+    with pytest.raises(RuntimeError, match="'count' failed on 8 prompts") as error:
+        trainer.train()
+    assert isinstance(error.value.__cause__, KeyError)
+    assert threads[0] is not threading.main_thread()
+    assert threads[0].daemon
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("reward_timeout", 0, "`reward_timeout` must be > 0 or None, got 0"),
+        ("reward_error", "zero", "`reward_error` must be 'raise' or 'none', got 'zero'"),
+        ("max_failed_steps", -1, "`max_failed_steps` must be >= 0, got -1"),
+    ],
+)
+def test_options_of_failures_are_checked(tmp_path, name, value, message):
+    with pytest.raises(ValueError, match=message):
+        build_args(tmp_path, **{name: value})
