@@ -42,6 +42,10 @@ class UDMGRPOConfig(GRPOConfig):
             Time from which on guidance, where there is any, is left out, in `[0, 1]`.
         rollout_batch_size (`int`, *optional*):
             Samples that are denoised and decoded at a time. By default all that a process has in a generation batch.
+        merge_adapter (`bool`, *optional*):
+            Whether rollouts are drawn with the adapter merged into the weights, which are exactly restored after. By default
+            where that leaves the policy what it is: where all is computed in float32. In half precision, merging rounds a small
+            adapter away, and the samples are then of another policy than the one that is trained.
         pipeline_kwargs (`dict` or `str`, *optional*):
             The pipeline family's own size options, such as `{"height": 512, "width": 512}`, passed to
             `pipeline.latent_shape`. By default the model's native size.
@@ -125,6 +129,10 @@ class UDMGRPOConfig(GRPOConfig):
     guidance_trunc: float = field(default=0.9, metadata={"help": "Time in [0, 1] from which on guidance is left out."})
     rollout_batch_size: int | None = field(
         default=None, metadata={"help": "Samples denoised and decoded at a time. By default all of a process."}
+    )
+    merge_adapter: bool | None = field(
+        default=None,
+        metadata={"help": "Whether rollouts merge the adapter into the weights. By default where all is float32."},
     )
     pipeline_kwargs: dict | str | None = field(
         default=None,

@@ -18,6 +18,7 @@ import math
 import os
 import textwrap
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ from trl.trainer.utils import (
 from ..pipelines.pipeline_output import UDMSamplerOutput
 from ..pipelines.pipeline_udm import UDMPipeline
 from .completion_logging import image_statistics, log_images_to_tensorboard, make_image_grid
+from .merged_adapter import can_merge, merged_adapter
 from .resumable_grpo_trainer import EpochRepeatSampler, ResumableGRPOTrainer
 from .reward_checks import handle_failures
 from .udm_grpo_config import UDMGRPOConfig
@@ -210,6 +212,7 @@ class UDMGRPOTrainer(ResumableGRPOTrainer):
             peft_config=peft_config,
         )
         self.beta = self.args.beta = beta
+        self.merge_adapter = self._resolve_merge_adapter()
         self.max_completion_length = math.prod(self.latent_shape)
 
         if ref_model is not None:
@@ -227,6 +230,16 @@ class UDMGRPOTrainer(ResumableGRPOTrainer):
         for component in pipeline.components.values():
             if isinstance(component, nn.Module) and component is not transformer:
                 component.requires_grad_(False).eval().to(self.accelerator.device)
+
+    def _resolve_merge_adapter(self) -> bool:
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if self.args.merge_adapter and (is_sharded or not is_peft_model(self.model)):
+            reason = "DeepSpeed and FSDP shard the weights" if is_sharded else "there is no adapter"
+            raise ValueError(f"`merge_adapter` must be False or None, got True: {reason}.")
+        if self.args.merge_adapter is not None:
+            return self.args.merge_adapter
+        is_float32 = self.accelerator.mixed_precision == "no"
+        return is_peft_model(self.model) and not is_sharded and is_float32 and can_merge(self.model)
 
     # A sample gives K rows, which lie side by side in the generation batch
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
@@ -309,6 +322,7 @@ class UDMGRPOTrainer(ResumableGRPOTrainer):
             ),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
             self.accelerator.autocast(),
+            merged_adapter(self.accelerator.unwrap_model(self.model)) if self.merge_adapter else nullcontext(),
         ):
             for ids, mask in zip(prompt_ids.split(batch_size), prompt_mask.split(batch_size), strict=True):
                 negative_prompt_ids = negative_prompt_mask = None
