@@ -1,0 +1,471 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Time, peak memory and arithmetic of each stage of a training step, beside a naive version of the same stage.
+
+    python benchmarks/throughput.py --size mid --batch_size 4
+    python benchmarks/throughput.py --size head --batch_size 1
+    python benchmarks/throughput.py --size mid --batch_size 1 --grow
+
+The model has random weights of a named size. Each stage and version runs in a process of its own, which warms up with the
+stage itself. "Naive" is what one would write first: eager attention, logits of all positions in float32, a softmax over all of
+them, `torch.multinomial`, velocities of all tokens, nothing in chunks, adapters never merged. Peak memory is what the stage needs beside what was there
+before it: of the GPU, or of the process. The FLOPs are counted from the shapes, and the share of the device's rate (MFU) is
+against a matrix product measured in the same process. With `--grow` the library's versions are measured while one
+of batch, tokens, codes and training timesteps grows, with the exponent of each.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from peft import LoraConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from trl_udm import (
+    AutoencoderVQ,
+    KineticOptimalScheduler,
+    UDMGRPOConfig,
+    UDMGRPOTrainer,
+    URSAConfig,
+    URSAForImageGeneration,
+    URSAPipeline,
+)
+from trl_udm.pipelines.pipeline_output import UDMSamplerOutput
+
+
+MIB = 2**20
+STAGES = ("rollout", "decode", "scoring", "update")
+NUM_STEPS = 10  # of the rollout
+
+
+@dataclass
+class Size:
+    """Shape of a model and of its samples."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    codebook_size: int
+    num_text_tokens: int
+    side: int  # of the square grid of tokens
+    block_out_channels: tuple[int, ...]
+    codebook_dim: int = 256
+
+    @property
+    def num_tokens(self) -> int:
+        return self.side**2
+
+
+SIZES = {
+    "tiny": Size(64, 128, 2, 4, 2, 16, 256, 8, 8, (32, 32), codebook_dim=8),
+    "mid": Size(512, 1536, 8, 8, 4, 64, 16_384, 64, 16, (32, 32, 64, 64, 64)),
+    # Where the sampler and the head dominate
+    "head": Size(512, 1536, 2, 8, 4, 64, 131_072, 64, 32, (32, 32, 64, 64, 64)),
+    "ursa-1.7b-ibq512": Size(2048, 6144, 28, 16, 8, 128, 131_072, 320, 32, (128, 128, 256, 256, 512)),
+}
+
+
+class NaivePipeline(URSAPipeline):
+    """The sampler as one would write it first."""
+
+    @torch.no_grad()
+    def sample_tokens(self, prompt_ids, prompt_mask, latent_shape, num_inference_steps, **kwargs):
+        scheduler = self.scheduler
+        scheduler.set_timesteps(num_inference_steps, device=prompt_ids.device)
+        codebook = scheduler.codebook
+        num_tokens = math.prod(latent_shape)
+        sample = torch.randint(len(codebook), (len(prompt_ids), num_tokens), device=prompt_ids.device)
+        for i in range(num_inference_steps):
+            inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, sample, latent_shape)
+            logits = self.transformer(**inputs).logits.float()[:, -num_tokens - 1 : -1]  # (B, N, V)
+            clean = torch.multinomial(torch.softmax(logits, dim=-1).flatten(0, 1), 1).view(sample.shape)
+            if i == num_inference_steps - 1:
+                sample = clean
+                break
+            t = scheduler.timestep_to_t(i)
+            distances = torch.cdist(codebook[clean], codebook.expand(len(sample), -1, -1)).square()  # (B, N, V)
+            probabilities = torch.softmax(-scheduler.beta(t) * distances, dim=-1)
+            gains = (distances.gather(-1, sample.unsqueeze(-1)) - distances).clamp(min=0)
+            velocity = probabilities * scheduler.beta_derivative(t) * gains
+            velocity = velocity.scatter(-1, sample.unsqueeze(-1), 0.0)
+            rates = velocity.sum(dim=-1)
+            jumps = torch.rand_like(rates) < 1 - torch.exp(-(scheduler.timestep_to_t(i + 1) - t) * rates)
+            # A token without a rate never jumps, but `multinomial` wants a weight
+            target = torch.multinomial((velocity + 1e-30).flatten(0, 1), 1).view(sample.shape)
+            sample = torch.where(jumps, target, sample)
+        return UDMSamplerOutput(clean_samples=sample, trajectory=None)
+
+
+class NaiveTrainer(UDMGRPOTrainer):
+    """The scoring as one would write it first."""
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
+    ):
+        num_prompt_tokens = input_ids.size(1) - 2 * logits_to_keep
+        prompt_ids, noised_samples, actions = input_ids.split([num_prompt_tokens, logits_to_keep, logits_to_keep], 1)
+        inputs = self.pipeline.prepare_denoiser_inputs(prompt_ids, attention_mask, noised_samples, self.latent_shape)
+        with self.accelerator.autocast():
+            logits = model(**inputs).logits.float()[:, -logits_to_keep - 1 : -1]
+        log_probs = torch.log_softmax(logits, dim=-1)
+        logps = log_probs.gather(-1, actions.unsqueeze(-1)).squeeze(-1).mean(dim=1, keepdim=True)
+        with torch.no_grad():
+            entropies = -(log_probs.exp() * log_probs).sum(dim=-1) if compute_entropy else None
+        return logps, entropies, None
+
+
+def zero_reward(prompts: list[str], **kwargs: Any) -> list[float]:
+    return [float(i % 2) for i in range(len(prompts))]
+
+
+def build_trainer(size: Size, args: argparse.Namespace, naive: bool) -> UDMGRPOTrainer:
+    """A trainer of a model with random weights."""
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if args.bf16 and args.lora else torch.float32
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<bov>": 2, "<unk>": 3}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    config = URSAConfig(
+        text_vocab_size=len(vocabulary),
+        codebook_size=size.codebook_size,
+        bov_token_id=2,
+        hidden_size=size.hidden_size,
+        intermediate_size=size.intermediate_size,
+        num_hidden_layers=size.num_layers,
+        num_attention_heads=size.num_heads,
+        num_key_value_heads=size.num_key_value_heads,
+        head_dim=size.head_dim,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.device(device):
+        transformer = URSAForImageGeneration(config).to(dtype)
+        vae = AutoencoderVQ(
+            block_out_channels=size.block_out_channels,
+            down_block_types=["DownEncoderBlock2D"] * len(size.block_out_channels),
+            up_block_types=["UpDecoderBlock2D"] * len(size.block_out_channels),
+            layers_per_block=2,
+            latent_channels=size.codebook_dim,
+            vq_embed_dim=size.codebook_dim,
+            num_vq_embeddings=size.codebook_size,
+            sample_size=size.side * 2 ** (len(size.block_out_channels) - 1),
+        ).to(torch.bfloat16 if args.bf16 else torch.float32)
+    transformer.set_attn_implementation("eager" if naive else "sdpa")
+    scheduler = KineticOptimalScheduler(shift=2.0)
+    scheduler.set_codebook(vae.codebook.detach().float().normal_())
+    pipeline = (NaivePipeline if naive else URSAPipeline)(
+        transformer=transformer,
+        scheduler=scheduler,
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"),
+        vae=vae,
+        max_prompt_length=size.num_text_tokens,
+    )
+    num_rows = args.batch_size * args.num_train_timesteps
+    return (NaiveTrainer if naive else UDMGRPOTrainer)(
+        pipeline,
+        zero_reward,
+        UDMGRPOConfig(
+            str(args.output_dir),
+            num_generations=2,
+            num_train_timesteps=args.num_train_timesteps,
+            timestep_window=[0, 0],
+            num_inference_steps=NUM_STEPS,
+            generation_batch_size=2 * num_rows,
+            per_device_train_batch_size=args.micro_batch_size or num_rows,
+            bf16=args.bf16,
+            use_cpu=device == "cpu",
+            gradient_checkpointing=args.gradient_checkpointing,
+            merge_adapter=False if naive else None,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["a"] * 2}),
+        peft_config=LoraConfig(r=16, target_modules="all-linear") if args.lora else None,
+    )
+
+
+def build_stage(trainer: UDMGRPOTrainer, stage: str, size: Size, args: argparse.Namespace) -> Callable[[], None]:
+    """What is measured: a call is one stage for `args.batch_size` samples."""
+    pipeline, device = trainer.pipeline, trainer.accelerator.device
+    shape = trainer.latent_shape
+    ids = torch.randint(size.codebook_size, (args.batch_size, size.num_tokens), device=device)
+    num_rows = args.batch_size * args.num_train_timesteps
+    if stage == "rollout":
+        pipeline.decode, trainer.args.rollout_batch_size = (lambda samples, latent_shape: [None] * len(samples)), None
+        trainer.model.eval()
+        return lambda: trainer._rollout(["a"] * args.batch_size, "train")
+    if stage == "decode":
+        return lambda: pipeline.decode(ids, shape)
+
+    prompt_ids, prompt_mask = (tensor.to(device) for tensor in pipeline.encode_prompt(["a"] * num_rows))
+    actions = ids.repeat_interleave(args.num_train_timesteps, dim=0)
+    noised = torch.randint_like(actions, size.codebook_size)
+    rows = {
+        "prompt_ids": torch.cat([prompt_ids, noised], dim=1),
+        "prompt_mask": torch.cat([prompt_mask, torch.ones_like(noised)], dim=1),
+        "completion_ids": actions,
+        "completion_mask": torch.ones_like(actions),
+        "advantages": torch.tensor([1.0, -1.0], device=device).repeat(num_rows)[:num_rows],
+        "ref_per_token_logps": torch.zeros(num_rows, 1, device=device),
+    }
+    micro_batch_size = args.micro_batch_size or num_rows
+    if stage == "scoring":
+        trainer.model.eval()
+        inputs = torch.cat([rows["prompt_ids"], actions], dim=1)
+        mask = torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1)
+
+        @torch.no_grad()
+        def score() -> None:
+            for start in range(0, num_rows, micro_batch_size):
+                part = slice(start, start + micro_batch_size)
+                trainer._get_per_token_logps_and_entropies(trainer.model, inputs[part], mask[part], actions.size(1))
+
+        return score
+
+    trainer.model.train()
+    if args.gradient_checkpointing:
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer.current_gradient_accumulation_steps = math.ceil(num_rows / micro_batch_size)
+    trainer.create_optimizer()
+
+    def update() -> None:
+        for start in range(0, num_rows, micro_batch_size):
+            loss = trainer.compute_loss(
+                trainer.model, {name: tensor[start : start + micro_batch_size] for name, tensor in rows.items()}
+            )
+            loss.backward()
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        trainer._metrics["train"].clear()
+
+    return update
+
+
+def count_flops(stage: str, size: Size, args: argparse.Namespace) -> float:
+    """Of the library's version, for `args.batch_size` samples, from the shapes; the decoder's convolutions are left out."""
+    length = size.num_text_tokens + 1 + size.num_tokens
+    attention_width = size.num_heads * size.head_dim
+    weights = size.hidden_size * (2 * attention_width + 2 * size.num_key_value_heads * size.head_dim)
+    weights += 3 * size.hidden_size * size.intermediate_size
+    layers = size.num_layers * (2 * weights * length + 4 * length**2 * attention_width)
+    head = 2 * size.hidden_size * size.codebook_size * size.num_tokens
+    if stage == "rollout":
+        # Distances between the codes, for the tokens that are not yet what is predicted, at most all
+        jump = 2 * size.codebook_dim * size.codebook_size * size.num_tokens
+        return args.batch_size * (NUM_STEPS * (layers + head) + (NUM_STEPS - 1) * jump)
+    if stage == "decode":
+        return math.nan
+    num_rows = args.batch_size * args.num_train_timesteps
+    if stage == "scoring":
+        return num_rows * (layers + head)
+    # Backward is twice the forward, once where the weights are frozen; the fused head computes its logits again
+    backward = 1 if args.lora else 2
+    return num_rows * ((1 + backward + args.gradient_checkpointing) * layers + (2 + backward) * head)
+
+
+def matmul_rate(device: torch.device, bf16: bool) -> float:
+    """FLOPs a second of a large square product."""
+    side = 8192 if device.type == "cuda" else 2048
+    factor = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    seconds = []
+    for _ in range(6):
+        started = synchronized_time(device)
+        torch.mm(factor, factor)
+        seconds.append(synchronized_time(device) - started)
+    return 2 * side**3 / statistics.median(seconds[1:])
+
+
+def synchronized_time(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def resident_memory(name: str) -> int:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[name].split()[0]) * 1024
+
+
+def measure(stage: str, naive: bool, size: Size, args: argparse.Namespace, results: multiprocessing.Queue) -> None:
+    torch.set_num_threads(args.num_threads)
+    trainer = build_trainer(size, args, naive)
+    device = trainer.accelerator.device
+    run = build_stage(trainer, stage, size, args)
+    if device.type == "cuda":
+        run()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = resident_memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    seconds = []
+    for _ in range(args.num_repeats):
+        started = synchronized_time(device)
+        run()
+        seconds.append(synchronized_time(device) - started)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_memory("VmHWM")
+    results.put(
+        {
+            "seconds": statistics.median(seconds),
+            "extra_mib": (peak - before) / MIB,
+            "rate": matmul_rate(device, args.bf16),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.num_threads} threads",
+        }
+    )
+
+
+def measure_in_a_process(stage: str, naive: bool, size: Size, args: argparse.Namespace) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=measure, args=(stage, naive, size, args, results))
+    process.start()
+    while True:
+        try:
+            result = results.get(timeout=1)
+            break
+        except Exception:
+            if not process.is_alive():
+                raise RuntimeError(f"{stage} ({'naive' if naive else 'ours'}) died with {process.exitcode}.") from None
+    process.join()
+    result["flops"] = count_flops(stage, size, args)
+    result["mfu"] = result["flops"] / result["seconds"] / result["rate"]
+    return result
+
+
+def compare(size: Size, args: argparse.Namespace) -> dict[str, Any]:
+    """Each stage, ours beside naive."""
+    print(f"{args.size}, {args.batch_size} samples, K = {args.num_train_timesteps}")
+    print("| stage | s a sample, naive | ours | ratio | peak MiB, naive | ours | ratio | GFLOPs a sample | MFU |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    results = {}
+    for stage in args.stages:
+        ours = measure_in_a_process(stage, False, size, args)
+        naive = None if stage == "decode" or args.skip_naive else measure_in_a_process(stage, True, size, args)
+        results[stage] = {"ours": ours, "naive": naive}
+        cells = [f"{ours['seconds'] / args.batch_size:.3f}", f"{ours['extra_mib']:.0f}"]
+        for i, key in ((0, "seconds"), (1, "extra_mib")):
+            scale = args.batch_size if key == "seconds" else 1
+            digits = 3 if key == "seconds" else 0
+            cells[i] = (
+                f" | {cells[i]} | "
+                if naive is None
+                else f"{naive[key] / scale:.{digits}f} | {cells[i]} | {naive[key] / ours[key]:.1f}"
+            )
+        print(
+            f"| {stage} | {cells[0]} | {cells[1]} | {ours['flops'] / args.batch_size / 1e9:.0f} | {ours['mfu']:.0%} |",
+            flush=True,
+        )
+    return results
+
+
+def grow(size: Size, args: argparse.Namespace) -> dict[str, Any]:
+    """Seconds and peak memory of rollout and update while one thing grows, with the exponents."""
+    axes = {
+        "batch_size": [1, 2, 4, 8],
+        "tokens": [64, 144, 256, 576],
+        "codes": [4096, 16_384, 65_536, 131_072],
+        "num_train_timesteps": [1, 2, 3, 5],
+    }
+    results = {}
+    figure = Figure(figsize=(4 * len(axes), 7))
+    FigureCanvasAgg(figure)
+    plots = figure.subplots(2, len(axes), sharey="row")
+    for column, (axis, values) in enumerate(axes.items()):
+        for stage in ("update",) if axis == "num_train_timesteps" else ("rollout", "update"):
+            points = []
+            for value in values:
+                grown, grown_args = size, argparse.Namespace(**vars(args))
+                if axis == "tokens":
+                    grown = replace(size, side=math.isqrt(value))
+                elif axis == "codes":
+                    grown = replace(size, codebook_size=value)
+                else:
+                    setattr(grown_args, axis, value)
+                points.append(measure_in_a_process(stage, False, grown, grown_args))
+            for row, key in enumerate(("seconds", "extra_mib")):
+                heights = [point[key] for point in points]
+                slope = exponent(values, heights)
+                results.setdefault(axis, {}).setdefault(stage, {})[key] = {"values": heights, "exponent": slope}
+                plots[row, column].loglog(values, heights, marker="o", label=f"{stage}: exponent {slope:.2f}")
+                print(
+                    f"{axis} {values} {stage} {key}: {[round(height, 3) for height in heights]}, {slope:.2f}",
+                    flush=True,
+                )
+        for row in range(2):
+            plots[row, column].legend()
+            plots[row, column].grid(alpha=0.3, which="both")
+        plots[1, column].set_xlabel(axis)
+    plots[0, 0].set_ylabel("seconds")
+    plots[1, 0].set_ylabel("peak memory beside the weights, MiB")
+    figure.savefig(args.output_dir / "growth.png", dpi=110, bbox_inches="tight")
+    return results
+
+
+def exponent(values: list[float], heights: list[float]) -> float:
+    """Slope of the least-squares line through the logarithms."""
+    x, y = ([math.log(number) for number in numbers] for numbers in (values, heights))
+    return statistics.linear_regression(x, y).slope
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="mid")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--batch_size", type=int, default=4, help="samples")
+    parser.add_argument(
+        "--micro_batch_size", type=int, help="rows of a scoring or an update at a time; all by default"
+    )
+    parser.add_argument("--num_train_timesteps", type=int, default=3, help="K: rows a sample in scoring and update")
+    parser.add_argument("--num_repeats", type=int, default=3, help="calls, of which the median time is taken")
+    parser.add_argument("--num_threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--lora", action="store_true", help="train an adapter of rank 16 on all linear layers")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--skip_naive", action="store_true")
+    parser.add_argument("--grow", action="store_true", help="how the cost grows, instead of the comparison")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/throughput"))
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    size = SIZES[args.size]
+    results = grow(size, args) if args.grow else compare(size, args)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    name = f"{'growth' if args.grow else 'stages'}_{args.size}_{'lora' if args.lora else 'full'}.json"
+    (args.output_dir / name).write_text(
+        json.dumps({"settings": settings, "size": asdict(size), "results": results}, indent=2)
+    )
+
+
+if __name__ == "__main__":
+    main()
