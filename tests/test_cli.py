@@ -21,12 +21,15 @@ import time
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from trl_udm import __version__
+from trl_udm import URSAPipeline, __version__
 from trl_udm.cli import main, make_parser
 from trl_udm.rewards.server import create_app, serve
 from trl_udm.rewards.wire import TOKEN_VARIABLE
+from trl_udm.shapes import CHECKPOINT_PATH
 from trl_udm.shapes.world import ShapesObject, render
 
 
@@ -174,3 +177,52 @@ def test_env_names_versions(capsys):
     main(["env"])
     printed = capsys.readouterr().out
     assert f"trl-udm: {__version__}" in printed and f"torch: {torch.__version__}" in printed
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A saved adapter of the model of shapes, with random weights."""
+    torch.manual_seed(0)
+    transformer = URSAPipeline.from_pretrained(CHECKPOINT_PATH).transformer
+    config = LoraConfig(r=4, lora_alpha=1, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(transformer, config).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def compute_logits(pipeline):
+    prompt_ids, prompt_mask = pipeline.encode_prompt(["a photo of a ring"])
+    with torch.no_grad():
+        return pipeline.denoise(prompt_ids, prompt_mask, torch.arange(64).unsqueeze(0), (1, 8, 8))
+
+
+def test_merge_writes_a_pipeline_with_the_logits_of_the_adapter(tmp_path, adapter, capsys):
+    output_dir = tmp_path / "merged"
+    main(["merge", "--model", "shapes", "--adapter", str(adapter), "--output_dir", str(output_dir)])
+    assert capsys.readouterr().out == f"{output_dir}\n"
+    pipeline = URSAPipeline.from_pretrained(CHECKPOINT_PATH)
+    base = compute_logits(pipeline)
+    pipeline.load_lora_weights(adapter)
+    expected = compute_logits(pipeline)
+    assert (expected - base).abs().max() > 0.1
+    merged = compute_logits(URSAPipeline.from_pretrained(output_dir))
+    torch.testing.assert_close(merged, expected, rtol=0, atol=1e-5)
+    assert not any(str(CHECKPOINT_PATH) in path.read_text() for path in output_dir.rglob("*.json"))
+
+
+def test_merge_overwrites_nothing(tmp_path, adapter):
+    argv = ["merge", "--model", "shapes", "--adapter", str(adapter), "--output_dir"]
+    for path in (adapter, adapter / "adapter_config.json"):
+        with pytest.raises(
+            FileExistsError, match=f"`--output_dir` must be new or empty, and {path} is not. Give another"
+        ):
+            main([*argv, str(path)])
+
+
+def test_merge_refuses_an_adapter_that_lacks_a_weight(tmp_path, adapter):
+    weights = load_file(adapter / "adapter_model.safetensors")
+    del weights["base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"]
+    save_file(weights, adapter / "adapter_model.safetensors")
+    argv = ["merge", "--model", "shapes", "--adapter", str(adapter), "--output_dir", str(tmp_path / "merged")]
+    with pytest.raises(ValueError, match="does not fit the transformer: .*up_proj.lora_A"):
+        main(argv)
+    assert not (tmp_path / "merged").exists()

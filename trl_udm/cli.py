@@ -54,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add_evaluate(verbs)
     _add_generate(verbs)
+    _add_merge(verbs)
     _add_serve_reward(verbs)
     _add_env(verbs)
     return parser
@@ -67,6 +68,9 @@ BENCHMARKS = {
     "shapes": ("shapes", {}, "geneval"),
     "words": ("words", {}, "ocr"),
 }
+
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def evaluate(
@@ -248,6 +252,50 @@ def _add_generate(verbs: Any) -> None:
     parser.set_defaults(run=generate)
 
 
+def merge(model: str, adapter: str, output_dir: Path, dtype: str) -> None:
+    """
+    Add an adapter to the weights of its base model, and write the pipeline that results.
+
+    Args:
+        model (`str`):
+            The base model, as in `load_pipeline`.
+        adapter (`str`):
+            As in `load_pipeline`.
+        output_dir (`Path`):
+            Folder of the pipeline, new or empty.
+        dtype (`str`):
+            As in `load_pipeline`.
+
+    Raises:
+        `FileExistsError`: If there is something in the folder.
+        `ValueError`: If the adapter does not fit the model.
+    """
+    from peft import PeftModel
+
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise FileExistsError(f"`--output_dir` must be new or empty, and {output_dir} is not. Give another folder.")
+    load_pipeline(model, adapter, dtype)  # refuses what does not fit; PEFT would leave weights random, with a warning
+    pipeline = load_pipeline(model, None, dtype)
+    PeftModel.from_pretrained(pipeline.transformer, adapter).merge_and_unload()
+    pipeline.forget_local_paths()
+    pipeline.save_pretrained(output_dir)
+    print(output_dir)
+
+
+def _add_merge(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "merge",
+        help="add a LoRA to the weights of its base model",
+        description="Add a LoRA to the weights of its base model, and write the pipeline that results.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="base model: folder or Hub repository, or 'shapes' or 'words'")
+    parser.add_argument("--adapter", required=True, help="folder or Hub repository of a LoRA")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the pipeline, new or empty")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="in which to add and to save")
+    parser.set_defaults(run=merge)
+
+
 def load_pipeline(model: str, adapter: str | None, dtype: str | None) -> Any:
     """
     Load a pipeline onto the device of the process.
@@ -282,7 +330,7 @@ def load_pipeline(model: str, adapter: str | None, dtype: str | None) -> Any:
 def _add_model(parser: argparse.ArgumentParser, required: bool) -> None:
     parser.add_argument("--model", required=required, help="folder or Hub repository, or 'shapes' or 'words'")
     parser.add_argument("--adapter", help="folder or Hub repository of a LoRA")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="bfloat16 on a GPU by default")
+    parser.add_argument("--dtype", choices=DTYPES, help="bfloat16 on a GPU by default")
     parser.add_argument("--seed", type=int, default=0, help="seed of the images")
     parser.add_argument("--height", type=int, help="pixels; the model's own by default")
     parser.add_argument("--width", type=int, help="pixels; the model's own by default")

@@ -15,6 +15,8 @@
 """A second model family, as small as they come: text over a dozen characters, on the mixture path, by a stock causal LM
 that a mask makes bidirectional. It shows that the trainer knows no family."""
 
+from types import SimpleNamespace
+
 import torch
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
@@ -31,6 +33,8 @@ NUM_TOKENS = 6
 
 class ToyTextPipeline(UDMPipeline):
     """Prompt and answer are characters; the answer has `NUM_TOKENS` of them, each predicted where it stands."""
+
+    modality = "text"
 
     def __init__(self, transformer, scheduler, tokenizer):
         super().__init__()
@@ -64,6 +68,13 @@ class ToyTextPipeline(UDMPipeline):
 
     def decode(self, clean_samples, latent_shape):
         return self.tokenizer.batch_decode(clean_samples)
+
+    def __call__(self, prompt, num_inference_steps=10, guidance_scale=1.0, generator=None, **kwargs):
+        latent_shape = self.latent_shape(**kwargs)
+        output = self.sample_tokens(
+            *self.encode_prompt([prompt]), latent_shape, num_inference_steps, guidance_scale, generator=generator
+        )
+        return SimpleNamespace(texts=self.decode(output.clean_samples, latent_shape))
 
 
 def build_toy_text_pipeline(seed=0):

@@ -30,9 +30,9 @@ from ..models.autoencoder_vq import AutoencoderVQ
 from ..models.configuration_ursa import URSAConfig
 from ..models.modeling_ursa import URSAForImageGeneration
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
+from .pipeline_udm import HUB_KWARGS
 
 
-_HUB_KWARGS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
 _CONFIG_NAMES = {
     "transformer": "config.json",
     "scheduler": "scheduler_config.json",
@@ -55,7 +55,7 @@ def is_original_checkpoint(pretrained_model_name_or_path: str | Path, **kwargs) 
     Returns:
         `bool`: Whether it is.
     """
-    hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+    hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
     index = DiffusionPipeline.load_config(pretrained_model_name_or_path, **hub_kwargs)
     return index.get("transformer", (None, None))[1] == "URSATransformer3DModel"
 
@@ -107,17 +107,17 @@ def load_original_components(
         TypeError: If an argument is unknown.
         ValueError: If a part has the wrong shape, or holds more than tensors.
     """
-    unknown = sorted(set(kwargs) - {*_HUB_KWARGS, *_CONFIG_NAMES, "max_prompt_length"})
+    unknown = sorted(set(kwargs) - {*HUB_KWARGS, *_CONFIG_NAMES, "max_prompt_length"})
     if unknown:
         raise TypeError(f"Arguments not supported for checkpoints in the original format: {unknown}.")
     dtype = dtype or torch_dtype or torch.float32
     folder = Path(pretrained_model_name_or_path)
     if not folder.is_dir():
-        hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         patterns = [f"{name}/*" for name in _CONFIG_NAMES]
         folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **hub_kwargs))
 
-    components = {name: value for name, value in kwargs.items() if name not in _HUB_KWARGS}
+    components = {name: value for name, value in kwargs.items() if name not in HUB_KWARGS}
     check_configs(folder, **components)
     if "transformer" not in components:
         config = URSAConfig.from_original_config(_load_config(folder / "transformer"))

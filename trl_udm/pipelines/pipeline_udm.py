@@ -12,13 +12,19 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline
+from huggingface_hub import snapshot_download
 
 from .pipeline_output import UDMSamplerOutput, UDMTrajectory
+
+
+HUB_KWARGS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
+"""Arguments of `from_pretrained` that say how to download from the Hub."""
 
 
 class UDMPipeline(DiffusionPipeline):
@@ -28,10 +34,18 @@ class UDMPipeline(DiffusionPipeline):
     A family registers the components `transformer` (a [`~transformers.PreTrainedModel`] whose output embeddings are the
     head over its codebook), `scheduler` (which offers `config.codebook_size`, `set_timesteps`, `timesteps`, `timestep_to_t`,
     `step` and `add_noise`, see [`KineticOptimalScheduler`]), `tokenizer`, and a decoder where it has one. It implements
-    the five methods below that raise `NotImplementedError`; the sampler is common to all.
+    the five methods below that raise `NotImplementedError`, and `__call__`, which takes a prompt, `num_inference_steps`,
+    `guidance_scale`, `generator` and the size options, and returns an output with `images` or `texts`. The sampler, LoRA
+    and what concerns the Hub are common to all.
 
     Shapes: B samples, N tokens a sample (the product of the latent shape), T prompt tokens, V codes.
+
+    Attributes:
+        modality (`str`, defaults to `"image"`):
+            What `decode` gives: `"image"` for PIL images, `"text"` for strings.
     """
+
+    modality: str = "image"
 
     def latent_shape(self, **kwargs) -> tuple[int, ...]:
         """
@@ -209,3 +223,80 @@ class UDMPipeline(DiffusionPipeline):
                 pred_original_samples=torch.stack(pred_original_samples),
             )
         return UDMSamplerOutput(clean_samples=latents, trajectory=trajectory)
+
+    def load_lora_weights(self, pretrained_model_name_or_path: str, adapter_name: str = "default", **kwargs) -> None:
+        """
+        Loads a PEFT adapter, such as a LoRA run of [`UDMGRPOTrainer`] saves, into the transformer and activates it.
+
+        Args:
+            pretrained_model_name_or_path (`str`):
+                Folder or Hub repository with `adapter_model.safetensors` and `adapter_config.json`.
+            adapter_name (`str`, *optional*, defaults to `"default"`):
+                Name to refer to it by.
+            kwargs:
+                As in `transformer.load_adapter`.
+
+        Raises:
+            ValueError: If the adapter was trained on another model, or lacks a weight.
+        """
+        path = str(pretrained_model_name_or_path)
+        # transformers leaves a weight that does not fit random, with a warning at most
+        settings = {**kwargs, "adapter_name": adapter_name, "ignore_mismatched_sizes": True}
+        info = self.transformer.load_adapter(path, **settings)
+        unfit = sorted(info.missing_and_mismatched() | info.unexpected_keys)
+        if unfit:
+            self.transformer.delete_adapter(adapter_name)
+            raise ValueError(f"The adapter in {path} does not fit the transformer: {unfit} are missing or unlike it.")
+
+    def unload_lora_weights(self, adapter_name: str = "default") -> None:
+        """
+        Removes an adapter again.
+
+        Args:
+            adapter_name (`str`, *optional*, defaults to `"default"`):
+                Its name.
+        """
+        self.transformer.delete_adapter(adapter_name)
+
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs) -> str:
+        """
+        Downloads a pipeline, for `from_pretrained`. The method of [`~diffusers.DiffusionPipeline`] takes a component's module
+        that is not in diffusers or transformers for code in the repository.
+
+        Args:
+            pretrained_model_name (`str`):
+                Repository on the Hub.
+            kwargs:
+                Hub options, and components that need not be downloaded; others are ignored.
+
+        Returns:
+            `str`: The folder, with `model_index.json` and the components' folders.
+        """
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        index = cls.load_config(pretrained_model_name, **hub_kwargs)
+        names = [name for name, value in index.items() if isinstance(value, list) and name not in kwargs]
+        patterns = [cls.config_name, *(f"{name}/*" for name in names)]
+        return snapshot_download(pretrained_model_name, allow_patterns=patterns, **hub_kwargs)
+
+    @property
+    def hub_id(self) -> str | None:
+        """
+        Repository on the Hub that the pipeline was loaded from.
+
+        Returns:
+            `str`, *optional*: Its id, or `None` where the pipeline was loaded from a folder or built from components.
+        """
+        name_or_path = self.name_or_path
+        return None if name_or_path is None or os.path.exists(name_or_path) else str(name_or_path)
+
+    def forget_local_paths(self) -> None:
+        """
+        Makes the pipeline and its components name the repository on the Hub that they were loaded from, or nothing. They
+        would else write the folder, which may lie in a cache, into what they save.
+        """
+        hub_id = self.hub_id
+        for part in (self, *self.components.values()):
+            if isinstance(part, ConfigMixin) and "_name_or_path" in part.config:
+                part.register_to_config(_name_or_path=hub_id)
+        self.transformer.name_or_path = self.transformer.config.name_or_path = hub_id or ""

@@ -107,44 +107,19 @@ class URSAPipeline(UDMPipeline):
             ValueError: If a part is damaged, lacks a weight, has the wrong shape, or holds more than tensors.
         """
         if is_original_checkpoint(pretrained_model_name_or_path, **kwargs):
-            return cls(**load_original_components(pretrained_model_name_or_path, **kwargs))
+            pipeline = cls(**load_original_components(pretrained_model_name_or_path, **kwargs))
+            # As `DiffusionPipeline.from_pretrained` does, for `name_or_path`
+            pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+            return pipeline
         if Path(pretrained_model_name_or_path).is_dir():
             check_configs(Path(pretrained_model_name_or_path), **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
 
-    def load_lora_weights(self, pretrained_model_name_or_path: str, adapter_name: str = "default", **kwargs) -> None:
-        """
-        Loads a PEFT adapter, such as a LoRA run of [`UDMGRPOTrainer`] saves, into the transformer and activates it.
-
-        Args:
-            pretrained_model_name_or_path (`str`):
-                Folder or Hub repository with `adapter_model.safetensors` and `adapter_config.json`.
-            adapter_name (`str`, *optional*, defaults to `"default"`):
-                Name to refer to it by.
-            kwargs:
-                As in `transformer.load_adapter`.
-
-        Raises:
-            ValueError: If the adapter was trained on another model, or lacks a weight.
-        """
-        path = str(pretrained_model_name_or_path)
-        # transformers leaves a weight that does not fit random, with a warning at most
-        settings = {**kwargs, "adapter_name": adapter_name, "ignore_mismatched_sizes": True}
-        info = self.transformer.load_adapter(path, **settings)
-        unfit = sorted(info.missing_and_mismatched() | info.unexpected_keys)
-        if unfit:
-            self.transformer.delete_adapter(adapter_name)
-            raise ValueError(f"The adapter in {path} does not fit the transformer: {unfit} are missing or unlike it.")
-
-    def unload_lora_weights(self, adapter_name: str = "default") -> None:
-        """
-        Removes an adapter again.
-
-        Args:
-            adapter_name (`str`, *optional*, defaults to `"default"`):
-                Its name.
-        """
-        self.transformer.delete_adapter(adapter_name)
+    @classmethod
+    def download(cls, pretrained_model_name: str, **kwargs) -> str:
+        folder = super().download(pretrained_model_name, **kwargs)
+        check_configs(Path(folder), **kwargs)
+        return folder
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
         """

@@ -24,6 +24,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
+from trl.trainer.utils import get_callable_name
 
 from ..evaluation import evaluate
 from .udm_grpo_trainer import UDMGRPOTrainer
@@ -58,9 +59,12 @@ def train_and_compare(
             Further curves beside the reward's: from a label to the beginning of logged names, whose mean is shown.
 
     Returns:
-        `dict`: What `results.json` holds: `before` and `after`, from tag to mean, and `seconds` of training.
+        `dict`: What `results.json` holds: the `metric`'s name, its means by tag `before` and `after`, and `seconds` of training.
     """
     output_dir = Path(trainer.args.output_dir)
+    if trainer.accelerator.is_main_process:
+        for name in ("results.json", "samples.png", "reward_curve.png"):  # else a card would show another run's
+            (output_dir / name).unlink(missing_ok=True)
 
     def run(name: str) -> dict[str, float]:
         trainer.model.eval()
@@ -85,7 +89,13 @@ def train_and_compare(
     trainer.save_model()
     trainer.save_state()
     after = run("after")
-    results = {"before": before, "after": after, "seconds": trainer.state.log_history[-1].get("train_runtime")}
+    metric = get_callable_name(reward_func)
+    results = {
+        "metric": metric,
+        "before": before,
+        "after": after,
+        "seconds": trainer.state.log_history[-1].get("train_runtime"),
+    }
     if trainer.accelerator.is_main_process:
         for name in ("before", "after"):
             shutil.copyfile(output_dir / name / "samples.png", output_dir / f"samples_{name}.png")

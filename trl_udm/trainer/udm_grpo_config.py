@@ -184,6 +184,17 @@ class UDMGRPOConfig(GRPOConfig):
         },
     )
 
+    # A dataclass would print `hub_token`, and a pickle such as `training_args.bin` hold it
+    __repr__ = GRPOConfig.__str__
+
+    def __getstate__(self):
+        return {**self.__dict__, "hub_token": None}
+
+    def __copy__(self):
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
+
     def __post_init__(self):
         for name in ("num_inference_steps", "num_inference_steps_eval", "num_train_timesteps"):
             if getattr(self, name) < 1:

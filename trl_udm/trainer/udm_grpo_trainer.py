@@ -42,8 +42,9 @@ from trl.trainer.utils import (
 from ..pipelines.pipeline_output import UDMSamplerOutput
 from ..pipelines.pipeline_udm import UDMPipeline
 from .completion_logging import image_statistics, log_images_to_tensorboard, make_image_grid
+from .hub import HubTrainer
 from .merged_adapter import can_merge, merged_adapter
-from .resumable_grpo_trainer import EpochRepeatSampler, ResumableGRPOTrainer
+from .resumable_grpo_trainer import EpochRepeatSampler
 from .reward_checks import handle_failures
 from .udm_grpo_config import UDMGRPOConfig
 
@@ -51,7 +52,7 @@ from .udm_grpo_config import UDMGRPOConfig
 logger = get_logger(__name__)
 
 
-class UDMGRPOTrainer(ResumableGRPOTrainer):
+class UDMGRPOTrainer(HubTrainer):
     r"""
     Trainer for UDM-GRPO (https://huggingface.co/papers/2604.18518): group relative policy optimisation of uniform discrete
     diffusion models.
@@ -151,6 +152,7 @@ class UDMGRPOTrainer(ResumableGRPOTrainer):
                 "the batch."
             )
         self.pipeline = pipeline
+        pipeline.forget_local_paths()
         self.latent_shape = pipeline.latent_shape(**(args.pipeline_kwargs or {}))
 
         # Reference model. `GRPOTrainer` would load one by the name of the model's class; ours is a copy of the weights

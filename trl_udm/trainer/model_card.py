@@ -1,0 +1,217 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The model card of a run: metadata for the Hub, a snippet to try the model, its results, and how it was trained."""
+
+import dataclasses
+import functools
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate.utils import is_peft_model
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+
+if TYPE_CHECKING:
+    from .hub import HubTrainer
+
+CARD_FILES = ("README.md", "results.json", "samples.png", "reward_curve.png")
+"""Files of the output folder that are the card, or that it shows. [`train_and_compare`] leaves all but the first."""
+
+_PIPELINE_TAGS = {"image": "text-to-image", "text": "text-generation"}
+
+# Shown in every card, whether changed or not
+_CENTRAL_ARGUMENTS = (
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_generations",
+    "num_iterations",
+    "action",
+    "trajectory",
+    "num_train_timesteps",
+    "timestep_window",
+    "num_inference_steps",
+    "guidance_scale",
+    "beta",
+    "epsilon",
+    "loss_type",
+    "importance_sampling_level",
+    "seed",
+)
+# Shown in none: where and how the run was logged, saved and pushed, which may name folders, servers and accounts
+_UNTOLD_ARGUMENTS = ("output_dir", "run_name", "report_to", "project", "resume_from_checkpoint", "disable_tqdm")
+_UNTOLD_PREFIXES = ("hub_", "push_to_hub", "log", "save_", "dataloader_", "trackio_", "ddp_", "vllm_")
+
+
+def make_model_card(
+    trainer: "HubTrainer", model_name: str | None, dataset_name: str | None, tags: list[str]
+) -> ModelCard:
+    """
+    The card of a trainer's model as it is now. The results are those which [`train_and_compare`] left in the output folder.
+
+    Args:
+        trainer ([`UDMGRPOTrainer`]):
+            The trainer.
+        model_name (`str`, *optional*):
+            Title of the card. By default the name of the repository or, without one, of the output folder.
+        dataset_name (`str`, *optional*):
+            Id of the training prompts on the Hub.
+        tags (`list[str]`):
+            Tags beside those of every run.
+
+    Returns:
+        [`~huggingface_hub.ModelCard`]: The card.
+    """
+    args, output_dir = trainer.args, Path(trainer.args.output_dir)
+    base_model, is_adapter = trainer.pipeline.hub_id, is_peft_model(trainer.model)
+    adapter = trainer.model.peft_config["default"].peft_type.value if is_adapter else None
+    repo_id = trainer.hub_model_id or args.hub_model_id or output_dir.absolute().name
+    model_name = model_name or repo_id.split("/")[-1]
+    task = _PIPELINE_TAGS[trainer.pipeline.modality]
+    results, eval_results = _read_results(output_dir / "results.json"), None
+    if results is not None:
+        eval_results = EvalResult(
+            task_type=task,
+            dataset_type="prompts",
+            dataset_name="the prompts of the evaluation before and after training",
+            metric_type=results["metric"],
+            metric_value=round(results["after"]["overall"], 4),
+        )
+    data = ModelCardData(
+        base_model=base_model,
+        base_model_relation=("adapter" if is_adapter else "finetune") if base_model is not None else None,
+        datasets=dataset_name,
+        eval_results=eval_results,
+        library_name="peft" if is_adapter else "diffusers",
+        model_name=model_name,
+        pipeline_tag=task,
+        tags=list(dict.fromkeys([*trainer._tag_names, *([adapter.lower()] if is_adapter else []), *tags])),
+        **(_find_licence(base_model, args.hub_token) if base_model is not None else {}),
+    )
+
+    model = f"[{base_model}](https://huggingface.co/{base_model})" if base_model is not None else "a model"
+    paper = f"[{trainer._name}](https://huggingface.co/papers/{trainer._paper['id']})"
+    num_rewards = len(trainer.reward_funcs) - trainer._num_eval_reward_funcs
+    rewards = ", ".join(f"`{name}`" for name in trainer.reward_func_names[:num_rewards])
+    summary = f"{paper} of {model}" + (f", as a PEFT adapter ({adapter})" if is_adapter else "")
+    sections = [
+        f"# {model_name}",
+        f"{summary}, made with trl-udm. The reward was {rewards}.",
+        _show("samples.png", "Samples of the same prompts and seeds before and after training", output_dir),
+        f"## Use\n\n```python\n{make_snippet(trainer, repo_id)}\n```",
+        _format_results(results) if results is not None else None,
+        _show("reward_curve.png", "Reward during training", output_dir),
+        f"## Training\n\n{_format_training(trainer)}",
+        f"## Citation\n\n```bibtex\n{trainer._paper['citation'].strip()}\n```",
+    ]
+    text = "\n\n".join(section for section in sections if section is not None)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+
+
+def make_snippet(trainer: "HubTrainer", repo_id: str) -> str:
+    """
+    Code that loads the trainer's model from the Hub and draws one sample as its evaluation does.
+
+    Args:
+        trainer ([`UDMGRPOTrainer`]):
+            The trainer.
+        repo_id (`str`):
+            Where the model is.
+
+    Returns:
+        `str`: The code.
+    """
+    args, pipeline = trainer.args, trainer.pipeline
+    name, module = type(pipeline).__name__, type(pipeline).__module__
+    module = "trl_udm" if module.startswith("trl_udm.") else module
+    prompt = trainer.train_dataset[0]["prompt"]
+    options = {
+        "num_inference_steps": args.num_inference_steps_eval,
+        "guidance_scale": args.guidance_scale_eval,
+        **(args.pipeline_kwargs or {}),
+    }
+    arguments = "".join(f", {key}={value!r}" for key, value in options.items())
+    lines = ["import torch", f"from {module} import {name}", "", ""]
+    if is_peft_model(trainer.model):
+        base_model = pipeline.hub_id or "path/to/the/base/model"
+        lines += [
+            f'pipe = {name}.from_pretrained("{base_model}", dtype={pipeline.transformer.dtype})',
+            f'pipe.load_lora_weights("{repo_id}")',
+        ]
+    else:
+        lines.append(f'pipe = {name}.from_pretrained("{repo_id}", dtype={pipeline.transformer.dtype})')
+    lines += [
+        'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
+        "generator = torch.Generator().manual_seed(0)",
+    ]
+    if pipeline.modality == "image":
+        lines += [f"image = pipe({prompt!r}{arguments}, generator=generator).images[0]", 'image.save("image.png")']
+    else:
+        lines += [f"text = pipe({prompt!r}{arguments}, generator=generator).texts[0]", "print(text)"]
+    return "\n".join(lines)
+
+
+def _read_results(path: Path) -> dict[str, Any] | None:
+    """What [`train_and_compare`] left, unless the file is missing or another's."""
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return results if isinstance(results, dict) and {"metric", "before", "after"} <= results.keys() else None
+
+
+@functools.cache
+def _find_licence(base_model: str, token: str | None) -> dict[str, str]:
+    """What the base model's own card says of its licence; nothing where it says nothing or cannot be had."""
+    try:
+        data = ModelCard.load(base_model, token=token, ignore_metadata_errors=True).data
+    except (HfHubHTTPError, EntryNotFoundError):
+        return {}
+    names = ("license", "license_name", "license_link")
+    return {name: data.get(name) for name in names if data.get(name) is not None}
+
+
+def _show(name: str, title: str, output_dir: Path) -> str | None:
+    return f"![{title}]({name})" if (output_dir / name).exists() else None
+
+
+def _format_results(results: dict[str, Any]) -> str:
+    before, after = results["before"], results["after"]
+    tags = [tag for tag in before if tag != "all" or len(before) > 2]  # of rows without a tag
+    rows = [f"| {tag} | {before[tag]:.3f} | {after[tag]:.3f} |" for tag in tags]
+    table = "\n".join([f"| {results['metric']} | before | after |", "|---|---|---|", *rows])
+    return f"## Results\n\nMeans over prompts that were evaluated before and after training, with the same seeds.\n\n{table}"
+
+
+def _format_training(trainer: "HubTrainer") -> str:
+    args = trainer.args
+    rows = {"optimisation steps": trainer.state.global_step, "processes": args.world_size}
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        is_changed = value != default and bool(value or default)  # `None` becomes `False` or empty on the way
+        if field.name in _CENTRAL_ARGUMENTS or (is_changed and _may_be_told(field.name, value)):
+            rows[f"`{field.name}`"] = json.dumps(value, default=str)
+    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    packages = ("trl-udm", "trl", "transformers", "diffusers", "peft", "torch")
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    return f"Arguments of `{type(args).__name__}`: the central ones, and those that differ from its defaults.\n\n{table}\n\nVersions: {versions}."
+
+
+def _may_be_told(name: str, value: Any) -> bool:
+    is_untold = name in _UNTOLD_ARGUMENTS or name.startswith(_UNTOLD_PREFIXES) or name.endswith("_token")
+    is_plain = value is None or isinstance(value, bool | int | float | str | list | dict)
+    # What has a slash is the path of a file or the address of a server
+    return not is_untold and is_plain and "/" not in str(value) and "\\" not in str(value)
