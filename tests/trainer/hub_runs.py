@@ -33,7 +33,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import logging as hub_logging
 from peft import LoraConfig
 
-from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
+from trl_udm import EMACallback, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
 from trl_udm.shapes import CHECKPOINT_PATH
 from trl_udm.trainer.before_after import train_and_compare
 
@@ -103,6 +103,7 @@ def build_trainer(output_dir: Path, is_lora: bool, base: str | None, hub_strateg
         args,
         train_dataset=PROMPTS[pipeline.modality],
         peft_config=LORA if is_lora else None,
+        callbacks=[EMACallback(decay=0.5)] if pipeline.modality == "text" else None,
     )
 
 

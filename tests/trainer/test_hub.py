@@ -34,7 +34,7 @@ from .test_udm_grpo_trainer import LORA, build_trainer
 
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAINER_FILES = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"}
+TRAINER_FILES = {"optimizer.pt", "rng_state.pth", "rollout_state_0.pth", "scheduler.pt", "trainer_state.json"}
 ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors"}
 TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json"}
 RESULT_FILES = {"results.json", "samples.png", "reward_curve.png"}
@@ -91,7 +91,9 @@ def test_runs_push_to_a_hub_what_the_cards_snippet_loads_and_no_token(tmp_path, 
 
     # The files
     checkpoint_files = ADAPTER_FILES | TOKENIZER_FILES | TRAINER_FILES
-    assert files["text-lora"] == {"README.md"} | ADAPTER_FILES
+    average_files = {f"transformer_ema/{name}" for name in ADAPTER_FILES}
+    assert files["text-lora"] == {"README.md"} | ADAPTER_FILES | average_files
+    assert "transformer_ema/model.safetensors" in files["text-full"]
     assert files["lora"] >= {"README.md"} | ADAPTER_FILES | RESULT_FILES
     assert files["lora"] <= {"README.md"} | ADAPTER_FILES | RESULT_FILES | {
         f"checkpoint-{step}/{name}" for step in (1, 2) for name in checkpoint_files

@@ -23,7 +23,7 @@ from .test_udm_grpo_trainer import LORA, PROMPTS, build_args, build_trainer, cou
 from .toy_text_family import ToyTextPipeline, build_toy_text_pipeline
 
 
-TRAINER_FILES = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+TRAINER_FILES = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "rollout_state_0.pth", "trainer_state.json"}
 
 
 class KeepWeights(TrainerCallback):

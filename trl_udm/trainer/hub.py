@@ -151,6 +151,7 @@ class HubTrainer(ResumableGRPOTrainer):
             token=token,
             revision=self.args.hub_revision if revision is None else revision,
             allow_patterns=[*patterns, *CARD_FILES],
+            ignore_patterns=[f"{EMA_FOLDER}/README.md"],  # which PEFT writes
             run_as_future=run_as_future,
         )
 
