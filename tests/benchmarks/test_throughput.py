@@ -1,0 +1,116 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+
+import argparse
+import json
+import math
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+THROUGHPUT = Path(__file__).resolve().parents[2] / "benchmarks" / "throughput.py"
+
+
+@pytest.fixture(scope="module")
+def module():
+    return runpy.run_path(str(THROUGHPUT))
+
+
+def settings(tmp_path, **kwargs):
+    defaults = {
+        "batch_size": 2,
+        "micro_batch_size": None,
+        "num_train_timesteps": 3,
+        "num_threads": 1,
+        "lora": False,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "output_dir": tmp_path,
+    }
+    return argparse.Namespace(**{**defaults, **kwargs})
+
+
+def test_the_naive_scoring_is_the_librarys(tmp_path, module):
+    """Log-probabilities, entropies and gradients, in float32."""
+    size = module["SIZES"]["tiny"]
+    outcomes = []
+    for naive in (False, True):
+        trainer = module["build_trainer"](size, settings(tmp_path), naive)
+        torch.manual_seed(1)
+        text = torch.zeros(6, size.num_text_tokens, dtype=torch.long)
+        tokens = torch.randint(size.codebook_size, (6, 2 * size.num_tokens))
+        input_ids = torch.cat([text, tokens], dim=1)
+        logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
+            trainer.model, input_ids, torch.ones_like(input_ids), size.num_tokens, compute_entropy=True
+        )
+        logps.sum().backward()
+        gradient = torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()])
+        outcomes.append((logps, entropies, gradient))
+    (logps, entropies, gradient), (naive_logps, naive_entropies, naive_gradient) = outcomes
+    torch.testing.assert_close(logps, naive_logps, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropies, naive_entropies, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient, naive_gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_the_naive_sampler_draws_from_the_librarys_distribution(tmp_path, module):
+    """Marginals of the tokens after a rollout of a network that ignores what it sees; two samples of 4,096 tokens each."""
+    size = module["replace"](module["SIZES"]["tiny"], codebook_size=16)
+    counts = []
+    for naive in (False, True):
+        trainer = module["build_trainer"](size, settings(tmp_path), naive)
+        with torch.no_grad():
+            for parameter in trainer.model.model.layers.parameters():
+                parameter.zero_()
+            trainer.model.lm_head.weight.mul_(15)
+        torch.manual_seed(2)
+        samples = trainer._rollout(["a"] * 64, "train")[2].clean_samples
+        counts.append(torch.bincount(samples.flatten(), minlength=16).double())
+    ours, naive = counts
+    # Two counts of the same size: the statistic has 15 degrees of freedom, and exceeds 37.7 once in a thousand
+    statistic = ((ours - naive).square() / (ours + naive).clamp(min=1)).sum()
+    assert statistic < 37.7
+    assert ours.std() > 30  # they are not merely uniform
+
+
+def test_flops_are_those_that_pytorch_counts(tmp_path, module):
+    size, args = module["SIZES"]["tiny"], settings(tmp_path)
+    trainer = module["build_trainer"](size, args, False)
+    run = module["build_stage"](trainer, "scoring", size, args)
+    with FlopCounterMode(display=False) as counter:
+        run()
+    # PyTorch counts the head at the text's positions too, which a CPU computes
+    counted = counter.get_total_flops()
+    estimated = module["count_flops"]("scoring", size, args)
+    assert estimated < counted < estimated * 1.15
+
+
+def test_the_exponent_is_the_slope_of_the_logarithms(module):
+    assert module["exponent"]([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+
+
+def test_the_program_writes_what_it_measured(tmp_path):
+    command = [sys.executable, THROUGHPUT, "--size", "tiny", "--batch_size", "2", "--output_dir", tmp_path]
+    command += ["--stages", "update", "--skip_naive", "--num_threads", "1", "--num_repeats", "1"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    result = json.loads((tmp_path / "stages_tiny_full.json").read_text())["results"]["update"]["ours"]
+    assert 0 < result["seconds"] < 60 and result["extra_mib"] > 0 and 0 < result["mfu"] < 1
+    assert math.isclose(result["mfu"], result["flops"] / result["seconds"] / result["rate"])
+    assert "| update |" in output
