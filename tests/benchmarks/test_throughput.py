@@ -93,13 +93,14 @@ def test_the_naive_sampler_draws_from_the_librarys_distribution(tmp_path, module
 def test_flops_are_those_that_pytorch_counts(tmp_path, module):
     size, args = module["SIZES"]["tiny"], settings(tmp_path)
     trainer = module["build_trainer"](size, args, False)
+    trainer.model.set_attn_implementation("eager")  # PyTorch does not count its own attention kernel on a CPU
     run = module["build_stage"](trainer, "scoring", size, args)
     with FlopCounterMode(display=False) as counter:
         run()
     # PyTorch counts the head at the text's positions too, which a CPU computes
     counted = counter.get_total_flops()
     estimated = module["count_flops"]("scoring", size, args)
-    assert estimated < counted < estimated * 1.15
+    assert estimated < counted < estimated * 1.05
 
 
 def test_the_exponent_is_the_slope_of_the_logarithms(module):
