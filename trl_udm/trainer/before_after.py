@@ -24,6 +24,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
+from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_callable_name
 
 from ..evaluation import evaluate
@@ -60,7 +61,19 @@ def train_and_compare(
 
     Returns:
         `dict`: What `results.json` holds: the `metric`'s name, its means by tag `before` and `after`, and `seconds` of training.
+
+    Raises:
+        `ValueError`: If FSDP shards the weights over processes, which must then draw equally often, and the batches cannot be
+            shared out evenly.
     """
+    num_images, num_processes = len(eval_rows) * num_images_per_prompt, trainer.accelerator.num_processes
+    valid_sizes = [size for size in range(1, num_images + 1) if -(-num_images // size) % num_processes == 0]
+    if trainer.is_fsdp_enabled and batch_size not in valid_sizes:
+        raise ValueError(
+            f"`batch_size` must share {num_images} images out among {num_processes} processes in equally many batches, "
+            f"since with FSDP each of them holds a part of the weights, got {batch_size}. Nearest valid values: "
+            f"{sorted(valid_sizes, key=lambda size: abs(size - batch_size))[:3]}."
+        )
     output_dir = Path(trainer.args.output_dir)
     if trainer.accelerator.is_main_process:
         for name in ("results.json", "samples.png", "reward_curve.png"):  # else a card would show another run's
@@ -68,7 +81,14 @@ def train_and_compare(
 
     def run(name: str) -> dict[str, float]:
         trainer.model.eval()
-        with trainer.accelerator.autocast():
+        with (
+            unwrap_model_for_generation(
+                trainer.model_wrapped,
+                trainer.accelerator,
+                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+            ),
+            trainer.accelerator.autocast(),
+        ):
             (summary,) = evaluate(
                 [reward_func],
                 output_dir / name,

@@ -31,10 +31,10 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import send_to_device
+from accelerate.utils import is_peft_model, send_to_device
 from safetensors import SafetensorError
 from torch import nn
-from transformers.trainer import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME
+from transformers.trainer import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
@@ -47,8 +47,9 @@ logger = get_logger(__name__)
 
 class ResumableGRPOTrainer(GRPOTrainer):
     """
-    A [`~trl.GRPOTrainer`] whose runs continue as if nothing had happened.
+    A [`~trl.GRPOTrainer`] of a `pipeline` whose runs continue as if nothing had happened.
 
+    * A full run saves the whole pipeline, which `from_pretrained` loads as it is; an adapter is saved as PEFT saves it.
     * A checkpoint is *whole* once its `trainer_state.json` is, which is written when all else lies there, by all processes.
       Others are never resumed from. An older checkpoint goes only after the new one is whole.
     * A resumed run equals an unbroken one bit by bit: beside what [`~transformers.Trainer`] restores, the rollouts between
@@ -175,6 +176,39 @@ class ResumableGRPOTrainer(GRPOTrainer):
                 "untouched: free space, and go on with `resume_from_checkpoint=True`."
             ) from error
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        model = self.accelerator.unwrap_model(self.model)
+        if is_peft_model(self.model):
+            super()._save(output_dir, state_dict)
+        else:
+            self.pipeline.save_config(output_dir)
+            for name, component in self.pipeline.components.items():
+                if component is not self.pipeline.transformer:
+                    component.save_pretrained(os.path.join(output_dir, name))
+            model.save_pretrained(os.path.join(output_dir, "transformer"), state_dict=state_dict)
+            torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+        if self._ema_callback is not None and self._ema_callback.ema is not None:
+            with self._ema_callback.applied():
+                model.save_pretrained(os.path.join(output_dir, EMA_FOLDER))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:  # which has a checkpoint of its own in the root
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif not is_peft_model(self.model):
+            super()._load_from_checkpoint(os.path.join(resume_from_checkpoint, "transformer"), model)
+        else:  # `Trainer` would load the average's folder as a second adapter
+            self.model.load_adapter(resume_from_checkpoint, self.model.active_adapter, is_trainable=True)
+
+    # `Trainer` would look for the weights in the checkpoint's root, and keep the last ones where there are none
+    def _load_best_model(self) -> None:
+        if is_peft_model(self.model) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
     # `Trainer` writes `trainer_state.json` after this
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -225,11 +259,6 @@ class ResumableGRPOTrainer(GRPOTrainer):
     @property
     def _ema_callback(self) -> EMACallback | None:
         return next((one for one in self.callback_handler.callbacks if isinstance(one, EMACallback)), None)
-
-    def _save_ema(self, output_dir: str) -> None:
-        if self._ema_callback is not None and self._ema_callback.ema is not None:
-            with self._ema_callback.applied():
-                self.accelerator.unwrap_model(self.model).save_pretrained(os.path.join(output_dir, EMA_FOLDER))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         ema = self._ema_callback

@@ -12,13 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import contextlib
 import copy
+import dataclasses
 import functools
 import math
 import os
 import textwrap
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import GenerationConfig, TrainerCallback
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.extras.profiling import profiling_context, profiling_decorator
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
@@ -170,7 +171,9 @@ class UDMGRPOTrainer(HubTrainer):
             )
         ref_model = None
         if args.beta != 0.0 and peft_config is None:
-            ref_model = copy.deepcopy(transformer).requires_grad_(False).eval()
+            with _gathered(transformer):
+                ref_model = copy.deepcopy(transformer)
+            ref_model.requires_grad_(False).eval()
         beta, args = args.beta, copy.copy(args)
         args.beta = 0.0
 
@@ -216,6 +219,11 @@ class UDMGRPOTrainer(HubTrainer):
         self.beta = self.args.beta = beta
         self.merge_adapter = self._resolve_merge_adapter()
         self.max_completion_length = math.prod(self.latent_shape)
+        if self._dist.fsdp_version == 2 and self.accelerator.state.fsdp_plugin.mixed_precision_policy is not None:
+            # Accelerate has FSDP2 return everything in half precision, log-probabilities too
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = dataclasses.replace(
+                self.accelerator.state.fsdp_plugin.mixed_precision_policy, output_dtype=None
+            )
 
         if ref_model is not None:
             if args.disable_dropout:
@@ -314,6 +322,9 @@ class UDMGRPOTrainer(HubTrainer):
         prompt_ids, prompt_mask = (tensor[: len(prompts)] for tensor in encoded)
         batch_size = self.args.rollout_batch_size or len(prompts)
         outputs, completions = [], []
+        if self.is_fsdp_enabled and is_peft_model(self.model):
+            # FSDP gathers weights once its root is called, which is the model that PEFT has put around the pipeline's
+            self.pipeline.transformer = self.model
         with (
             profiling_context(self, "rollout"),
             unwrap_model_for_generation(
@@ -324,7 +335,9 @@ class UDMGRPOTrainer(HubTrainer):
             ),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
             self.accelerator.autocast(),
-            merged_adapter(self.accelerator.unwrap_model(self.model)) if self.merge_adapter else nullcontext(),
+            merged_adapter(self.accelerator.unwrap_model(self.model))
+            if self.merge_adapter
+            else contextlib.nullcontext(),
         ):
             for ids, mask in zip(prompt_ids.split(batch_size), prompt_mask.split(batch_size), strict=True):
                 negative_prompt_ids = negative_prompt_mask = None
@@ -542,37 +555,14 @@ class UDMGRPOTrainer(HubTrainer):
             )
             log_images_to_tensorboard(self.callback_handler.callbacks, grid, self.state.global_step)
 
-    # A full run saves the whole pipeline, which `from_pretrained` loads as it is; an adapter is saved as PEFT saves it
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        output_dir = output_dir if output_dir is not None else self.args.output_dir
-        if is_peft_model(self.model):
-            super()._save(output_dir, state_dict)
-        else:
-            self.pipeline.save_config(output_dir)
-            for name, component in self.pipeline.components.items():
-                if component is not self.pipeline.transformer:
-                    component.save_pretrained(os.path.join(output_dir, name))
-            model = self.accelerator.unwrap_model(self.model)
-            model.save_pretrained(os.path.join(output_dir, "transformer"), state_dict=state_dict)
-            torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
-        self._save_ema(output_dir)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not is_peft_model(self.model):
-            super()._load_from_checkpoint(os.path.join(resume_from_checkpoint, "transformer"), model)
-        elif self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:  # `Trainer` would load the average's folder as a second adapter
-            self.model.load_adapter(resume_from_checkpoint, self.model.active_adapter, is_trainable=True)
+def _gathered(model: nn.Module) -> contextlib.AbstractContextManager:
+    """A context in which `model` has its whole weights, where ZeRO-3's `zero3_init_flag` has split them."""
+    if not is_deepspeed_zero3_enabled():
+        return contextlib.nullcontext()
+    import deepspeed
 
-    # `Trainer` would look for the weights in the checkpoint's root, and keep the last ones where there are none
-    def _load_best_model(self) -> None:
-        if is_peft_model(self.model) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+    return deepspeed.zero.GatheredParameters(list(model.parameters()))
 
 
 def _check_dataset(name: str, dataset: Any) -> None:
