@@ -179,8 +179,9 @@ def _merge(
     num_failed = num_samples * len(errors) // len(outcomes)
     kwargs["log_metric"](f"rewards/{name}/failed", num_failed / num_samples)
     if errors:
+        cause = "" if errors[0].__cause__ is None else f" {errors[0].__cause__!r}"
         logger.warning(
-            f"{num_failed} of {num_samples} samples have no reward of '{name}'. The first failure: {errors[0]}"
+            f"{num_failed} of {num_samples} samples have no reward of '{name}'. The first failure: {errors[0]}{cause}"
         )
     num_each = num_samples // len(outcomes)
     rewards = [[None] * num_each if isinstance(outcome, BaseException) else outcome for outcome in outcomes]
