@@ -34,6 +34,7 @@ _MODULES = {
     "OCRReward": ".rewards.ocr",
     "PickScoreReward": ".rewards.clip",
     "RemoteReward": ".rewards.remote",
+    "TextUDMPipeline": ".pipelines.pipeline_text",
     "UDMGRPOConfig": ".trainer.udm_grpo_config",
     "UDMGRPOTrainer": ".trainer.udm_grpo_trainer",
     "UDMPipeline": ".pipelines.pipeline_udm",
@@ -41,6 +42,7 @@ _MODULES = {
     "URSAForImageGeneration": ".models.modeling_ursa",
     "URSAModel": ".models.modeling_ursa",
     "URSAPipeline": ".pipelines.pipeline_ursa",
+    "UniformDDIMScheduler": ".schedulers.scheduling_uniform_ddim",
 }
 
 __all__ = list(_MODULES)
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from .models.configuration_ursa import URSAConfig as URSAConfig
     from .models.modeling_ursa import URSAForImageGeneration as URSAForImageGeneration
     from .models.modeling_ursa import URSAModel as URSAModel
+    from .pipelines.pipeline_text import TextUDMPipeline as TextUDMPipeline
     from .pipelines.pipeline_udm import UDMPipeline as UDMPipeline
     from .pipelines.pipeline_ursa import URSAPipeline as URSAPipeline
     from .rewards.clip import CLIPReward as CLIPReward
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
     from .rewards.ocr import OCRReward as OCRReward
     from .rewards.remote import RemoteReward as RemoteReward
     from .schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler as KineticOptimalScheduler
+    from .schedulers.scheduling_uniform_ddim import UniformDDIMScheduler as UniformDDIMScheduler
     from .trainer.diagnostics import DiagnosticsCallback as DiagnosticsCallback
     from .trainer.ema import EMACallback as EMACallback
     from .trainer.guardrails import GuardrailCallback as GuardrailCallback

@@ -77,7 +77,7 @@ class FedTrainer(UDMGRPOTrainer):
             ]
         )
         samples = output.clean_samples.repeat_interleave(num_timesteps, dim=0)
-        return torch.where(noise % 2 == 0, noise, samples), samples
+        return torch.where(noise % 2 == 0, noise, samples), samples, torch.zeros(len(samples))
 
 
 class Recorder(TrainerCallback):

@@ -163,7 +163,7 @@ def test_timesteps_are_consecutive_from_a_start_in_the_window(tmp_path, window):
     steps = torch.arange(5).view(5, 1, 1).expand(5, 80, NUM_TOKENS)
     output.trajectory.noised_samples = steps
     output.trajectory.pred_original_samples = 100 * torch.arange(80).view(1, 80, 1) + steps
-    noised_samples, actions = trainer._build_rows(output)
+    noised_samples, actions, _ = trainer._build_rows(output)
     timesteps = noised_samples[:, 0].view(80, 3)
     assert (timesteps == timesteps[:, :1] + torch.arange(3)).all()
     assert set(timesteps[:, 0].tolist()) == set(range(window[0], window[1] + 1))
@@ -176,7 +176,7 @@ def test_the_four_corners_take_their_states_and_actions_from_the_right_place(tmp
     trainer = build_trainer(tmp_path, action=action, trajectory=trajectory, timestep_window=[1, 1])
     trainer.model.train()
     output = trainer._rollout(["ab"] * 8, "train")[2]
-    noised_samples, actions = trainer._build_rows(output)
+    noised_samples, actions, _ = trainer._build_rows(output)
     rows = torch.arange(8).repeat_interleave(3)
     timesteps = torch.arange(1, 4).repeat(8)
     if action == "clean":
@@ -195,7 +195,7 @@ def test_forward_states_keep_tokens_as_often_as_the_path_says(tmp_path):
     trainer = build_trainer(tmp_path, timestep_window=[2, 2], num_train_timesteps=1, per_device_train_batch_size=8)
     trainer.model.train()
     output = trainer._rollout(["ab"] * 2000, "train")[2]
-    noised_samples, actions = trainer._build_rows(output)
+    noised_samples, actions, _ = trainer._build_rows(output)
     # Mixture path at t = 2 / 5 with 10 tokens: kept with probability 0.4 + 0.6 / 10
     kept = (noised_samples == actions).float().mean().item()
     assert kept == pytest.approx(0.46, abs=4 * math.sqrt(0.46 * 0.54 / (2000 * NUM_TOKENS)))

@@ -47,7 +47,7 @@ class ToyTextPipeline(UDMPipeline):
         encoded = self.tokenizer(prompt, padding=True, padding_side="left", return_tensors="pt")
         return encoded["input_ids"].to(self.device), encoded["attention_mask"].to(self.device)
 
-    def prepare_denoiser_inputs(self, prompt_ids, prompt_mask, noised_samples, latent_shape, labels=None):
+    def prepare_denoiser_inputs(self, prompt_ids, prompt_mask, noised_samples, latent_shape, labels=None, t=None):
         input_ids = torch.cat([prompt_ids, noised_samples], dim=1)
         visible = torch.cat([prompt_mask, torch.ones_like(noised_samples)], dim=1)
         hidden = torch.zeros(visible.shape).masked_fill(visible == 0, torch.finfo(torch.float32).min)
@@ -62,7 +62,7 @@ class ToyTextPipeline(UDMPipeline):
             inputs["shift_labels"][:, -labels.size(1) :] = labels
         return inputs
 
-    def denoise(self, prompt_ids, prompt_mask, noised_samples, latent_shape):
+    def denoise(self, prompt_ids, prompt_mask, noised_samples, latent_shape, t=None):
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape)
         return self.transformer(**inputs, use_cache=False).logits[:, -noised_samples.size(1) :]
 

@@ -83,3 +83,19 @@ class URSAPipelineOutput(BaseOutput):
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
     trajectory: UDMTrajectory | None = None
+
+
+@dataclass
+class TextUDMPipelineOutput(BaseOutput):
+    """
+    Output of [`TextUDMPipeline`].
+
+    Args:
+        texts (`list[str]`):
+            The completions.
+        trajectory ([`UDMTrajectory`], *optional*):
+            The states that the sampler passed through, where asked for.
+    """
+
+    texts: list[str]
+    trajectory: UDMTrajectory | None = None

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline
 from huggingface_hub import snapshot_download
+from torch import nn
 
 from .pipeline_output import UDMSamplerOutput, UDMTrajectory
 
@@ -36,7 +37,7 @@ class UDMPipeline(DiffusionPipeline):
     `step` and `add_noise`, see [`KineticOptimalScheduler`]), `tokenizer`, and a decoder where it has one. It implements
     the five methods below that raise `NotImplementedError`, and `__call__`, which takes a prompt, `num_inference_steps`,
     `guidance_scale`, `generator` and the size options, and returns an output with `images` or `texts`. The sampler, LoRA
-    and what concerns the Hub are common to all.
+    and what concerns the Hub are common to all; `score` and `completion_mask` have defaults that fit most.
 
     Shapes: B samples, N tokens a sample (the product of the latent shape), T prompt tokens, V codes.
 
@@ -78,6 +79,7 @@ class UDMPipeline(DiffusionPipeline):
         noised_samples: torch.LongTensor,
         latent_shape: tuple[int, ...],
         labels: torch.LongTensor | None = None,
+        t: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """
         Keyword arguments of the network for given conditioning and noised tokens.
@@ -94,6 +96,8 @@ class UDMPipeline(DiffusionPipeline):
             labels (`torch.LongTensor` of shape `(B, N)`, *optional*):
                 Tokens to score. With them, the result also has `shift_labels` of the sequence's length: each label where
                 the network predicts it, in the order of the tokens, and -100 elsewhere.
+            t (`torch.Tensor` of shape `(B,)`, *optional*):
+                Time of each state in `[0, 1]`, for networks that take it. Sampler and trainer always give it.
 
         Returns:
             `dict[str, torch.Tensor]`: The keyword arguments.
@@ -106,18 +110,66 @@ class UDMPipeline(DiffusionPipeline):
         prompt_mask: torch.Tensor,
         noised_samples: torch.LongTensor,
         latent_shape: tuple[int, ...],
+        t: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         One call of the network.
 
         Args:
-            prompt_ids, prompt_mask, noised_samples, latent_shape:
+            prompt_ids, prompt_mask, noised_samples, latent_shape, t:
                 As in `prepare_denoiser_inputs`.
 
         Returns:
             `torch.Tensor` of shape `(B, N, V)`: Logits of p_θ(x₁ | x_t, c), token by token.
         """
         raise NotImplementedError
+
+    def score(
+        self,
+        model: nn.Module,
+        prompt_ids: torch.LongTensor,
+        prompt_mask: torch.Tensor,
+        noised_samples: torch.LongTensor,
+        latent_shape: tuple[int, ...],
+        labels: torch.LongTensor,
+        t: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Log-probabilities of tokens, for the trainer.
+
+        By default TRL's fused head computes them in tiles, without logits. It takes a backbone that returns
+        `last_hidden_state` and a linear head, with nothing between; a family of other networks overrides this method.
+
+        Args:
+            model (`nn.Module`):
+                The transformer as the trainer holds it: with TRL's fused head, and perhaps wrapped for several devices.
+            prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t:
+                As in `prepare_denoiser_inputs`.
+
+        Returns:
+            `tuple`: log p_θ(labels | x_t, c) and the entropies of the tokens, each of shape `(B, N)`. The entropies are
+            `None` for a reference model.
+        """
+        inputs = self.prepare_denoiser_inputs(
+            prompt_ids, prompt_mask, noised_samples, latent_shape, labels=labels, t=t
+        )
+        outputs = model(**inputs, fused_lm_head=True)
+        is_label = inputs["shift_labels"] != -100
+        entropies = None if outputs.entropy is None else outputs.entropy[is_label].view_as(labels)
+        return outputs.log_probs[is_label].view_as(labels), entropies
+
+    def completion_mask(self, clean_samples: torch.LongTensor) -> torch.LongTensor:
+        """
+        The tokens whose probability is scored: all of them, unless a family says otherwise.
+
+        Args:
+            clean_samples (`torch.LongTensor` of shape `(B, N)`):
+                Clean tokens.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, N)`: 1 for tokens that count, at least one a sample, else 0.
+        """
+        return torch.ones_like(clean_samples)
 
     def decode(self, clean_samples: torch.LongTensor, latent_shape: tuple[int, ...]) -> list[Any]:
         """
@@ -196,17 +248,19 @@ class UDMPipeline(DiffusionPipeline):
             latents = latents.to(device)
         noised_samples, pred_original_samples = [], []
         for i, timestep in enumerate(self.scheduler.timesteps.tolist()):
+            t = torch.full((batch_size,), self.scheduler.timestep_to_t(timestep), device=device)
             if guidance_scale != 1.0 and self.scheduler.timestep_to_t(timestep) < guidance_trunc:
                 logits, negative_logits = self.denoise(
                     torch.cat([prompt_ids, negative_prompt_ids]),
                     torch.cat([prompt_mask, negative_prompt_mask]),
                     torch.cat([latents, latents]),
                     latent_shape,
+                    t=torch.cat([t, t]),
                 ).chunk(2)
                 logits = torch.lerp(negative_logits, logits, guidance_scale)
                 del negative_logits  # a view, which would keep both halves
             else:
-                logits = self.denoise(prompt_ids, prompt_mask, latents, latent_shape)  # (B, N, V)
+                logits = self.denoise(prompt_ids, prompt_mask, latents, latent_shape, t=t)  # (B, N, V)
             output = self.scheduler.step(logits, timestep, latents, generator=generator)
             if return_trajectory:
                 noised_samples.append(latents)

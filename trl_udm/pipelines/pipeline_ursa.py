@@ -189,8 +189,9 @@ class URSAPipeline(UDMPipeline):
         noised_samples: torch.LongTensor,
         latent_shape: tuple[int, ...],
         labels: torch.LongTensor | None = None,
+        t: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        # `prompt_mask` has no use: URSA was trained with its padding visible
+        # `prompt_mask` and `t` have no use: URSA was trained with its padding visible, and without the time
         batch_size, num_text_tokens = prompt_ids.shape
         config = self.transformer.config
         bov = prompt_ids.new_full((batch_size, 1), config.bov_token_id)
@@ -212,6 +213,7 @@ class URSAPipeline(UDMPipeline):
         prompt_mask: torch.Tensor,
         noised_samples: torch.LongTensor,
         latent_shape: tuple[int, ...],
+        t: torch.Tensor | None = None,
     ) -> torch.Tensor:
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape)
         return self.transformer(**inputs, logits_to_keep=noised_samples.size(1) + 1).logits[:, :-1]

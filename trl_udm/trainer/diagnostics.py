@@ -155,20 +155,27 @@ class DiagnosticsCallback(TrainerCallback):
             "entropy": {},
         }
         repeated_ids, repeated_mask, actions = (x.repeat(len(grid), 1) for x in (prompt_ids, prompt_mask, samples))
+        times = (
+            torch.tensor(grid, device=samples.device).repeat_interleave(len(samples)).unsqueeze(1).expand_as(actions)
+        )
+        counted = trainer.pipeline.completion_mask(actions)  # (S * B, N)
         for trajectory, noised_samples in states.items():
             pairs = zip(noised_samples, pretraining_states, strict=True)
             measurement["state_distance"][trajectory] = [energy_distance(x, y) for x, y in pairs]
             log_probs, entropies, _ = trainer._get_per_token_logps_and_entropies(
                 trainer.model,
                 torch.cat([repeated_ids, noised_samples.flatten(0, 1), actions], dim=1),
-                torch.cat([repeated_mask, torch.ones_like(actions), torch.ones_like(actions)], dim=1),
+                torch.cat([repeated_mask, times, counted], dim=1),
                 logits_to_keep=actions.size(1),
                 batch_size=trainer.args.per_device_train_batch_size,
                 compute_entropy=True,
             )
-            log_probs = log_probs.mean(dim=1).unflatten(0, (len(grid), -1))  # (S, B)
+            log_probs, entropies = (
+                ((values * counted).sum(dim=1) / counted.sum(dim=1)).unflatten(0, (len(grid), -1))  # (S, B)
+                for values in (log_probs, entropies)
+            )
             measurement["log_prob_variance"][trajectory] = log_probs.var(dim=1).tolist()
-            measurement["entropy"][trajectory] = entropies.unflatten(0, (len(grid), -1)).mean(dim=(1, 2)).tolist()
+            measurement["entropy"][trajectory] = entropies.mean(dim=1).tolist()
         return measurement
 
 

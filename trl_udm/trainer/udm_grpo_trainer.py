@@ -30,6 +30,7 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import GenerationConfig, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.data_utils import is_conversational
 from trl.extras.profiling import profiling_context, profiling_decorator
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
@@ -276,9 +277,10 @@ class UDMGRPOTrainer(HubTrainer):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         """
-        Log-probabilities of the actions: (B, N), or their mean over the tokens (B, 1) at sequence level.
+        Log-probabilities of the actions: (B, N), or their mean over the tokens that count (B, 1) at sequence level.
 
         `input_ids` are the conditioning, the noised tokens and the action, of lengths T, N and N = `logits_to_keep`.
+        `attention_mask` is the conditioning's mask, the time of the noised tokens, and the tokens of the action that count.
         """
         num_prompt_tokens = input_ids.size(1) - 2 * logits_to_keep
         batch_size = batch_size or input_ids.size(0)  # Chunk inputs into smaller batches to reduce memory peak
@@ -289,19 +291,19 @@ class UDMGRPOTrainer(HubTrainer):
             prompt_ids, noised_samples, actions = input_ids_batch.split(
                 [num_prompt_tokens, logits_to_keep, logits_to_keep], dim=1
             )
-            model_inputs = self.pipeline.prepare_denoiser_inputs(
-                prompt_ids, mask_batch[:, :num_prompt_tokens], noised_samples, self.latent_shape, labels=actions
-            )
+            prompt_mask, t = mask_batch[:, :num_prompt_tokens].long(), mask_batch[:, num_prompt_tokens].float()
             with self.accelerator.autocast():
-                outputs = model(**model_inputs, fused_lm_head=True)
-            is_label = model_inputs["shift_labels"] != -100
-            all_logps.append(outputs.log_probs[is_label].view_as(actions))
+                logps, entropies = self.pipeline.score(
+                    model, prompt_ids, prompt_mask, noised_samples, self.latent_shape, labels=actions, t=t
+                )
+            all_logps.append(logps)
             if compute_entropy:
-                all_entropies.append(outputs.entropy[is_label].view_as(actions))
+                all_entropies.append(entropies)
         logps = torch.cat(all_logps)  # (B, N)
         entropies = torch.cat(all_entropies) if compute_entropy else None  # (B, N)
         if self.importance_sampling_level == "sequence":
-            logps = logps.mean(dim=1, keepdim=True)  # (B, 1)
+            mask = attention_mask[:, -logits_to_keep:]  # (B, N)
+            logps = (logps * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)  # (B, 1)
         return logps, entropies, None
 
     @torch.no_grad()
@@ -361,8 +363,11 @@ class UDMGRPOTrainer(HubTrainer):
         return prompt_ids, prompt_mask, UDMSamplerOutput.cat(outputs), completions
 
     @torch.no_grad()
-    def _build_rows(self, output: UDMSamplerOutput) -> tuple[torch.Tensor, torch.Tensor]:
-        """Noised states and actions of K timesteps for each of B samples: both (B * K, N), sample by sample."""
+    def _build_rows(self, output: UDMSamplerOutput) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Noised states and actions of K timesteps for each of B samples, both (B * K, N), sample by sample, and the times of
+        the states (B * K,).
+        """
         args, scheduler = self.args, self.pipeline.scheduler
         num_samples, device = output.clean_samples.size(0), output.clean_samples.device
         first, last = args.timestep_window
@@ -370,14 +375,15 @@ class UDMGRPOTrainer(HubTrainer):
         timesteps = (starts + torch.arange(args.num_train_timesteps, device=device)).flatten()  # (B * K,)
         rows = torch.arange(num_samples, device=device).repeat_interleave(args.num_train_timesteps)  # (B * K,)
         clean_samples = output.clean_samples[rows]  # (B * K, N)
+        grid = torch.tensor([scheduler.timestep_to_t(timestep) for timestep in scheduler.timesteps.tolist()])
+        t = grid.to(device)[timesteps]  # (B * K,)
         if args.trajectory == "forward":
-            grid = torch.tensor([scheduler.timestep_to_t(timestep) for timestep in scheduler.timesteps.tolist()])
-            noised_samples = scheduler.add_noise(clean_samples, grid.to(device)[timesteps])
+            noised_samples = scheduler.add_noise(clean_samples, t)
         else:
             noised_samples = output.trajectory.noised_samples[timesteps, rows]
         if args.action == "intermediate":
-            return noised_samples, output.trajectory.pred_original_samples[timesteps, rows]
-        return noised_samples, clean_samples
+            return noised_samples, output.trajectory.pred_original_samples[timesteps, rows], t
+        return noised_samples, clean_samples, t
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -443,7 +449,12 @@ class UDMGRPOTrainer(HubTrainer):
         prompts = [x["prompt"] for x in inputs]
 
         prompt_ids, prompt_mask, output, completions = self._rollout(prompts, mode)
-        rewards_per_func = self._calculate_rewards(inputs, prompts, completions, output.clean_samples.tolist())
+        samples, mask = output.clean_samples.cpu(), self.pipeline.completion_mask(output.clean_samples).cpu()  # (B, N)
+        completion_ids = [ids[counts].tolist() for ids, counts in zip(samples, mask.bool(), strict=True)]
+        messages = completions
+        if is_conversational({"prompt": prompts[0]}):
+            messages = [[{"role": "assistant", "content": completion}] for completion in completions]
+        rewards_per_func = self._calculate_rewards(inputs, prompts, messages, completion_ids)
         advantages, rewards, std_rewards = self._compute_advantages(rewards_per_func, num_generations)
         self._log_rollout(mode, prompts, completions, rewards_per_func, rewards, std_rewards, advantages)
         if num_generations > 1:
@@ -458,12 +469,13 @@ class UDMGRPOTrainer(HubTrainer):
         )
         advantages = advantages[process_slice].repeat_interleave(num_timesteps)  # (B * K,)
 
-        noised_samples, actions = self._build_rows(output)  # (B * K, N)
+        noised_samples, actions, t = self._build_rows(output)  # (B * K, N), (B * K, N), (B * K,)
         prompt_ids = torch.cat([prompt_ids.repeat_interleave(num_timesteps, dim=0), noised_samples], dim=1)
+        # `_compute_loss` hands on ids and masks only, so the mask of the noised tokens holds their time
         prompt_mask = torch.cat(
-            [prompt_mask.repeat_interleave(num_timesteps, dim=0), torch.ones_like(noised_samples)], dim=1
+            [prompt_mask.repeat_interleave(num_timesteps, dim=0), t.unsqueeze(1).expand_as(noised_samples)], dim=1
         )
-        completion_mask = torch.ones_like(actions)
+        completion_mask = self.pipeline.completion_mask(actions)
         input_ids = torch.cat([prompt_ids, actions], dim=1)  # (B * K, T + N + N)
         attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)
         batch_size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size

@@ -1,0 +1,160 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Trains the embedded world of sums: a small BERT that denoises written-out sums, some of them wrong.
+
+    python scripts/train_arithmetic.py --output_dir arithmetic_checkpoint
+
+The numbers that are written down slip now and then, so the model works out sums in the right form and often gets them wrong.
+Only training problems are seen. Given again, the command continues from its last checkpoint.
+"""
+
+import argparse
+import random
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from torch.nn import functional
+from torch.optim.lr_scheduler import OneCycleLR
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+from trl_udm import TextUDMPipeline, UniformDDIMScheduler
+from trl_udm.arithmetic.problems import MAX_COMPLETION_LENGTH, split_problems, sum_reward, work_out
+
+
+# A message is its text: there is one speaker, and "=" ends the prompt
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def build_pipeline() -> TextUDMPipeline:
+    """One token a character, and an untrained network."""
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *"0123456789+="])}
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = Split(Regex("."), behavior="isolated")
+    backend.decoder = Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    scheduler = UniformDDIMScheduler(codebook_size=len(tokenizer))
+    return TextUDMPipeline(BertForMaskedLM(config), scheduler, tokenizer, MAX_COMPLETION_LENGTH)
+
+
+def build_batch(pipeline: TextUDMPipeline, num_samples: int, slip_rate: float, rng: random.Random, problems):
+    """Prompts and their masks (B, T), and clean samples (B, N): the working, the end, and padding."""
+    prompts, workings = [], []
+    for problem in rng.choices(problems, k=num_samples):
+        first, second = map(int, problem["prompt"].removesuffix("=").split("+"))
+        prompts.append(problem["prompt"])
+        workings.append(work_out(first, second, slip_rate, rng) + pipeline.tokenizer.eos_token)
+    clean_samples = pipeline.tokenizer(
+        workings, padding="max_length", padding_side="right", max_length=MAX_COMPLETION_LENGTH, return_tensors="pt"
+    )["input_ids"]
+    return *pipeline.encode_prompt(prompts), clean_samples
+
+
+def train(pipeline: TextUDMPipeline, args: argparse.Namespace):
+    """Cross-entropy of the clean tokens given tokens noised to a uniform time."""
+    network = pipeline.transformer.train()
+    if args.bf16:
+        network.set_attn_implementation("eager")  # the backward pass of SDPA is slow in bfloat16 on CPUs
+    problems, eval_problems = split_problems()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.02)
+    schedule = OneCycleLR(optimizer, max_lr=2e-3, total_steps=args.num_steps, pct_start=0.05)
+    checkpoint_path, first_step = args.output_dir / "network.pt", 0
+    if checkpoint_path.exists():
+        checkpoint = torch.load(checkpoint_path, weights_only=True)
+        network.load_state_dict(checkpoint["network"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        schedule.load_state_dict(checkpoint["schedule"])
+        first_step = checkpoint["step"]
+    start, losses = time.perf_counter(), []
+    for step in range(first_step, args.num_steps):
+        seed = args.seed * args.num_steps + step
+        generator = torch.Generator().manual_seed(seed)
+        batch = build_batch(pipeline, args.batch_size, args.slip_rate, random.Random(seed), problems)
+        prompt_ids, prompt_mask, clean_samples = batch
+        t = torch.rand(args.batch_size, generator=generator)
+        noised_samples = pipeline.scheduler.add_noise(clean_samples, t, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            logits = pipeline.denoise(prompt_ids, prompt_mask, noised_samples, pipeline.latent_shape())  # (B, N, V)
+        loss = functional.cross_entropy(logits.float().flatten(0, 1), clean_samples.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if (step + 1) % 250 == 0:
+            state = {
+                "network": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+                "step": step + 1,
+            }
+            torch.save(state, checkpoint_path)
+            texts = pipeline(
+                [row["prompt"] for row in eval_problems], generator=generator, num_inference_steps=10
+            ).texts
+            accuracy = sum(sum_reward(texts, [row["answer"] for row in eval_problems])) / len(texts)
+            print(
+                f"{step + 1}/{args.num_steps} loss {sum(losses[-250:]) / 250:.4f} accuracy {accuracy:.3f} "
+                f"{time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
+    network.eval()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="Where the checkpoint goes.")
+    parser.add_argument("--num_steps", type=int, default=3000, help="Steps.")
+    parser.add_argument("--batch_size", type=int, default=256, help="Sums a step.")
+    parser.add_argument("--slip_rate", type=float, default=0.22, help="Chance that a number is written down wrongly.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of everything.")
+    parser.add_argument("--bf16", action="store_true", help="Train in bfloat16, on CPUs that have it.")
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    pipeline = build_pipeline()
+    train(pipeline, args)
+    pipeline.transformer.set_attn_implementation("sdpa")
+    pipeline.save_pretrained(args.output_dir / "pipeline")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
+from ..schedulers.scheduling_uniform_ddim import UniformDDIMScheduler
+from .pipeline_output import TextUDMPipelineOutput
+from .pipeline_udm import UDMPipeline
+
+
+class TextUDMPipeline(UDMPipeline):
+    r"""
+    Text generation by uniform discrete diffusion, with any network of the form of a masked language model: a
+    bidirectional transformer with logits over its vocabulary at every position, such as `AutoModelForMaskedLM` loads.
+
+    The network reads `[prompt, canvas]`: the prompt left-padded with its padding hidden, and `max_completion_length` tokens
+    that are noise at first. Corruption is uniform over the whole vocabulary, so no mask token is used. The logits at a
+    canvas position predict the clean token of that position. A completion ends with the first end-of-sequence token (the
+    tokenizer's `eos_token`, or its `sep_token` where it has none, as BERT's); what the canvas has after it is neither
+    decoded nor scored.
+
+    Positions are counted from the first token of the prompt. Networks with segments (`config.type_vocab_size` of 2 or more,
+    as BERT) see the prompt as segment 0 and the canvas as segment 1; others tell the two apart by what the prompt ends
+    with. Networks that take the time have the name of that input in `time_argument`.
+
+    Args:
+        transformer ([`~transformers.PreTrainedModel`]):
+            The denoiser. It takes `input_ids`, `attention_mask` and `position_ids`, and returns `logits`.
+        scheduler ([`UniformDDIMScheduler`] or [`KineticOptimalScheduler`]):
+            The forward and reverse process, over the network's vocabulary.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The tokenizer, with a chat template where prompts are messages.
+        max_completion_length (`int`, *optional*, defaults to `64`):
+            Number of tokens N of the canvas.
+        time_argument (`str`, *optional*):
+            Name of the argument of the network's `forward` that takes the time t, of shape `(B,)`: 0 for noise, 1 for a
+            clean sample. For another convention override `prepare_denoiser_inputs`.
+
+    Example:
+
+    ```python
+    >>> from trl_udm import TextUDMPipeline
+    >>> from trl_udm.arithmetic import CHECKPOINT_PATH
+
+    >>> pipe = TextUDMPipeline.from_pretrained(CHECKPOINT_PATH)
+    >>> text = pipe("17+45=").texts[0]
+    ```
+    """
+
+    modality = "text"
+
+    def __init__(
+        self,
+        transformer: PreTrainedModel,
+        scheduler: UniformDDIMScheduler | KineticOptimalScheduler,
+        tokenizer: PreTrainedTokenizerBase,
+        max_completion_length: int = 64,
+        time_argument: str | None = None,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, tokenizer=tokenizer)
+        self.register_to_config(max_completion_length=max_completion_length, time_argument=time_argument)
+        if scheduler.config.codebook_size != transformer.config.vocab_size:
+            raise ValueError(
+                "`scheduler.config.codebook_size` must be the network's vocabulary, "
+                f"`transformer.config.vocab_size` {transformer.config.vocab_size}, got {scheduler.config.codebook_size}."
+            )
+        arguments = inspect.signature(type(transformer).forward).parameters
+        if time_argument is not None and time_argument not in arguments:
+            raise ValueError(
+                f"`time_argument` must be an argument of `{type(transformer).__name__}.forward`, one of {[*arguments][1:]}, "
+                f"got {time_argument!r}. Leave it out for a network that does not take the time."
+            )
+        if tokenizer.pad_token_id is None or self.end_token_id is None:
+            raise ValueError(
+                "`tokenizer` must have a `pad_token`, and an `eos_token` or a `sep_token`, got "
+                f"{tokenizer.special_tokens_map}. Set them, such as `tokenizer.pad_token = tokenizer.eos_token`."
+            )
+
+    @property
+    def end_token_id(self) -> int | None:
+        """The token that ends a completion."""
+        if self.tokenizer.eos_token_id is None:
+            return self.tokenizer.sep_token_id
+        return self.tokenizer.eos_token_id
+
+    def latent_shape(self, max_completion_length: int | None = None) -> tuple[int]:
+        """
+        Shape of the canvas.
+
+        Args:
+            max_completion_length (`int`, *optional*):
+                Its number of tokens. Defaults to the pipeline's.
+
+        Returns:
+            `tuple[int]`: That number.
+        """
+        length = self.config.max_completion_length if max_completion_length is None else max_completion_length
+        if length < 1:
+            raise ValueError(f"`max_completion_length` must be > 0, got {length}.")
+        return (length,)
+
+    def encode_prompt(self, prompt: list[Any]) -> tuple[torch.LongTensor, torch.Tensor]:
+        ids = []
+        for text_or_messages in prompt:
+            if isinstance(text_or_messages, str):
+                encoded = self.tokenizer(text_or_messages)
+            else:
+                encoded = self.tokenizer.apply_chat_template(
+                    text_or_messages, add_generation_prompt=True, return_dict=True
+                )
+            ids.append(torch.tensor(encoded["input_ids"], dtype=torch.long))
+        padded = {"batch_first": True, "padding_side": "left"}
+        prompt_ids = pad_sequence(ids, padding_value=self.tokenizer.pad_token_id, **padded)  # (B, T)
+        prompt_mask = pad_sequence([torch.ones_like(row) for row in ids], **padded)  # (B, T)
+        return prompt_ids.to(self._execution_device), prompt_mask.to(self._execution_device)
+
+    def prepare_denoiser_inputs(
+        self,
+        prompt_ids: torch.LongTensor,
+        prompt_mask: torch.Tensor,
+        noised_samples: torch.LongTensor,
+        latent_shape: tuple[int, ...],
+        labels: torch.LongTensor | None = None,
+        t: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        attention_mask = torch.cat([prompt_mask, torch.ones_like(noised_samples)], dim=1)  # (B, T + N)
+        inputs = {
+            "input_ids": torch.cat([prompt_ids, noised_samples], dim=1),
+            "attention_mask": attention_mask,
+            "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
+        }
+        if getattr(self.transformer.config, "type_vocab_size", 1) > 1:
+            inputs["token_type_ids"] = torch.cat(
+                [torch.zeros_like(prompt_ids), torch.ones_like(noised_samples)], dim=1
+            )
+        if self.config.time_argument is not None:
+            inputs[self.config.time_argument] = t
+        if labels is not None:
+            inputs["shift_labels"] = torch.cat([torch.full_like(prompt_ids, -100), labels], dim=1)
+        return inputs
+
+    def denoise(
+        self,
+        prompt_ids: torch.LongTensor,
+        prompt_mask: torch.Tensor,
+        noised_samples: torch.LongTensor,
+        latent_shape: tuple[int, ...],
+        t: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self._denoise(self.transformer, prompt_ids, prompt_mask, noised_samples, latent_shape, t)
+
+    def _denoise(
+        self,
+        model: nn.Module,
+        prompt_ids: torch.LongTensor,
+        prompt_mask: torch.Tensor,
+        noised_samples: torch.LongTensor,
+        latent_shape: tuple[int, ...],
+        t: torch.Tensor | None,
+    ) -> torch.Tensor:
+        inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape, t=t)
+        return model(**inputs).logits[:, prompt_ids.size(1) :]  # (B, N, V)
+
+    def score(
+        self,
+        model: nn.Module,
+        prompt_ids: torch.LongTensor,
+        prompt_mask: torch.Tensor,
+        noised_samples: torch.LongTensor,
+        latent_shape: tuple[int, ...],
+        labels: torch.LongTensor,
+        t: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # From logits, since many of these networks have more than a linear head over the backbone, such as BERT's
+        # transform, which TRL's fused head would leave out
+        logits = self._denoise(model, prompt_ids, prompt_mask, noised_samples, latent_shape, t)
+        log_probs = logits.float().log_softmax(dim=-1)  # (B, N, V)
+        entropies = -(log_probs.exp() * log_probs).sum(dim=-1)
+        return log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropies
+
+    def completion_mask(self, clean_samples: torch.LongTensor) -> torch.LongTensor:
+        """1 up to the first end-of-sequence token, which counts; 0 after it. The rest is as in [`UDMPipeline`]."""
+        is_end = (clean_samples == self.end_token_id).long()
+        return (is_end.cumsum(dim=1) - is_end == 0).long()
+
+    def decode(self, clean_samples: torch.LongTensor, latent_shape: tuple[int, ...]) -> list[str]:
+        is_text = self.completion_mask(clean_samples).bool() & (clean_samples != self.end_token_id)
+        ids = [row[text].tolist() for row, text in zip(clean_samples.cpu(), is_text.cpu(), strict=True)]
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[Any],
+        max_completion_length: int | None = None,
+        num_inference_steps: int = 32,
+        num_completions_per_prompt: int = 1,
+        generator: torch.Generator | None = None,
+        return_trajectory: bool = False,
+    ) -> TextUDMPipelineOutput:
+        """
+        Generates text.
+
+        Args:
+            prompt (`str`, `list[dict]`, `list[str]` or `list[list[dict]]`):
+                One prompt, or several: texts, or lists of messages.
+            max_completion_length (`int`, *optional*):
+                Number of tokens of the canvas. Defaults to the pipeline's.
+            num_inference_steps (`int`, *optional*, defaults to `32`):
+                Number of denoising steps, > 0.
+            num_completions_per_prompt (`int`, *optional*, defaults to `1`):
+                Completions a prompt, > 0.
+            generator (`torch.Generator`, *optional*):
+                Source of every random draw.
+            return_trajectory (`bool`, *optional*, defaults to `False`):
+                Whether to return the states that the sampler passed through as well.
+
+        Returns:
+            [`TextUDMPipelineOutput`]: The completions, prompt by prompt.
+        """
+        latent_shape = self.latent_shape(max_completion_length)
+        is_one = isinstance(prompt, str) or isinstance(prompt[0], dict)
+        prompt_ids, prompt_mask = self.encode_prompt([prompt] if is_one else prompt)
+        output = self.sample_tokens(
+            prompt_ids.repeat_interleave(num_completions_per_prompt, dim=0),
+            prompt_mask.repeat_interleave(num_completions_per_prompt, dim=0),
+            latent_shape,
+            num_inference_steps=num_inference_steps,
+            generator=generator,
+            return_trajectory=return_trajectory,
+        )
+        texts = self.decode(output.clean_samples, latent_shape)
+        self.maybe_free_model_hooks()
+        return TextUDMPipelineOutput(texts=texts, trajectory=output.trajectory)
+
+
+__all__ = ["TextUDMPipeline"]

@@ -1,0 +1,159 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiscreteDDIMScheduler
+from diffusers import SchedulerMixin as SchedulerMixin  # diffusers looks a component's loader up by this name
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput
+
+
+@dataclass
+class UniformDDIMSchedulerOutput(BaseOutput):
+    """
+    Output class for the uniform DDIM scheduler's `step`.
+
+    Args:
+        prev_sample (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
+            Token ids of the next state, one step closer to the clean sample.
+        pred_original_sample (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
+            Clean token ids x₁ drawn from the model's logits at this step.
+    """
+
+    prev_sample: torch.LongTensor
+    pred_original_sample: torch.LongTensor
+
+
+class UniformDDIMScheduler(DiscreteDDIMScheduler):
+    r"""
+    Scheduler of uniform corruption, for text: diffusers' [`~diffusers.DiscreteDDIMScheduler`] with the forward process and
+    the time that [`UDMPipeline`] asks a scheduler for.
+
+    Time runs from noise, t = 0, to the clean sample, t = 1, so that t is the chance that a token has survived. Tokens are
+    independent given the clean sample x₁, V is `codebook_size`, and
+
+        p_t(k | x₁) = t · [k = x₁] + (1 − t) / V.
+
+    **Time grid.** Step i of N has t = i / N.
+
+    **Reverse step** from t to s = t + 1 / N. Draw x₁ ~ softmax(logits), at temperature 1, then x_s from the exact posterior
+
+        p(x_s | x_t, x₁) ∝ p_s(x_s | x₁) · ((t / s) · [x_t = x_s] + (1 − t / s) / V),
+
+    so that states have the distribution of the forward process whatever N is. Unlike the jumps of
+    [`KineticOptimalScheduler`] on the same path, it may also noise a token again, and so mends early mistakes. The last
+    step returns x₁ itself.
+
+    Args:
+        codebook_size (`int`):
+            Number of tokens V: the vocabulary, special tokens included.
+        num_inference_steps (`int`, defaults to 32):
+            Number of steps N, until `set_timesteps` is called.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from trl_udm import UniformDDIMScheduler
+
+    >>> scheduler = UniformDDIMScheduler(codebook_size=30)
+    >>> noised_samples = scheduler.add_noise(torch.randint(30, (2, 16)), torch.tensor([0.1, 0.6]))
+    ```
+    """
+
+    @register_to_config
+    def __init__(self, codebook_size: int, num_inference_steps: int = 32):
+        # Not the parent's `__init__`: it would register the settings of a corrector, which the sampler does not use
+        self.set_timesteps(num_inference_steps)
+
+    def timestep_to_t(self, timestep: int | torch.Tensor) -> float:
+        """
+        Time of a step of the grid.
+
+        Args:
+            timestep (`int` or `torch.Tensor`):
+                Step index, in `[0, num_inference_steps - 1]`.
+
+        Returns:
+            `float`: The time t, in `[0, 1)`.
+        """
+        return self._alpha(int(timestep))
+
+    @torch.no_grad()
+    def add_noise(
+        self,
+        original_samples: torch.LongTensor,
+        t: float | torch.Tensor,
+        generator: torch.Generator | None = None,
+    ) -> torch.LongTensor:
+        """
+        Draw noised samples x_t ~ p_t(· | x₁), each token by itself.
+
+        Args:
+            original_samples (`torch.LongTensor` of shape `(batch_size, ...)`):
+                Clean token ids x₁, in `[0, codebook_size)`.
+            t (`float` or `torch.Tensor`):
+                Times in `[0, 1]`: one for all, or a tensor whose shape is that of the first dimensions of
+                `original_samples`, so `(batch_size,)` is a time per sample and the full shape a time per token.
+            generator (`torch.Generator`, *optional*):
+                RNG of the draw.
+
+        Returns:
+            `torch.LongTensor`: Noised token ids x_t, of the shape of `original_samples`.
+        """
+        t = torch.as_tensor(t, dtype=torch.float32, device=original_samples.device)
+        if t.shape != original_samples.shape[: t.ndim]:
+            raise ValueError(
+                "`t` must be a scalar or have the shape of the first dimensions of `original_samples`, "
+                f"{tuple(original_samples.shape)}, got {tuple(t.shape)}."
+            )
+        # As diffusers' `randn_tensor`: a generator on the CPU serves every device
+        device = original_samples.device if generator is None else generator.device
+        size, codebook_size = original_samples.shape, self.config.codebook_size
+        uniforms = torch.rand(size, generator=generator, device=device).to(original_samples.device)
+        noise = torch.randint(codebook_size, size, generator=generator, device=device).to(original_samples.device)
+        survives = uniforms < t.view(*t.shape, *[1] * (original_samples.ndim - t.ndim))
+        return torch.where(survives, original_samples, noise)
+
+    @torch.no_grad()
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.LongTensor,
+        generator: torch.Generator | None = None,
+    ) -> UniformDDIMSchedulerOutput:
+        """
+        Take one step of the reverse process.
+
+        Args:
+            model_output (`torch.Tensor` of shape `(batch_size, num_tokens, codebook_size)`):
+                Logits of x₁.
+            timestep (`int` or `torch.Tensor`):
+                Step index, in `[0, num_inference_steps - 1]`.
+            sample (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
+                Token ids of the state x_t. It is not changed.
+            generator (`torch.Generator`, *optional*):
+                RNG of the draws, on the device of the logits.
+
+        Returns:
+            [`UniformDDIMSchedulerOutput`]: The next state, and the clean sample drawn on the way.
+        """
+        output = super().step(model_output, timestep, sample, temperature=1.0, generator=generator)
+        return UniformDDIMSchedulerOutput(prev_sample=output.prev_sample, pred_original_sample=output.sampled_tokens)
+
+
+__all__ = ["UniformDDIMScheduler", "UniformDDIMSchedulerOutput"]
