@@ -25,6 +25,7 @@ _MODULES = {
     "CLIPReward": ".rewards.clip",
     "CLIPScoreReward": ".rewards.clip",
     "DiagnosticsCallback": ".trainer.diagnostics",
+    "DiffusionGemmaUDMPipeline": ".pipelines.pipeline_diffusion_gemma",
     "EMACallback": ".trainer.ema",
     "GenEvalReward": ".rewards.geneval",
     "GuardrailCallback": ".trainer.guardrails",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from .models.configuration_ursa import URSAConfig as URSAConfig
     from .models.modeling_ursa import URSAForImageGeneration as URSAForImageGeneration
     from .models.modeling_ursa import URSAModel as URSAModel
+    from .pipelines.pipeline_diffusion_gemma import DiffusionGemmaUDMPipeline as DiffusionGemmaUDMPipeline
     from .pipelines.pipeline_text import TextUDMPipeline as TextUDMPipeline
     from .pipelines.pipeline_udm import UDMPipeline as UDMPipeline
     from .pipelines.pipeline_ursa import URSAPipeline as URSAPipeline

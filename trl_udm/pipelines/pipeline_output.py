@@ -55,17 +55,17 @@ class UDMSamplerOutput(BaseOutput):
     trajectory: UDMTrajectory | None = None
 
     @classmethod
-    def cat(cls, outputs: list["UDMSamplerOutput"]) -> "UDMSamplerOutput":
-        """Joins outputs of the same sampler along the batch."""
+    def cat(cls, outputs: list["UDMSamplerOutput"], dim: int = 0) -> "UDMSamplerOutput":
+        """Joins outputs of the same sampler along the batch, or with `dim=1` along the tokens."""
         trajectory = None
         if outputs[0].trajectory is not None:
             ways = [output.trajectory for output in outputs]
             trajectory = UDMTrajectory(
                 timesteps=ways[0].timesteps,
-                noised_samples=torch.cat([way.noised_samples for way in ways], dim=1),
-                pred_original_samples=torch.cat([way.pred_original_samples for way in ways], dim=1),
+                noised_samples=torch.cat([way.noised_samples for way in ways], dim=dim + 1),
+                pred_original_samples=torch.cat([way.pred_original_samples for way in ways], dim=dim + 1),
             )
-        return cls(clean_samples=torch.cat([output.clean_samples for output in outputs]), trajectory=trajectory)
+        return cls(clean_samples=torch.cat([output.clean_samples for output in outputs], dim), trajectory=trajectory)
 
 
 @dataclass

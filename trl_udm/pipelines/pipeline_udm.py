@@ -44,9 +44,12 @@ class UDMPipeline(DiffusionPipeline):
     Attributes:
         modality (`str`, defaults to `"image"`):
             What `decode` gives: `"image"` for PIL images, `"text"` for strings.
+        transformer_name (`str`, defaults to `"transformer"`):
+            Name that the transformer is registered under, and of its folder in a saved pipeline.
     """
 
     modality: str = "image"
+    transformer_name: str = "transformer"
 
     def latent_shape(self, **kwargs) -> tuple[int, ...]:
         """
@@ -103,6 +106,24 @@ class UDMPipeline(DiffusionPipeline):
             `dict[str, torch.Tensor]`: The keyword arguments.
         """
         raise NotImplementedError
+
+    def extend_prompt(
+        self, prompt_ids: torch.LongTensor, prompt_mask: torch.Tensor, clean_samples: torch.LongTensor
+    ) -> tuple[torch.LongTensor, torch.Tensor]:
+        """
+        The conditioning that a sample is scored with: that which it was drawn with, unless a family says otherwise. Families
+        that draw a sample part by part append the parts that later ones were conditioned on.
+
+        Args:
+            prompt_ids, prompt_mask (of shape `(B, T)`):
+                From `encode_prompt`.
+            clean_samples (`torch.LongTensor` of shape `(B, N)`):
+                The samples.
+
+        Returns:
+            `tuple`: `prompt_ids` and `prompt_mask` for `score` and `prepare_denoiser_inputs`.
+        """
+        return prompt_ids, prompt_mask
 
     def denoise(
         self,
@@ -201,6 +222,7 @@ class UDMPipeline(DiffusionPipeline):
         generator: torch.Generator | None = None,
         return_trajectory: bool = False,
         callback: Callable[[int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+        **denoise_kwargs,
     ) -> UDMSamplerOutput:
         """
         Draws clean tokens, from uniform noise at t = 0 to the sample at t = 1.
@@ -233,6 +255,8 @@ class UDMPipeline(DiffusionPipeline):
             callback (`Callable`, *optional*):
                 Called after each step with the step's number, its timestep and `{"latents", "logits"}`; the `latents`
                 it returns replace the state.
+            denoise_kwargs:
+                What a family's `denoise` takes beyond the arguments that all have, such as a cache.
 
         Returns:
             [`UDMSamplerOutput`]: The clean tokens and, where asked for, the trajectory.
@@ -256,11 +280,14 @@ class UDMPipeline(DiffusionPipeline):
                     torch.cat([latents, latents]),
                     latent_shape,
                     t=torch.cat([t, t]),
+                    **denoise_kwargs,
                 ).chunk(2)
                 logits = torch.lerp(negative_logits, logits, guidance_scale)
                 del negative_logits  # a view, which would keep both halves
             else:
-                logits = self.denoise(prompt_ids, prompt_mask, latents, latent_shape, t=t)  # (B, N, V)
+                logits = self.denoise(
+                    prompt_ids, prompt_mask, latents, latent_shape, t=t, **denoise_kwargs
+                )  # (B, N, V)
             output = self.scheduler.step(logits, timestep, latents, generator=generator)
             if return_trajectory:
                 noised_samples.append(latents)

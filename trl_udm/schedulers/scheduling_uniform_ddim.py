@@ -18,13 +18,13 @@ import torch
 from diffusers import DiscreteDDIMScheduler
 from diffusers import SchedulerMixin as SchedulerMixin  # diffusers looks a component's loader up by this name
 from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput
+from diffusers.schedulers.scheduling_discrete_ddim import DiscreteDDIMSchedulerOutput
 
 
 @dataclass
-class UniformDDIMSchedulerOutput(BaseOutput):
+class UniformDDIMSchedulerOutput(DiscreteDDIMSchedulerOutput):
     """
-    Output class for the uniform DDIM scheduler's `step`.
+    Output class for the uniform DDIM scheduler's `step`: that of its parent, with another name for `sampled_tokens`.
 
     Args:
         prev_sample (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
@@ -33,7 +33,6 @@ class UniformDDIMSchedulerOutput(BaseOutput):
             Clean token ids x₁ drawn from the model's logits at this step.
     """
 
-    prev_sample: torch.LongTensor
     pred_original_sample: torch.LongTensor
 
 
@@ -49,7 +48,7 @@ class UniformDDIMScheduler(DiscreteDDIMScheduler):
 
     **Time grid.** Step i of N has t = i / N.
 
-    **Reverse step** from t to s = t + 1 / N. Draw x₁ ~ softmax(logits), at temperature 1, then x_s from the exact posterior
+    **Reverse step** from t to s = t + 1 / N. Draw x₁ ~ softmax(logits), at temperature 1 by default, then x_s from the exact posterior
 
         p(x_s | x_t, x₁) ∝ p_s(x_s | x₁) · ((t / s) · [x_t = x_s] + (1 − t / s) / V),
 
@@ -134,8 +133,11 @@ class UniformDDIMScheduler(DiscreteDDIMScheduler):
         model_output: torch.Tensor,
         timestep: int | torch.Tensor,
         sample: torch.LongTensor,
+        *,
+        temperature: float = 1.0,
         generator: torch.Generator | None = None,
-    ) -> UniformDDIMSchedulerOutput:
+        return_dict: bool = True,
+    ) -> UniformDDIMSchedulerOutput | tuple[torch.Tensor, ...]:
         """
         Take one step of the reverse process.
 
@@ -146,14 +148,19 @@ class UniformDDIMScheduler(DiscreteDDIMScheduler):
                 Step index, in `[0, num_inference_steps - 1]`.
             sample (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
                 Token ids of the state x_t. It is not changed.
+            temperature (`float`, *optional*, defaults to `1.0`):
+                Temperature of the draw of x₁. 0 takes the likeliest tokens.
             generator (`torch.Generator`, *optional*):
                 RNG of the draws, on the device of the logits.
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return the output class, or a tuple of its fields.
 
         Returns:
             [`UniformDDIMSchedulerOutput`]: The next state, and the clean sample drawn on the way.
         """
-        output = super().step(model_output, timestep, sample, temperature=1.0, generator=generator)
-        return UniformDDIMSchedulerOutput(prev_sample=output.prev_sample, pred_original_sample=output.sampled_tokens)
+        output = super().step(model_output, timestep, sample, temperature=temperature, generator=generator)
+        output = UniformDDIMSchedulerOutput(**output, pred_original_sample=output.sampled_tokens)
+        return output if return_dict else output.to_tuple()
 
 
 __all__ = ["UniformDDIMScheduler", "UniformDDIMSchedulerOutput"]

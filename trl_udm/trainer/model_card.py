@@ -16,6 +16,7 @@
 
 import dataclasses
 import functools
+import inspect
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -145,6 +146,8 @@ def make_snippet(trainer: "HubTrainer", repo_id: str) -> str:
         "guidance_scale": args.guidance_scale_eval,
         **(args.pipeline_kwargs or {}),
     }
+    if "guidance_scale" not in inspect.signature(pipeline.__call__).parameters:
+        del options["guidance_scale"]
     arguments = "".join(f", {key}={value!r}" for key, value in options.items())
     lines = ["import torch", f"from {module} import {name}", "", ""]
     if is_peft_model(trainer.model):

@@ -188,7 +188,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
             for name, component in self.pipeline.components.items():
                 if component is not self.pipeline.transformer:
                     component.save_pretrained(os.path.join(output_dir, name))
-            model.save_pretrained(os.path.join(output_dir, "transformer"), state_dict=state_dict)
+            model.save_pretrained(os.path.join(output_dir, self.pipeline.transformer_name), state_dict=state_dict)
             torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
         if self._ema_callback is not None and self._ema_callback.ema is not None:
             with self._ema_callback.applied():
@@ -198,7 +198,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
         if self.is_fsdp_enabled:  # which has a checkpoint of its own in the root
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif not is_peft_model(self.model):
-            super()._load_from_checkpoint(os.path.join(resume_from_checkpoint, "transformer"), model)
+            folder = os.path.join(resume_from_checkpoint, self.pipeline.transformer_name)
+            super()._load_from_checkpoint(folder, model)
         else:  # `Trainer` would load the average's folder as a second adapter
             self.model.load_adapter(resume_from_checkpoint, self.model.active_adapter, is_trainable=True)
 

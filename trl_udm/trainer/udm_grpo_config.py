@@ -232,13 +232,17 @@ class UDMGRPOConfig(GRPOConfig):
             ("use_transformers_continuous_batching", False),
             ("sync_ref_model", False),
             ("mask_truncated_completions", False),
-            ("temperature", 1.0),
         ):
             if getattr(self, name) != only:
                 raise ValueError(
                     f"`{name}` must be {only}, got {getattr(self, name)}: it belongs to autoregressive generation or to "
                     "a moving reference policy, which UDM-GRPO does not have."
                 )
+        if self.temperature != 1.0:
+            raise ValueError(
+                f"`temperature` must be 1.0, got {self.temperature}: rollouts draw from the distribution that is scored. At 0 "
+                "they would take the likeliest tokens, and the samples of a group would have little to be compared by."
+            )
         super().__post_init__()
         for name, choices in (
             ("scale_rewards", ("group", "batch", "none")),

@@ -311,7 +311,7 @@ class UDMGRPOTrainer(HubTrainer):
         self, prompts: list[Any], mode: str, return_trajectory: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, UDMSamplerOutput, list[Any]]:
         """
-        Draws a sample for each prompt: conditioning and its mask (B, T), samples (B, N), completions.
+        Draws a sample for each prompt: conditioning to score it with and its mask (B, T), samples (B, N), completions.
 
         The samples come with the trajectory where the rows are built from it, or where it is asked for.
         """
@@ -326,7 +326,7 @@ class UDMGRPOTrainer(HubTrainer):
         outputs, completions = [], []
         if self.is_fsdp_enabled and is_peft_model(self.model):
             # FSDP gathers weights once its root is called, which is the model that PEFT has put around the pipeline's
-            self.pipeline.transformer = self.model
+            setattr(self.pipeline, self.pipeline.transformer_name, self.model)
         with (
             profiling_context(self, "rollout"),
             unwrap_model_for_generation(
@@ -360,7 +360,8 @@ class UDMGRPOTrainer(HubTrainer):
                 )
                 outputs.append(output)
                 completions += self.pipeline.decode(output.clean_samples, self.latent_shape)
-        return prompt_ids, prompt_mask, UDMSamplerOutput.cat(outputs), completions
+        output = UDMSamplerOutput.cat(outputs)
+        return *self.pipeline.extend_prompt(prompt_ids, prompt_mask, output.clean_samples), output, completions
 
     @torch.no_grad()
     def _build_rows(self, output: UDMSamplerOutput) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,0 +1,358 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionGemmaPipeline, DiscreteDDIMScheduler, SchedulerMixin
+from torch import nn
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoTokenizer,
+    Cache,
+    DiffusionGemmaForBlockDiffusion,
+    DynamicCache,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaTextRouter
+
+from ..schedulers.scheduling_uniform_ddim import UniformDDIMScheduler
+from .pipeline_output import UDMSamplerOutput
+from .pipeline_udm import UDMPipeline
+
+
+LORA_TARGET_MODULES = r".*\.decoder\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+"""Layers for a LoRA: the decoder's attention and dense layers. Encoder, router, experts and embeddings stay as they are."""
+
+# diffusers 0.42 writes "diffusion_gemma" for "transformers", the name of a package of its own too, where it then looks for the
+# class in vain
+_MODEL_CLASS = ("transformers", "DiffusionGemmaForBlockDiffusion")
+_HUB_KWARGS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
+
+
+class DiffusionGemmaUDMPipeline(UDMPipeline, DiffusionGemmaPipeline):
+    r"""
+    DiffusionGemma, for training by [`UDMGRPOTrainer`]. It is diffusers' [`~diffusers.DiffusionGemmaPipeline`], with its
+    components, its folders and its `__call__`, and implements [`UDMPipeline`] beside it, for text.
+
+    A completion has M canvases of C tokens. A causal encoder reads the prompt and the clean canvases before, and a
+    bidirectional decoder denoises the next one, so that
+
+        log π = Σ_b Σ_n m^{b,n} log p_θ(x̂₁^{b,n} | x̂_t^b, x̂₁^{<b}, c) / Σ_b Σ_n m^{b,n},
+
+    where m is 1 up to the first token that ends the completion, and 0 after it.
+
+    The interface's `transformer` is the component `model`, its `tokenizer` is the `processor`, or the tokenizer inside it.
+
+    Args:
+        model ([`~transformers.DiffusionGemmaForBlockDiffusion`]):
+            The network.
+        scheduler ([`UniformDDIMScheduler`], [`~diffusers.DiscreteDDIMScheduler`], or another of diffusers):
+            The forward and reverse process. A [`~diffusers.DiscreteDDIMScheduler`] without corrector becomes a
+            [`UniformDDIMScheduler`], which is the same with what rollouts need. Others serve `__call__` only.
+        processor ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
+            What applies the chat template. A tokenizer is enough for text.
+        self_conditioning (`bool`, *optional*, defaults to `False`):
+            Whether the network sees its own prediction in rollouts and scores. If so, each of their predictions takes two
+            passes of the decoder: the first without it, and the second with the logits of the first at the same state.
+            `__call__` is diffusers' and always hands on the logits of the step before. Not saved.
+        train_router (`bool`, *optional*, defaults to `False`):
+            Whether the routers of the experts are trained where all weights are. Not saved.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from trl_udm import DiffusionGemmaUDMPipeline
+
+    >>> pipe = DiffusionGemmaUDMPipeline.from_pretrained("google/diffusiongemma-26B-A4B-it", dtype=torch.bfloat16)
+    >>> text = pipe.to("cuda")("Why is the sky blue?", gen_length=256).texts[0]
+    ```
+    """
+
+    modality = "text"
+    transformer_name = "model"
+
+    def __init__(
+        self,
+        model: DiffusionGemmaForBlockDiffusion,
+        scheduler: SchedulerMixin,
+        processor: ProcessorMixin | PreTrainedTokenizerBase,
+        self_conditioning: bool = False,
+        train_router: bool = False,
+    ):
+        if type(scheduler) is DiscreteDDIMScheduler and scheduler.config.corrector_steps == 0:
+            vocab_size = model.config.get_text_config().vocab_size
+            scheduler = UniformDDIMScheduler(vocab_size, scheduler.config.num_inference_steps)
+        super().__init__(model=model, scheduler=scheduler, processor=processor)
+        self.register_to_config(model=_MODEL_CLASS)
+        # As `GRPOTrainer` has it: every token that the model declares, such as that of the end of a turn
+        end_token_ids = model.generation_config.eos_token_id
+        if not isinstance(end_token_ids, list):
+            end_token_ids = [end_token_ids]
+        self.end_token_ids = sorted({*end_token_ids, self.tokenizer.eos_token_id} - {None})
+        if self.tokenizer.pad_token_id is None or not self.end_token_ids:
+            raise ValueError(
+                "`processor` must have a `pad_token` and an `eos_token`, got "
+                f"{self.tokenizer.special_tokens_map}. Set them, such as `tokenizer.pad_token = '<pad>'`."
+            )
+        self.self_conditioning = self_conditioning
+        for module in model.modules():
+            if isinstance(module, DiffusionGemmaTextRouter):
+                module.requires_grad_(train_router)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "DiffusionGemmaUDMPipeline":
+        """
+        Loads a pipeline from a folder or a Hub repository: a pipeline, as [`~diffusers.DiffusionGemmaPipeline`] saves it, or
+        a model of transformers, such as `"google/diffusiongemma-26B-A4B-it"`. The latter gets its tokenizer for a
+        processor and a [`UniformDDIMScheduler`].
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`):
+                The folder or repository.
+            kwargs:
+                Components, `self_conditioning`, `train_router`, and for a pipeline, what
+                [`~diffusers.DiffusionPipeline.from_pretrained`] takes, for a model, what
+                [`~transformers.PreTrainedModel.from_pretrained`] takes.
+
+        Returns:
+            [`DiffusionGemmaUDMPipeline`]: The pipeline, in evaluation mode.
+        """
+        path = pretrained_model_name_or_path
+        kwargs = {"use_safetensors": True, **kwargs}
+        hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+        try:
+            cls.load_config(path, **hub_kwargs)
+        except OSError:  # no `model_index.json`
+            names = ("scheduler", "processor", "self_conditioning", "train_router")
+            components = {name: kwargs.pop(name) for name in names if name in kwargs}
+            model = DiffusionGemmaForBlockDiffusion.from_pretrained(path, **kwargs)
+            if "processor" not in components:
+                components["processor"] = AutoTokenizer.from_pretrained(path, **hub_kwargs)
+            if "scheduler" not in components:
+                components["scheduler"] = UniformDDIMScheduler(model.config.get_text_config().vocab_size)
+            return cls(model, **components)
+        return super().from_pretrained(path, **kwargs)
+
+    @classmethod
+    def load_config(cls, *args, **kwargs) -> dict[str, Any]:
+        return {**super().load_config(*args, **kwargs), "model": _MODEL_CLASS}
+
+    @property
+    def transformer(self) -> DiffusionGemmaForBlockDiffusion:
+        return self.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.processor.tokenizer if isinstance(self.processor, ProcessorMixin) else self.processor
+
+    def latent_shape(self, gen_length: int | None = None) -> tuple[int, int]:
+        """
+        Number and length of the canvases.
+
+        Args:
+            gen_length (`int`, *optional*):
+                Number of tokens of a completion, a multiple of the model's `canvas_length`. Defaults to one canvas.
+
+        Returns:
+            `tuple[int, int]`: (M, C), whose product is that number.
+        """
+        canvas_length = self.model.config.canvas_length
+        gen_length = canvas_length if gen_length is None else gen_length
+        if gen_length < 1 or gen_length % canvas_length != 0:
+            nearest = max(1, round(gen_length / canvas_length)) * canvas_length
+            raise ValueError(
+                f"`gen_length` must be a positive multiple of the model's `canvas_length` {canvas_length}, got "
+                f"{gen_length}. The nearest is {nearest}."
+            )
+        return (gen_length // canvas_length, canvas_length)
+
+    def encode_prompt(self, prompt: list[Any]) -> tuple[torch.LongTensor, torch.Tensor]:
+        """A text is a user's message. The rest is as in [`UDMPipeline`]."""
+        ids = []
+        for text_or_messages in prompt:
+            messages = text_or_messages
+            if isinstance(messages, str):
+                messages = [{"role": "user", "content": messages}]
+            encoded = self.processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True
+            )
+            ids.append(encoded["input_ids"][0])
+        padded = {"batch_first": True, "padding_side": "left"}
+        prompt_ids = pad_sequence(ids, padding_value=self.tokenizer.pad_token_id, **padded)  # (B, T)
+        prompt_mask = pad_sequence([torch.ones_like(row) for row in ids], **padded)  # (B, T)
+        return prompt_ids.to(self._execution_device), prompt_mask.to(self._execution_device)
+
+    # Called by diffusers' `__call__`, which does not pad the prompts of a list to one length
+    def _prepare_inputs(self, *, prompt, messages, image, add_generation_prompt):
+        if isinstance(prompt, list) and image is None and add_generation_prompt:
+            return *self.encode_prompt(prompt), {}
+        return super()._prepare_inputs(
+            prompt=prompt, messages=messages, image=image, add_generation_prompt=add_generation_prompt
+        )
+
+    def extend_prompt(
+        self, prompt_ids: torch.LongTensor, prompt_mask: torch.Tensor, clean_samples: torch.LongTensor
+    ) -> tuple[torch.LongTensor, torch.Tensor]:
+        """Appends all canvases but the last: `(B, T + (M - 1) * C)` each."""
+        canvases = clean_samples[:, : clean_samples.size(1) - self.model.config.canvas_length]
+        prompt_ids = torch.cat([prompt_ids, canvases], dim=1)
+        return prompt_ids, torch.cat([prompt_mask, torch.ones_like(canvases)], dim=1)
+
+    def prepare_denoiser_inputs(
+        self,
+        prompt_ids: torch.LongTensor,
+        prompt_mask: torch.Tensor,
+        noised_samples: torch.LongTensor,
+        latent_shape: tuple[int, int],
+        labels: torch.LongTensor | None = None,
+        t: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """
+        A row for each canvas, `B * M` of them, sample by sample. `prompt_ids` and `prompt_mask` are from `extend_prompt`; a
+        row's encoder sees the prompt and the canvases before its own. The network takes no time, so `t` is not used.
+        """
+        num_canvases, canvas_length = latent_shape
+        # Later canvases are cut off on the right, and as much padding put on the left
+        hidden = [later * canvas_length for later in reversed(range(num_canvases))]
+        input_ids, attention_mask = (
+            torch.stack([pad(x[:, : x.size(1) - length], (length, 0)) for length in hidden], dim=1).flatten(0, 1)
+            for x in (prompt_ids, prompt_mask)
+        )  # (B * M, T + (M - 1) * C)
+        canvases = noised_samples.reshape(-1, canvas_length)  # (B * M, C)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
+            "decoder_input_ids": canvases,
+            "decoder_attention_mask": torch.cat([attention_mask, torch.ones_like(canvases)], dim=1),
+            "decoder_position_ids": attention_mask.sum(dim=1, keepdim=True)
+            + torch.arange(canvas_length, device=canvases.device),
+        }
+        if labels is not None:
+            inputs["shift_labels"] = labels.reshape(-1, canvas_length)
+        return inputs
+
+    def denoise(
+        self,
+        prompt_ids: torch.LongTensor,
+        prompt_mask: torch.Tensor,
+        noised_samples: torch.LongTensor,
+        latent_shape: tuple[int, int],
+        t: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        """
+        As in [`UDMPipeline`], with `prompt_ids` and `prompt_mask` from `extend_prompt`. `past_key_values` holds what the
+        encoder has read of them; it reads the rest into it.
+        """
+        inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape)
+        num_read = 0 if past_key_values is None else past_key_values.get_seq_length()
+        for name in ("input_ids", "position_ids"):
+            inputs[name] = inputs[name][:, num_read:]
+        if num_read == prompt_ids.size(1):
+            inputs["input_ids"] = None
+        outputs = self.model(**inputs, past_key_values=past_key_values)
+        if self.self_conditioning:
+            inputs["input_ids"] = None
+            outputs = self.model(
+                **inputs, past_key_values=outputs.past_key_values, self_conditioning_logits=outputs.logits
+            )
+        return outputs.logits.reshape(*noised_samples.shape, -1)  # (B, N, V)
+
+    def score(
+        self,
+        model: nn.Module,
+        prompt_ids: torch.LongTensor,
+        prompt_mask: torch.Tensor,
+        noised_samples: torch.LongTensor,
+        latent_shape: tuple[int, int],
+        labels: torch.LongTensor,
+        t: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As in [`UDMPipeline`], with `prompt_ids` and `prompt_mask` from `extend_prompt`."""
+        inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape, labels=labels)
+        shift_labels = inputs.pop("shift_labels")
+        if self.self_conditioning:
+            with torch.no_grad():
+                inputs["self_conditioning_logits"] = model(**inputs).logits
+            # Versions of PyTorch without https://github.com/pytorch/pytorch/pull/165068 would reuse, under autocast, the
+            # weights that were cast without gradients
+            torch.clear_autocast_cache()
+        outputs = model(**inputs, shift_labels=shift_labels, fused_lm_head=True)
+        entropies = None if outputs.entropy is None else outputs.entropy.view_as(labels)
+        return outputs.log_probs.view_as(labels), entropies
+
+    @torch.no_grad()
+    def sample_tokens(
+        self,
+        prompt_ids: torch.LongTensor,
+        prompt_mask: torch.Tensor,
+        latent_shape: tuple[int, int],
+        num_inference_steps: int,
+        guidance_scale: float = 1.0,
+        latents: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> UDMSamplerOutput:
+        """
+        Draws the canvases one after the other, each as [`UDMPipeline.sample_tokens`] does, at temperature 1, in all steps,
+        and to the last canvas. `prompt_ids` and `prompt_mask` are from `encode_prompt`; `callback` counts the steps of each
+        canvas anew; there is no guidance.
+        """
+        if guidance_scale != 1.0:
+            raise ValueError(f"`guidance_scale` must be 1.0 for DiffusionGemma, got {guidance_scale}.")
+        if not isinstance(self.scheduler, UniformDDIMScheduler):
+            raise ValueError(
+                f"`scheduler` must be a `UniformDDIMScheduler` for rollouts, got {type(self.scheduler).__name__}, whose states "
+                "are not those of the forward process. Set `pipeline.scheduler = "
+                f"UniformDDIMScheduler({self.model.config.get_text_config().vocab_size})`."
+            )
+        num_canvases, canvas_length = latent_shape
+        latents = [None] * num_canvases if latents is None else latents.split(canvas_length, dim=1)
+        past_key_values = DynamicCache(config=self.model.config.get_text_config())
+        outputs = []
+        for canvas in range(num_canvases):
+            output = super().sample_tokens(
+                prompt_ids,
+                prompt_mask,
+                (1, canvas_length),
+                num_inference_steps,
+                latents=latents[canvas],
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            outputs.append(output)
+            prompt_ids = torch.cat([prompt_ids, output.clean_samples], dim=1)
+            prompt_mask = torch.cat([prompt_mask, torch.ones_like(output.clean_samples)], dim=1)
+        return UDMSamplerOutput.cat(outputs, dim=1)
+
+    def completion_mask(self, clean_samples: torch.LongTensor) -> torch.LongTensor:
+        """1 up to the first token that ends the completion, which counts; 0 after it. The rest is as in [`UDMPipeline`]."""
+        is_end = self._is_end(clean_samples).long()
+        return (is_end.cumsum(dim=1) - is_end == 0).long()
+
+    def decode(self, clean_samples: torch.LongTensor, latent_shape: tuple[int, int]) -> list[str]:
+        is_text = self.completion_mask(clean_samples).bool() & ~self._is_end(clean_samples)
+        ids = [row[text].tolist() for row, text in zip(clean_samples.cpu(), is_text.cpu(), strict=True)]
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def _is_end(self, clean_samples: torch.LongTensor) -> torch.BoolTensor:
+        return torch.isin(clean_samples, torch.tensor(self.end_token_ids, device=clean_samples.device))
+
+
+__all__ = ["DiffusionGemmaUDMPipeline"]
