@@ -43,7 +43,7 @@ def test_slips_are_carried_on_and_fit_the_canvas():
         steps, _, result = working.partition("=")
         num_right += int(result) == first + second
         num_consistent += int(result) == sum(map(int, steps.split("+")))
-    # Three numbers without a slip; few slips cancel out
+    # Three numbers without a slip; a few slips cancel out
     assert num_right / 4000 == pytest.approx(0.75**3, abs=0.04)
     assert num_consistent / 4000 == pytest.approx(0.75, abs=0.03)
 

@@ -18,7 +18,14 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl.rewards import get_soft_overlong_punishment, think_format_reward
 
-from trl_udm import TextUDMPipeline, UDMGRPOConfig, UDMGRPOTrainer, UDMPipeline, UniformDDIMScheduler
+from trl_udm import (
+    DiagnosticsCallback,
+    TextUDMPipeline,
+    UDMGRPOConfig,
+    UDMGRPOTrainer,
+    UDMPipeline,
+    UniformDDIMScheduler,
+)
 
 from .text_families import NUM_TOKENS, build_text_pipeline, build_tokenizer
 
@@ -242,6 +249,20 @@ def test_the_network_gets_one_time_in_rollouts_and_in_scoring(tmp_path):
     seen.clear()
     trainer._get_per_token_logps_and_entropies(trainer.model, input_ids, attention_mask, NUM_TOKENS)
     assert torch.equal(seen[0], times)
+
+
+def test_diagnostics_score_at_the_times_of_their_states(tmp_path):
+    trainer = build_trainer(tmp_path, build_text_pipeline("timed"), per_device_train_batch_size=24)
+    trainer.add_callback(DiagnosticsCallback(trainer, PROMPTS))
+    trainer.train()
+    seen = []
+    trainer.pipeline.transformer.time.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten()))
+    callback = trainer.callback_handler.callbacks[-1]
+    with torch.no_grad():
+        measurement = callback._measure_policy()
+    rollout, scored = torch.cat(seen[:5]), torch.cat(seen[5:])
+    assert torch.equal(scored, rollout.repeat(2))  # forward states and backward states
+    assert len(measurement["log_prob_variance"]["forward"]) == 5
 
 
 def test_tokens_after_the_end_have_no_part_in_the_loss(tmp_path):

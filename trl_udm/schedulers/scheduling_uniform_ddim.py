@@ -112,6 +112,9 @@ class UniformDDIMScheduler(DiscreteDDIMScheduler):
 
         Returns:
             `torch.LongTensor`: Noised token ids x_t, of the shape of `original_samples`.
+
+        Raises:
+            ValueError: If the shape of `t` does not fit.
         """
         t = torch.as_tensor(t, dtype=torch.float32, device=original_samples.device)
         if t.shape != original_samples.shape[: t.ndim]:
