@@ -136,7 +136,9 @@ def survive(output_dir: Path, lora: bool, num_kills: int, num_steps: int, seed: 
             if process.exitcode != 0:
                 return {"kills": kills, "equal": False, "exit code of a resumed run": process.exitcode}
             # It finished before its kill: the next one begins anew
-            if not is_equal(*(torch.load(output_dir / name / "outcome.pth") for name in ("unbroken", "killed"))):
+            if not is_equal(
+                *(torch.load(output_dir / name / "outcome.pth", weights_only=True) for name in ("unbroken", "killed"))
+            ):
                 return {"kills": kills, "equal": False}
             shutil.rmtree(output_dir / "killed")
             continue
@@ -147,7 +149,7 @@ def survive(output_dir: Path, lora: bool, num_kills: int, num_steps: int, seed: 
         print(kills[-1], flush=True)
     last = start("killed")
     last.join()
-    outcomes = [torch.load(output_dir / name / "outcome.pth") for name in ("unbroken", "killed")]
+    outcomes = [torch.load(output_dir / name / "outcome.pth", weights_only=True) for name in ("unbroken", "killed")]
     return {
         "kills": kills,
         "in a checkpoint": sum(kill["in a checkpoint"] for kill in kills),

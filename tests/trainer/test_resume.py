@@ -19,9 +19,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from trl.trainer.utils import RepeatSampler
 
 from trl_udm import EMACallback, KineticOptimalScheduler
-from trl_udm.trainer.resumable_grpo_trainer import find_checkpoints, is_whole
+from trl_udm.trainer.resumable_grpo_trainer import EpochRepeatSampler, find_checkpoints, is_whole
 
 from .resume_worker import build_trainer, run
 from .toy_text_family import ToyTextPipeline
@@ -73,6 +74,13 @@ def test_a_run_killed_at_any_moment_goes_on_from_its_last_whole_checkpoint(tmp_p
     assert (tmp_path / "broken" / "checkpoint-3").exists() == ("save" in moment)
     assert run(tmp_path / "broken", resume=True, save_total_limit=1) == 0
     assert_equal(outcome(tmp_path / "unbroken"), outcome(tmp_path / "broken"))
+
+
+def test_the_order_of_an_epoch_is_trls_and_needs_no_earlier_one():
+    settings = {"data_source": range(7), "mini_repeat_count": 2, "batch_size": 3, "repeat_count": 2, "seed": 5}
+    of_trl = RepeatSampler(**settings)
+    for epoch in range(4):
+        assert list(EpochRepeatSampler(get_epoch=lambda epoch=epoch: epoch, **settings)) == list(of_trl)
 
 
 def test_a_torn_checkpoint_is_refused_by_name_and_passed_over_by_true(tmp_path, caplog):

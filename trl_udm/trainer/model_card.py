@@ -146,7 +146,7 @@ def make_snippet(trainer: "HubTrainer", repo_id: str) -> str:
         "guidance_scale": args.guidance_scale_eval,
         **(args.pipeline_kwargs or {}),
     }
-    if "guidance_scale" not in inspect.signature(pipeline.__call__).parameters:
+    if "guidance_scale" not in inspect.signature(type(pipeline).__call__).parameters:
         del options["guidance_scale"]
     arguments = "".join(f", {key}={value!r}" for key, value in options.items())
     lines = ["import torch", f"from {module} import {name}", "", ""]

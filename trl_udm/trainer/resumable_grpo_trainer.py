@@ -280,8 +280,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
 
 class EpochRepeatSampler(RepeatSampler):
     """
-    A [`~trl.trainer.utils.RepeatSampler`] that shuffles each epoch by its number, so that it does not matter whether the
-    epochs before it were drawn in this process.
+    A [`~trl.trainer.utils.RepeatSampler`] whose order in an epoch does not depend on whether the epochs before it were drawn
+    in this process.
 
     Args:
         get_epoch (`Callable[[], int]`):
@@ -296,7 +296,9 @@ class EpochRepeatSampler(RepeatSampler):
 
     def __iter__(self):
         if self.shuffle:
-            self.generator.manual_seed(self.seed + self.get_epoch())
+            self.generator.manual_seed(self.seed)
+            for _ in range(self.get_epoch()):
+                torch.randperm(self.num_samples, generator=self.generator)
         return super().__iter__()
 
 
