@@ -99,6 +99,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
             )
 
         self._resumed_checkpoint = resume_from_checkpoint or None
+        self._is_terminated = False
 
         def on_sigterm(signum: int, frame: FrameType | None) -> None:
             self._is_terminated = True
