@@ -210,7 +210,7 @@ def build_trainer(size: Size, args: argparse.Namespace, naive: bool) -> UDMGRPOT
             report_to="none",
             disable_tqdm=True,
         ),
-        train_dataset=Dataset.from_dict({"prompt": ["a"] * 2}),
+        train_dataset=Dataset.from_dict({"prompt": ["a"] * max(2, args.batch_size)}),
         peft_config=LoraConfig(r=16, target_modules="all-linear") if args.lora else None,
     )
 

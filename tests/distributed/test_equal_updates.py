@@ -124,8 +124,10 @@ def test_the_reference_is_whole_where_zero3_has_split_the_weights_on_loading(tmp
 
 def test_two_processes_sample_from_whole_weights_and_continue_from_their_checkpoint(tmp_path, backend):
     cases = {}
-    for name, use_lora in (("full", False), ("lora", True)):
+    # With two updates a rollout, the checkpoint is between them
+    for name, use_lora, num_iterations in (("full", False, 2), ("lora", True, 1)):
         cases[name] = {**SAMPLED, "use_lora": use_lora, "save_strategy": "steps", "save_steps": 1}
+        cases[name]["num_iterations"] = num_iterations
         cases[f"{name}_resumed"] = {**cases[name], "resume_from": str(tmp_path / name / "checkpoint-1")}
     can_be_half = backend[1] != "deepspeed"  # transformers refuses `bf16` on a CPU that `use_cpu` does not ask for
     if can_be_half:
