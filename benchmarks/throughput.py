@@ -180,7 +180,9 @@ def build_trainer(size: Size, args: argparse.Namespace, naive: bool) -> UDMGRPOT
             vq_embed_dim=size.codebook_dim,
             num_vq_embeddings=size.codebook_size,
             sample_size=size.side * 2 ** (len(size.block_out_channels) - 1),
-        ).to(torch.bfloat16 if args.bf16 else torch.float32)
+        )
+    if args.bf16:
+        vae.to(torch.bfloat16)
     transformer.set_attn_implementation("eager" if naive else "sdpa")
     scheduler = KineticOptimalScheduler(shift=2.0)
     scheduler.set_codebook(vae.codebook.detach().float().normal_())
@@ -391,7 +393,7 @@ def compare(size: Size, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def grow(size: Size, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and peak memory of rollout and update while one thing grows, with the exponents."""
+    """Seconds and peak memory of rollout and update while one thing grows, by axis and stage."""
     axes = {
         "batch_size": [1, 2, 4, 8],
         "tokens": [64, 144, 256, 576],
@@ -399,10 +401,8 @@ def grow(size: Size, args: argparse.Namespace) -> dict[str, Any]:
         "num_train_timesteps": [1, 2, 3, 5],
     }
     results = {}
-    figure = Figure(figsize=(4 * len(axes), 7))
-    FigureCanvasAgg(figure)
-    plots = figure.subplots(2, len(axes), sharey="row")
-    for column, (axis, values) in enumerate(axes.items()):
+    for axis, values in axes.items():
+        results[axis] = {"values": values, "stages": {}}
         for stage in ("update",) if axis == "num_train_timesteps" else ("rollout", "update"):
             points = []
             for value in values:
@@ -414,23 +414,36 @@ def grow(size: Size, args: argparse.Namespace) -> dict[str, Any]:
                 else:
                     setattr(grown_args, axis, value)
                 points.append(measure_in_a_process(stage, False, grown, grown_args))
-            for row, key in enumerate(("seconds", "extra_mib")):
-                heights = [point[key] for point in points]
-                slope = exponent(values, heights)
-                results.setdefault(axis, {}).setdefault(stage, {})[key] = {"values": heights, "exponent": slope}
-                plots[row, column].loglog(values, heights, marker="o", label=f"{stage}: exponent {slope:.2f}")
-                print(
-                    f"{axis} {values} {stage} {key}: {[round(height, 3) for height in heights]}, {slope:.2f}",
-                    flush=True,
-                )
-        for row in range(2):
-            plots[row, column].legend()
-            plots[row, column].grid(alpha=0.3, which="both")
+            curves = {key: [point[key] for point in points] for key in ("seconds", "extra_mib")}
+            results[axis]["stages"][stage] = curves
+            for key, heights in curves.items():
+                rounded = [round(height, 3) for height in heights]
+                print(f"{axis} {values} {stage} {key}: {rounded}, {exponent(values, heights):.2f}", flush=True)
+    return results
+
+
+def save_growth(path: Path, results: dict[str, Any]) -> None:
+    """Time above memory, a column an axis, with the exponents."""
+    figure = Figure(figsize=(4 * len(results), 7))
+    FigureCanvasAgg(figure)
+    plots = figure.subplots(2, len(results), sharey="row", squeeze=False)
+    for column, (axis, result) in enumerate(results.items()):
+        values = result["values"]
+        for row, key in enumerate(("seconds", "extra_mib")):
+            plot = plots[row, column]
+            for stage, color in (("rollout", "tab:blue"), ("update", "tab:orange")):
+                if stage in result["stages"]:
+                    heights = result["stages"][stage][key]
+                    label = f"{stage}: exponent {exponent(values, heights):.2f}"
+                    plot.loglog(values, heights, marker="o", color=color, label=label)
+            plot.set_xticks(values, [f"{value:,}" for value in values])
+            plot.set_xticks([], minor=True)
+            plot.legend()
+            plot.grid(alpha=0.3, which="both")
         plots[1, column].set_xlabel(axis)
     plots[0, 0].set_ylabel("seconds")
     plots[1, 0].set_ylabel("peak memory beside the weights, MiB")
-    figure.savefig(args.output_dir / "growth.png", dpi=110, bbox_inches="tight")
-    return results
+    figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def exponent(values: list[float], heights: list[float]) -> float:
@@ -459,7 +472,11 @@ def main() -> None:
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     size = SIZES[args.size]
-    results = grow(size, args) if args.grow else compare(size, args)
+    if args.grow:
+        results = grow(size, args)
+        save_growth(args.output_dir / "growth.png", results)
+    else:
+        results = compare(size, args)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     name = f"{'growth' if args.grow else 'stages'}_{args.size}_{'lora' if args.lora else 'full'}.json"
     (args.output_dir / name).write_text(
