@@ -43,6 +43,7 @@ def test_the_example_trains_on_shapes_and_leaves_its_results(tmp_path, capsys, e
     assert (tmp_path / "reward_curve.png").exists()
     assert (tmp_path / "trainer_state.json").exists()
     assert (tmp_path / "diagnostics.png").exists() == bool(extra)
+    assert "## Results" in (tmp_path / "README.md").read_text()
     assert (tmp_path / "transformer_ema" / "adapter_model.safetensors").exists() == bool(extra)
     assert (tmp_path / ("adapter_model.safetensors" if extra else "model_index.json")).exists()
     assert "GenEval accuracy" in capsys.readouterr().out

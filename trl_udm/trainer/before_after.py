@@ -43,7 +43,7 @@ def train_and_compare(
     Trains, and evaluates before and after with the same prompts and seeds.
 
     The output folder then has the weights, what was logged (`trainer_state.json`), `samples_before.png` and `samples_after.png`, `samples.png` with both, `reward_curve.png`,
-    `results.json`, and in `before` and `after` everything that [`~trl_udm.evaluation.evaluate`] leaves.
+    `results.json`, the model card with them, and in `before` and `after` everything that [`~trl_udm.evaluation.evaluate`] leaves.
 
     Args:
         trainer ([`UDMGRPOTrainer`]):
@@ -124,6 +124,7 @@ def train_and_compare(
         )
         save_curves(output_dir / "reward_curve.png", trainer.state.log_history, {"reward": "reward", **(curves or {})})
         (output_dir / "results.json").write_text(json.dumps(results, indent=2))
+        trainer.create_model_card()  # again, for it shows the results
     return results
 
 
