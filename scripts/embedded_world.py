@@ -216,6 +216,33 @@ def build_network(text_vocab_size: int, autoencoder: AutoencoderVQ) -> URSAForIm
     return URSAForImageGeneration(config)
 
 
+def load_training_state(
+    output_dir: Path, network: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: OneCycleLR
+) -> int:
+    """Continues from what [`save_training_state`] left, where there is something. Returns the number of steps done."""
+    path = output_dir / "network.pt"
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    network.load_state_dict(state["network"])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    return state["step"]
+
+
+def save_training_state(
+    output_dir: Path, step: int, network: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: OneCycleLR
+):
+    """Saves what a training continues from."""
+    state = {
+        "network": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "step": step,
+    }
+    torch.save(state, output_dir / "network.pt")
+
+
 def train_network(
     world: World,
     output_dir: Path,
@@ -238,13 +265,7 @@ def train_network(
     empty_ids, empty_mask = pipeline.encode_prompt([""])
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.02)
     schedule = OneCycleLR(optimizer, max_lr=2e-3, total_steps=num_steps, pct_start=0.05)
-    checkpoint_path, first_step = output_dir / "network.pt", 0
-    if checkpoint_path.exists():
-        checkpoint = torch.load(checkpoint_path, weights_only=True)
-        network.load_state_dict(checkpoint["network"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        schedule.load_state_dict(checkpoint["schedule"])
-        first_step = checkpoint["step"]
+    first_step = load_training_state(output_dir, network, optimizer, schedule)
     start, losses = time.perf_counter(), []
     for step in range(first_step, num_steps):
         generator = torch.Generator().manual_seed(seed * num_steps + step)
@@ -268,13 +289,7 @@ def train_network(
             elapsed = time.perf_counter() - start
             print(f"network {step + 1}/{num_steps} loss {np.mean(losses[-50:]):.4f} {elapsed:.0f} s", flush=True)
         if (step + 1) % 250 == 0:
-            state = {
-                "network": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "step": step + 1,
-            }
-            torch.save(state, checkpoint_path)
+            save_training_state(output_dir, step + 1, network, optimizer, schedule)
     network.eval()
 
 

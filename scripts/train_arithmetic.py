@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 
 import torch
+from embedded_world import load_training_state, save_training_state
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -95,13 +96,7 @@ def train(pipeline: TextUDMPipeline, args: argparse.Namespace):
     problems, eval_problems = split_problems()
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.02)
     schedule = OneCycleLR(optimizer, max_lr=2e-3, total_steps=args.num_steps, pct_start=0.05)
-    checkpoint_path, first_step = args.output_dir / "network.pt", 0
-    if checkpoint_path.exists():
-        checkpoint = torch.load(checkpoint_path, weights_only=True)
-        network.load_state_dict(checkpoint["network"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        schedule.load_state_dict(checkpoint["schedule"])
-        first_step = checkpoint["step"]
+    first_step = load_training_state(args.output_dir, network, optimizer, schedule)
     start, losses = time.perf_counter(), []
     for step in range(first_step, args.num_steps):
         seed = args.seed * args.num_steps + step
@@ -120,13 +115,7 @@ def train(pipeline: TextUDMPipeline, args: argparse.Namespace):
         schedule.step()
         losses.append(loss.item())
         if (step + 1) % 250 == 0:
-            state = {
-                "network": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "schedule": schedule.state_dict(),
-                "step": step + 1,
-            }
-            torch.save(state, checkpoint_path)
+            save_training_state(args.output_dir, step + 1, network, optimizer, schedule)
             texts = pipeline(
                 [row["prompt"] for row in eval_problems], generator=generator, num_inference_steps=10
             ).texts

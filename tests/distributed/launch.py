@@ -52,4 +52,4 @@ def launch(
 
 def load(output_dir: Path, name: str) -> list[dict[str, Any]]:
     """What a case measured, in the first and in the second process."""
-    return [torch.load(output_dir / f"{name}-{process}.pt") for process in range(2)]
+    return [torch.load(output_dir / f"{name}-{process}.pt", weights_only=True) for process in range(2)]
