@@ -48,9 +48,10 @@ def settings(tmp_path, **kwargs):
     return argparse.Namespace(**{**defaults, **kwargs})
 
 
-def test_the_naive_scoring_is_the_librarys(tmp_path, module):
-    """Log-probabilities, entropies and gradients, in float32."""
-    size = module["SIZES"]["tiny"]
+@pytest.mark.parametrize("codebook_size", [256, 1000])
+def test_the_naive_scoring_is_the_librarys(tmp_path, module, codebook_size):
+    """Log-probabilities, entropies and gradients, in float32, with a head of one tile and of several."""
+    size = module["replace"](module["SIZES"]["tiny"], codebook_size=codebook_size)
     outcomes = []
     for naive in (False, True):
         trainer = module["build_trainer"](size, settings(tmp_path), naive)

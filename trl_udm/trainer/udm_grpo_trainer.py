@@ -44,6 +44,7 @@ from trl.trainer.utils import (
 from ..pipelines.pipeline_output import UDMSamplerOutput
 from ..pipelines.pipeline_udm import UDMPipeline
 from .completion_logging import image_statistics, log_images_to_tensorboard, make_image_grid
+from .fused_head import small_tiles
 from .hub import HubTrainer
 from .merged_adapter import can_merge, merged_adapter
 from .resumable_grpo_trainer import EpochRepeatSampler
@@ -284,6 +285,7 @@ class UDMGRPOTrainer(HubTrainer):
         """
         num_prompt_tokens = input_ids.size(1) - 2 * logits_to_keep
         batch_size = batch_size or input_ids.size(0)  # Chunk inputs into smaller batches to reduce memory peak
+        codebook_size = self.pipeline.scheduler.config.codebook_size
         all_logps, all_entropies = [], []
         for input_ids_batch, mask_batch in zip(
             input_ids.split(batch_size), attention_mask.split(batch_size), strict=True
@@ -292,7 +294,7 @@ class UDMGRPOTrainer(HubTrainer):
                 [num_prompt_tokens, logits_to_keep, logits_to_keep], dim=1
             )
             prompt_mask, t = mask_batch[:, :num_prompt_tokens].long(), mask_batch[:, num_prompt_tokens].float()
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), small_tiles(input_ids.device, codebook_size):
                 logps, entropies = self.pipeline.score(
                     model, prompt_ids, prompt_mask, noised_samples, self.latent_shape, labels=actions, t=t
                 )
