@@ -207,7 +207,8 @@ def build_trainer(size: Size, args: argparse.Namespace, naive: bool) -> UDMGRPOT
             per_device_train_batch_size=args.micro_batch_size or num_rows,
             bf16=args.bf16,
             use_cpu=device == "cpu",
-            gradient_checkpointing=args.gradient_checkpointing,
+            activation_checkpointing=args.activation_checkpointing,
+            torch_compile=args.torch_compile and not naive,
             merge_adapter=False if naive else None,
             report_to="none",
             disable_tqdm=True,
@@ -256,8 +257,8 @@ def build_stage(trainer: UDMGRPOTrainer, stage: str, size: Size, args: argparse.
         return score
 
     trainer.model.train()
-    if args.gradient_checkpointing:
-        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.activation_checkpointing:
+        trainer.model.activation_checkpointing_enable()
     trainer.current_gradient_accumulation_steps = math.ceil(num_rows / micro_batch_size)
     trainer.create_optimizer()
 
@@ -293,7 +294,7 @@ def count_flops(stage: str, size: Size, args: argparse.Namespace) -> float:
         return num_rows * (layers + head)
     # Backward is twice the forward, once where the weights are frozen; the fused head computes its logits again
     backward = 1 if args.lora else 2
-    return num_rows * ((1 + backward + args.gradient_checkpointing) * layers + (2 + backward) * head)
+    return num_rows * ((1 + backward + args.activation_checkpointing) * layers + (2 + backward) * head)
 
 
 def matmul_rate(device: torch.device, bf16: bool) -> float:
@@ -465,7 +466,8 @@ def main() -> None:
     parser.add_argument("--num_threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--lora", action="store_true", help="train an adapter of rank 16 on all linear layers")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    parser.add_argument("--gradient_checkpointing", action="store_true")
+    parser.add_argument("--activation_checkpointing", action="store_true")
+    parser.add_argument("--torch_compile", action="store_true", help="compile the layers of the library's version")
     parser.add_argument("--skip_naive", action="store_true")
     parser.add_argument("--grow", action="store_true", help="how the cost grows, instead of the comparison")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/throughput"))

@@ -42,7 +42,8 @@ def settings(tmp_path, **kwargs):
         "num_threads": 1,
         "lora": False,
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
+        "torch_compile": False,
         "output_dir": tmp_path,
     }
     return argparse.Namespace(**{**defaults, **kwargs})

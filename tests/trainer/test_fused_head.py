@@ -18,11 +18,12 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.trainer import utils
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_udm import URSAConfig, URSAForImageGeneration
+from trl_udm import UniformDDIMScheduler, URSAConfig, URSAForImageGeneration
 from trl_udm.trainer.fused_head import TILE_WIDTH, small_tiles
 
 
-CPU = torch.device("cpu")
+def tiles(codebook_size):
+    return small_tiles(UniformDDIMScheduler(codebook_size=codebook_size), torch.device("cpu"))
 
 
 def score(codebook_size, context):
@@ -63,8 +64,8 @@ def score(codebook_size, context):
 
 
 def test_small_tiles_change_no_number():
-    call, outputs, gradients = score(3 * TILE_WIDTH + 7, small_tiles(CPU, 3 * TILE_WIDTH + 7))
-    trl_call, trl_outputs, trl_gradients = score(3 * TILE_WIDTH + 7, small_tiles(CPU, 1))
+    call, outputs, gradients = score(3 * TILE_WIDTH + 7, tiles(3 * TILE_WIDTH + 7))
+    trl_call, trl_outputs, trl_gradients = score(3 * TILE_WIDTH + 7, tiles(1))
     assert call == (14, TILE_WIDTH) and trl_call == (24, 32768)
     torch.testing.assert_close(outputs.log_probs, trl_outputs.log_probs, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(outputs.entropy, trl_outputs.entropy, atol=1e-5, rtol=1e-5)
@@ -73,15 +74,15 @@ def test_small_tiles_change_no_number():
 
 
 def test_a_codebook_of_one_tile_is_left_to_trl():
-    call, outputs, _ = score(TILE_WIDTH, small_tiles(CPU, TILE_WIDTH))
-    _, trl_outputs, _ = score(TILE_WIDTH, small_tiles(CPU, 1))
+    call, outputs, _ = score(TILE_WIDTH, tiles(TILE_WIDTH))
+    _, trl_outputs, _ = score(TILE_WIDTH, tiles(1))
     assert call == (24, 32768)
     assert torch.equal(outputs.log_probs, trl_outputs.log_probs)
 
 
 def test_trl_has_its_constants_back():
     before = (utils._CHUNKED_LOGPROB_CHUNK_SIZE, utils._use_triton)
-    with pytest.raises(KeyError), small_tiles(CPU, 10**6):
+    with pytest.raises(KeyError), tiles(10**6):
         assert utils._CHUNKED_LOGPROB_CHUNK_SIZE == TILE_WIDTH
         raise KeyError
     assert (utils._CHUNKED_LOGPROB_CHUNK_SIZE, utils._use_triton) == before

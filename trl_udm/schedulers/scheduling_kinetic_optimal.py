@@ -373,8 +373,9 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
             uniforms.split(self._chunk_length),
             strict=True,
         )
-        noised_samples = [_draw(self._probabilities(x_1, t), uniforms) for x_1, t, uniforms in chunks]
-        return torch.cat(noised_samples).view(original_samples.shape)
+        noised_samples = torch.cat([_draw(self._probabilities(x_1, t), uniforms) for x_1, t, uniforms in chunks])
+        _check_drawn(noised_samples)
+        return noised_samples.view(original_samples.shape)
 
     def probabilities(self, original_samples: torch.LongTensor, t: float | torch.Tensor) -> torch.Tensor:
         """
@@ -510,21 +511,22 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
             )
         # Drawn at once, so that no draw depends on the size of the chunks or on what other tokens do.
         uniforms = _rand((*sample.shape, 5), torch.float64, sample.device, generator)
-        pred_original_sample, prev_sample = torch.empty_like(sample), torch.empty_like(sample)
+        pred_original_sample = torch.empty_like(sample)
         # Logits are often a slice of the model's output: slices of both dimensions, unlike `flatten`, copy none of it.
         num_tokens = self._chunk_length
         num_samples = max(1, num_tokens // sample.shape[1])
         for i, j in itertools.product(range(0, sample.shape[0], num_samples), range(0, sample.shape[1], num_tokens)):
             chunk = (slice(i, i + num_samples), slice(j, j + num_tokens))
-            x_t, chunk_uniforms = sample[chunk], uniforms[chunk].flatten(0, 1)  # (b, n), (T, 5)
             x_1 = _draw(
-                torch.softmax(model_output[chunk], dim=-1, dtype=torch.float32).flatten(0, 1), chunk_uniforms[:, :2]
+                torch.softmax(model_output[chunk], dim=-1, dtype=torch.float32).flatten(0, 1),
+                uniforms[chunk][..., :2].flatten(0, 1),
             )  # (T,)
-            pred_original_sample[chunk] = x_1.view_as(x_t)
-            if step_index == self.num_inference_steps - 1:
-                prev_sample[chunk] = x_1.view_as(x_t)
-            else:
-                prev_sample[chunk] = self._jump(x_t.flatten(), x_1, step_index, chunk_uniforms[:, 2:]).view_as(x_t)
+            pred_original_sample[chunk] = x_1.view_as(sample[chunk])
+        _check_drawn(pred_original_sample)
+        if step_index == self.num_inference_steps - 1:
+            prev_sample = pred_original_sample.clone()
+        else:
+            prev_sample = self._jump(sample, pred_original_sample, step_index, uniforms[..., 2:])
 
         if not return_dict:
             return prev_sample, pred_original_sample
@@ -539,13 +541,18 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
     ) -> torch.LongTensor:
         t = self.timestep_to_t(step_index)
         step_size = self.timestep_to_t(step_index + 1) - t
+        prev_samples = noised_samples.flatten().clone()  # (B * N,)
+        original_samples, uniforms = original_samples.flatten(), uniforms.flatten(0, 1)  # (B * N,), (B * N, 3)
         # A token at x₁ has no rate to leave it, and costs no pass over V.
-        moving = noised_samples != original_samples
-        x_t, x_1, uniforms = noised_samples[moving], original_samples[moving], uniforms[moving]
-        velocity = self._velocity(x_t, x_1, torch.full_like(x_t, t, dtype=torch.float32))
-        jumps = 1 - uniforms[:, 0] <= -torch.expm1(-step_size * velocity.sum(dim=-1))
-        x_t[jumps] = _draw(velocity[jumps], uniforms[jumps, 1:])
-        return noised_samples.masked_scatter(moving, x_t)
+        moving = (prev_samples != original_samples).nonzero().squeeze(1)
+        for rows in moving.split(self._chunk_length):
+            x_t, x_1 = prev_samples[rows], original_samples[rows]  # (T,), (T,)
+            velocity = self._velocity(x_t, x_1, torch.full_like(x_t, t, dtype=torch.float32))  # (T, V)
+            jumps = 1 - uniforms[rows, 0] <= -torch.expm1(-step_size * velocity.sum(dim=-1))
+            jumping = jumps.nonzero().squeeze(1)
+            prev_samples[rows[jumping]] = _draw(velocity[jumping], uniforms[rows[jumping], 1:])
+        _check_drawn(prev_samples)
+        return prev_samples.view_as(noised_samples)
 
     @property
     def _chunk_length(self) -> int:
@@ -557,11 +564,9 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError("The scheduler does not know its `codebook_size`: pass it, or call `set_codebook`.")
         if token_ids.dtype != torch.long:
             raise TypeError(f"`{name}` must be a `torch.long` tensor, got {token_ids.dtype}.")
-        smallest, largest = token_ids.aminmax()
+        smallest, largest = torch.stack(token_ids.aminmax()).tolist()
         if smallest < 0 or largest >= codebook_size:
-            raise ValueError(
-                f"`{name}` must be in [0, {codebook_size}), got ids from {smallest.item()} to {largest.item()}."
-            )
+            raise ValueError(f"`{name}` must be in [0, {codebook_size}), got ids from {smallest} to {largest}.")
 
     def _expand_t(self, t: float | torch.Tensor, samples: torch.LongTensor) -> torch.Tensor:
         t = torch.as_tensor(t, dtype=torch.float32, device=samples.device)
@@ -589,7 +594,7 @@ def _rand(
 def _draw(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.LongTensor:
     """
     Draw a code per row of `probabilities` (T, V) with the uniforms (T, 2), by inverting the cumulative distribution:
-    first that of blocks of about √V codes, then that of the codes in the block.
+    first that of blocks of about √V codes, then that of the codes in the block. Rows with a NaN or infinity give -1.
 
     Whatever V is, this costs one pass over the row and two random numbers. `torch.multinomial` draws V of them, and
     one cumulative sum over the row is a second copy of it and must be in float64: in float32 its last places are
@@ -599,15 +604,21 @@ def _draw(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.LongTens
     block_size = max(size for size in range(1, math.isqrt(codebook_size) + 1) if codebook_size % size == 0)
     blocks = probabilities.unflatten(-1, (-1, block_size))  # (T, V / block_size, block_size)
     block_sums = blocks.sum(dim=-1)
-    if not block_sums.isfinite().all():
-        raise ValueError("Cannot draw tokens: the logits must be finite, got NaN or infinite values.")
     block = _invert_cumulative(block_sums, uniforms[:, 0])  # (T,)
     rows = torch.arange(len(blocks), device=blocks.device)
-    return block * block_size + _invert_cumulative(blocks[rows, block], uniforms[:, 1])
+    codes = block * block_size + _invert_cumulative(blocks[rows, block], uniforms[:, 1])
+    return codes.where(block_sums.isfinite().all(dim=-1), -1)
+
+
+def _check_drawn(codes: torch.LongTensor) -> None:
+    # Once for all chunks: the host waits for the device here
+    if (codes < 0).any():
+        raise ValueError("Cannot draw tokens: the logits must be finite, got NaN or infinite values.")
 
 
 def _invert_cumulative(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.LongTensor:
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     # 1 − u is in (0, 1]: the first entry to reach the threshold always exists and never has weight 0.
     thresholds = (1 - uniforms).unsqueeze(-1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, thresholds).squeeze(-1)
+    # Only among NaN is there no such entry; the index stays in bounds there, for `_draw` to say so
+    return torch.searchsorted(cumulative, thresholds).squeeze(-1).clamp_(max=weights.shape[-1] - 1)

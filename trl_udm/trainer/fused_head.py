@@ -16,6 +16,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -28,7 +29,7 @@ TILE_WIDTH = 512
 
 
 @contextlib.contextmanager
-def small_tiles(device: torch.device, codebook_size: int) -> Iterator[None]:
+def small_tiles(scheduler: Any, device: torch.device) -> Iterator[None]:
     """
     A context in which TRL's fused head has tiles that fit a cache, and takes only the tokens that have a label.
 
@@ -38,12 +39,12 @@ def small_tiles(device: torch.device, codebook_size: int) -> Iterator[None]:
     forward pass had. Nothing changes where Triton is used, or where one tile holds the codebook.
 
     Args:
+        scheduler:
+            Whose `config.codebook_size` is the number of codes V.
         device (`torch.device`):
             Where the head is.
-        codebook_size (`int`):
-            Codes V of the head.
     """
-    if _use_triton(device) or codebook_size <= TILE_WIDTH:
+    if _use_triton(device) or scheduler.config.codebook_size <= TILE_WIDTH:
         yield
         return
     with (

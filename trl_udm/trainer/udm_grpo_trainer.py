@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import DynamoBackend, gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import Sampler
@@ -33,7 +33,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.data_utils import is_conversational
 from trl.extras.profiling import profiling_context, profiling_decorator
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import (
     add_fused_lm_head,
     disable_dropout_in_model,
@@ -46,6 +45,7 @@ from ..pipelines.pipeline_udm import UDMPipeline
 from .completion_logging import image_statistics, log_images_to_tensorboard, make_image_grid
 from .fused_head import small_tiles
 from .hub import HubTrainer
+from .layers import compile_layers, without_checkpointing
 from .merged_adapter import can_merge, merged_adapter
 from .resumable_grpo_trainer import EpochRepeatSampler
 from .reward_checks import handle_failures
@@ -219,6 +219,8 @@ class UDMGRPOTrainer(HubTrainer):
             peft_config=peft_config,
         )
         self.beta = self.args.beta = beta
+        # TRL writes what ZeRO-3 needs into what transformers called it before
+        self.args.activation_checkpointing_kwargs = self.args.gradient_checkpointing_kwargs
         self.merge_adapter = self._resolve_merge_adapter()
         self.max_completion_length = math.prod(self.latent_shape)
         if self._dist.fsdp_version == 2 and self.accelerator.state.fsdp_plugin.mixed_precision_policy is not None:
@@ -226,6 +228,12 @@ class UDMGRPOTrainer(HubTrainer):
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = dataclasses.replace(
                 self.accelerator.state.fsdp_plugin.mixed_precision_policy, output_dtype=None
             )
+
+        if self.args.torch_compile:
+            # Not by Accelerate, which compiles the whole of `self.model_wrapped`: rollouts do not call that
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+            for model in [self.model] if ref_model is None else [self.model, ref_model]:
+                compile_layers(model, self.args.torch_compile_backend, self.args.torch_compile_mode)
 
         if ref_model is not None:
             if args.disable_dropout:
@@ -285,7 +293,6 @@ class UDMGRPOTrainer(HubTrainer):
         """
         num_prompt_tokens = input_ids.size(1) - 2 * logits_to_keep
         batch_size = batch_size or input_ids.size(0)  # Chunk inputs into smaller batches to reduce memory peak
-        codebook_size = self.pipeline.scheduler.config.codebook_size
         all_logps, all_entropies = [], []
         for input_ids_batch, mask_batch in zip(
             input_ids.split(batch_size), attention_mask.split(batch_size), strict=True
@@ -294,7 +301,7 @@ class UDMGRPOTrainer(HubTrainer):
                 [num_prompt_tokens, logits_to_keep, logits_to_keep], dim=1
             )
             prompt_mask, t = mask_batch[:, :num_prompt_tokens].long(), mask_batch[:, num_prompt_tokens].float()
-            with self.accelerator.autocast(), small_tiles(input_ids.device, codebook_size):
+            with self.accelerator.autocast(), small_tiles(self.pipeline.scheduler, input_ids.device):
                 logps, entropies = self.pipeline.score(
                     model, prompt_ids, prompt_mask, noised_samples, self.latent_shape, labels=actions, t=t
                 )
@@ -331,11 +338,11 @@ class UDMGRPOTrainer(HubTrainer):
             setattr(self.pipeline, self.pipeline.transformer_name, self.model)
         with (
             profiling_context(self, "rollout"),
+            without_checkpointing(self.model),
             unwrap_model_for_generation(
                 self.model_wrapped,
                 self.accelerator,
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
             self.accelerator.autocast(),
@@ -497,7 +504,7 @@ class UDMGRPOTrainer(HubTrainer):
             "advantages": advantages,
             "num_items_in_batch": self.accelerator.gather(completion_mask.sum()).sum(),
         }
-        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+        with torch.no_grad(), without_checkpointing(self.model):
             # With one update a rollout the ratio is 1, and `_compute_loss` takes the current log-probabilities for the
             # old. With several, the old ones are the rollout policy's, of the same action at the same noised state.
             generate_every = self.args.steps_per_generation * self.num_iterations  # generation frequency
