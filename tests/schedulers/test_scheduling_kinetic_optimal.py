@@ -396,6 +396,34 @@ def test_no_tensor_is_larger_than_a_chunk(path):
     assert largest.num_elements <= 16 * 256
 
 
+class HostReads(TorchDispatchMode):
+    """Counts the operations whose result the host waits for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_host_waits_once_a_chunk_of_moving_tokens_at_most(path):
+    scheduler = load_scheduler(path)
+    scheduler.set_timesteps(10)
+    scheduler.max_chunk_elements = 10 * 256
+    sample = torch.randint(256, (1, 100), generator=generator(0))
+    logits = torch.full((1, 100, 256), -1e9).scatter(-1, sample.unsqueeze(-1), 0.0)
+    logits[:, :25] = logits[:, :25].roll(1, dims=-1)  # 25 tokens, 3 chunks of 10, are not what is predicted
+    counts = []
+    for timestep in (7, 9):
+        with HostReads() as reads:
+            scheduler.step(logits, timestep, sample)
+        counts.append(reads.count)
+    # The last step draws the clean sample only; the ids and the draws are checked once each, for all chunks
+    assert counts[0] == counts[1] + 1 + 3 + 1
+    assert counts[1] <= 3
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_the_callers_tensors_are_not_changed(path):
     scheduler = load_scheduler(path)

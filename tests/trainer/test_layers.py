@@ -85,7 +85,6 @@ def test_nothing_is_checkpointed_within_and_all_is_as_before_after_an_error(tmp_
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
         {"activation_checkpointing": True},
         {"peft_config": LORA, "merge_adapter": False, "num_iterations": 2, "rollout_batch_size": 3},
     ],
