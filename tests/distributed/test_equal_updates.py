@@ -84,12 +84,14 @@ def test_two_processes_make_the_update_of_one(tmp_path, backend):
     cases = {
         "full": FED,
         "lora": {**FED, "use_lora": True},
+        "async": {**FED, "async_rewards": True},
         "split_group": SPLIT_GROUP,
     }
     process = launch(tmp_path, *backend, cases)
     assert process.returncode == 0, process.stderr[-5000:]
-    for name in ("full", "lora", "split_group"):
-        settings = {**cases[name], "per_device_train_batch_size": 2 * cases[name]["per_device_train_batch_size"]}
+    for name in cases:
+        batch_size = 2 * cases[name]["per_device_train_batch_size"]
+        settings = {**cases[name], "per_device_train_batch_size": batch_size, "async_rewards": False}
         one = run_case(str(tmp_path / "one"), name, **settings)
         two = load(tmp_path, name)
         # Each sample is rewarded once, by the process that has it

@@ -20,14 +20,15 @@ from .launch import launch
 
 
 @pytest.mark.parametrize(
-    ("failure", "message"),
+    ("failure", "message", "async_rewards"),
     [
-        ("raise", "[rank1]: RuntimeError: the detector of process 1 is out of order"),
-        ("kill", "Signal 9 (SIGKILL) received"),
+        ("raise", "[rank1]: RuntimeError: the detector of process 1 is out of order", False),
+        ("raise", "[rank1]: RuntimeError: the detector of process 1 is out of order", True),
+        ("kill", "Signal 9 (SIGKILL) received", False),
     ],
 )
-def test_a_process_that_fails_ends_the_run_and_says_why(tmp_path, failure, message):
-    cases = {"broken": {"per_device_train_batch_size": 6, "failure": failure}}
+def test_a_process_that_fails_ends_the_run_and_says_why(tmp_path, failure, message, async_rewards):
+    cases = {"broken": {"per_device_train_batch_size": 6, "failure": failure, "async_rewards": async_rewards}}
     process = launch(tmp_path, "two_cpu_processes", "ddp", cases)
     seconds = time.time() - (tmp_path / "failed").stat().st_mtime
     assert process.returncode != 0

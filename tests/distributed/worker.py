@@ -59,12 +59,15 @@ def fed_tokens(prompt: str, index: int) -> torch.Tensor:
 class FedTrainer(UDMGRPOTrainer):
     """Takes samples and noised states from `fed_tokens`, so that any number of processes sees the same ones."""
 
-    def _rollout(self, prompts, mode, return_trajectory=False):
+    def _rollout(self, prompts, mode, return_trajectory=False, on_decoded=None):
         self.fed_prompts = prompts
         self.first_index = self.accelerator.process_index * len(prompts)
         prompt_ids, prompt_mask = self.pipeline.encode_prompt(prompts)
         samples = torch.stack([fed_tokens(prompt, self.first_index + i) for i, prompt in enumerate(prompts)])
         completions = self.pipeline.decode(samples, self.latent_shape)
+        if on_decoded is not None:
+            for first in range(0, len(prompts), 4):
+                on_decoded(first, samples[first : first + 4], completions[first : first + 4])
         return prompt_ids, prompt_mask, UDMSamplerOutput(clean_samples=samples), completions
 
     def _build_rows(self, output):

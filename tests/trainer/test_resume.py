@@ -218,8 +218,8 @@ def test_evaluation_is_with_the_average_where_asked(tmp_path, evaluate):
     raw = trainer.model.state_dict()["model.norm.weight"].clone()
     seen = []
     rollout = trainer._rollout
-    trainer._rollout = lambda *args: (
-        seen.append(trainer.model.state_dict()["model.norm.weight"].clone()) or rollout(*args)
+    trainer._rollout = lambda *args, **kwargs: (
+        seen.append(trainer.model.state_dict()["model.norm.weight"].clone()) or rollout(*args, **kwargs)
     )
     trainer.evaluate(trainer.train_dataset)
     assert torch.equal(seen[0], raw) != evaluate

@@ -298,6 +298,17 @@ def test_rollouts_come_in_micro_batches(tmp_path):
     assert completions == trainer.pipeline.decode(output.clean_samples, trainer.latent_shape)
 
 
+def test_decoding_has_micro_batches_of_its_own(tmp_path, monkeypatch):
+    trainer = build_trainer(tmp_path, rollout_batch_size=5, decode_batch_size=2)
+    decode, sizes = trainer.pipeline.decode, []
+    monkeypatch.setattr(
+        trainer.pipeline, "decode", lambda samples, shape: (sizes.append(len(samples)), decode(samples, shape))[1]
+    )
+    _, _, output, completions = trainer._rollout(["ab", "b"] * 4, "train")
+    assert sizes == [2, 2, 1, 2, 1]
+    assert completions == decode(output.clean_samples, trainer.latent_shape)
+
+
 # --- Rewards ---
 
 
@@ -726,6 +737,7 @@ def test_a_bad_dataset_is_refused(tmp_path, dataset, error, message):
         ({"guidance_trunc": 1.5}, r"`guidance_trunc` must be in \[0, 1\], got 1.5"),
         ({"advantage_clip": 0.0}, "`advantage_clip` must be > 0 or None, got 0.0"),
         ({"rollout_batch_size": 0}, "`rollout_batch_size` must be > 0 or None, got 0"),
+        ({"decode_batch_size": -1}, "`decode_batch_size` must be > 0 or None, got -1"),
         (
             {"num_inference_steps": 9, "num_inference_steps_eval": 4},
             r"`timestep_window` must end at 1 at the latest, .* or raise `num_inference_steps_eval`",

@@ -152,7 +152,7 @@ def _call_in_thread(function: Callable, timeout: float, **kwargs: Any) -> Any:
     def run() -> None:
         try:
             future.set_result(function(**kwargs))
-        except Exception as error:
+        except BaseException as error:  # an exit too is the caller's to make
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()  # the interpreter does not wait for a daemon when it exits

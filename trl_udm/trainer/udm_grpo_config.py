@@ -41,7 +41,13 @@ class UDMGRPOConfig(GRPOConfig):
         guidance_trunc (`float`, *optional*, defaults to `0.9`):
             Time from which on guidance, where there is any, is left out, in `[0, 1]`.
         rollout_batch_size (`int`, *optional*):
-            Samples that are denoised and decoded at a time. By default all that a process has in a generation batch.
+            Samples that are denoised at a time. By default all that a process has in a generation batch.
+        decode_batch_size (`int`, *optional*):
+            Samples that are decoded at a time, at most `rollout_batch_size`. By default all that were denoised together.
+        async_rewards (`bool`, *optional*, defaults to `False`):
+            Whether reward functions run in threads beside the rollout: each is called once a micro-batch of
+            `rollout_batch_size` samples, as soon as that is decoded, and waited for when the advantages are computed. Samples,
+            rewards, losses and weights are the same, for functions that score each sample by itself.
         merge_adapter (`bool`, *optional*):
             Whether rollouts are drawn with the adapter merged into the weights, which are exactly restored after. By default
             where that leaves the policy what it is: where all is computed in float32. In half precision, merging rounds a small
@@ -128,7 +134,13 @@ class UDMGRPOConfig(GRPOConfig):
     )
     guidance_trunc: float = field(default=0.9, metadata={"help": "Time in [0, 1] from which on guidance is left out."})
     rollout_batch_size: int | None = field(
-        default=None, metadata={"help": "Samples denoised and decoded at a time. By default all of a process."}
+        default=None, metadata={"help": "Samples denoised at a time. By default all of a process."}
+    )
+    decode_batch_size: int | None = field(
+        default=None, metadata={"help": "Samples decoded at a time. By default all that were denoised together."}
+    )
+    async_rewards: bool = field(
+        default=False, metadata={"help": "Whether reward functions run in threads beside the rollout."}
     )
     merge_adapter: bool | None = field(
         default=None,
@@ -199,8 +211,9 @@ class UDMGRPOConfig(GRPOConfig):
         for name in ("num_inference_steps", "num_inference_steps_eval", "num_train_timesteps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be > 0, got {getattr(self, name)}.")
-        if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
-            raise ValueError(f"`rollout_batch_size` must be > 0 or None, got {self.rollout_batch_size}.")
+        for name in ("rollout_batch_size", "decode_batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be > 0 or None, got {getattr(self, name)}.")
         if self.num_generations < 2:
             raise ValueError(
                 f"`num_generations` must be >= 2, got {self.num_generations}: a sample's advantage is measured against "

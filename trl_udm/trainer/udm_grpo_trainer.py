@@ -17,14 +17,13 @@ import copy
 import dataclasses
 import functools
 import math
-import os
 import textwrap
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import DynamoBackend, gather_object, is_peft_model
+from accelerate.utils import DynamoBackend, is_peft_model
 from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import Sampler
@@ -36,13 +35,13 @@ from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generat
 from trl.trainer.utils import (
     add_fused_lm_head,
     disable_dropout_in_model,
-    nanstd,
     use_adapter,
 )
 
 from ..pipelines.pipeline_output import UDMSamplerOutput
 from ..pipelines.pipeline_udm import UDMPipeline
-from .completion_logging import image_statistics, log_images_to_tensorboard, make_image_grid
+from .async_rewards import in_background, start_rewards
+from .completion_logging import CompletionLoggingMixin
 from .fused_head import small_tiles
 from .hub import HubTrainer
 from .layers import compile_layers, without_checkpointing
@@ -55,7 +54,7 @@ from .udm_grpo_config import UDMGRPOConfig
 logger = get_logger(__name__)
 
 
-class UDMGRPOTrainer(HubTrainer):
+class UDMGRPOTrainer(CompletionLoggingMixin, HubTrainer):
     r"""
     Trainer for UDM-GRPO (https://huggingface.co/papers/2604.18518): group relative policy optimisation of uniform discrete
     diffusion models.
@@ -218,6 +217,9 @@ class UDMGRPOTrainer(HubTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
+        if args.async_rewards:
+            event_loop = self.async_loop if self._has_async_funcs else None
+            self.reward_funcs = in_background(self.reward_funcs, self.accelerator.device, event_loop)
         self.beta = self.args.beta = beta
         # TRL writes what ZeRO-3 needs into what transformers called it before
         self.args.activation_checkpointing_kwargs = self.args.gradient_checkpointing_kwargs
@@ -317,12 +319,17 @@ class UDMGRPOTrainer(HubTrainer):
 
     @torch.no_grad()
     def _rollout(
-        self, prompts: list[Any], mode: str, return_trajectory: bool = False
+        self,
+        prompts: list[Any],
+        mode: str,
+        return_trajectory: bool = False,
+        on_decoded: Callable[[int, torch.Tensor, list[Any]], None] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, UDMSamplerOutput, list[Any]]:
         """
         Draws a sample for each prompt: conditioning to score it with and its mask (B, T), samples (B, N), completions.
 
-        The samples come with the trajectory where the rows are built from it, or where it is asked for.
+        The samples come with the trajectory where the rows are built from it, or where it is asked for. `on_decoded` is
+        called for each micro-batch, with the number of samples before it, its samples, and its completions.
         """
         return_trajectory |= self.args.action == "intermediate" or self.args.trajectory == "backward"
         num_inference_steps = self.args.num_inference_steps if mode == "train" else self.args.num_inference_steps_eval
@@ -368,7 +375,11 @@ class UDMGRPOTrainer(HubTrainer):
                     return_trajectory=return_trajectory,
                 )
                 outputs.append(output)
-                completions += self.pipeline.decode(output.clean_samples, self.latent_shape)
+                parts = output.clean_samples.split(self.args.decode_batch_size or batch_size)
+                decoded = [one for samples in parts for one in self.pipeline.decode(samples, self.latent_shape)]
+                if on_decoded is not None:
+                    on_decoded(len(completions), output.clean_samples, decoded)
+                completions += decoded
         output = UDMSamplerOutput.cat(outputs)
         return *self.pipeline.extend_prompt(prompt_ids, prompt_mask, output.clean_samples), output, completions
 
@@ -394,6 +405,17 @@ class UDMGRPOTrainer(HubTrainer):
         if args.action == "intermediate":
             return noised_samples, output.trajectory.pred_original_samples[timesteps, rows], t
         return noised_samples, clean_samples, t
+
+    def _reward_arguments(
+        self, inputs: list[dict[str, Any]], clean_samples: torch.Tensor, completions: list[Any]
+    ) -> tuple[list[dict[str, Any]], list[Any], list[Any], list[list[int]]]:
+        """What `_calculate_rewards` takes for B rows of the dataset, their samples (B, N), and their completions."""
+        prompts = [x["prompt"] for x in inputs]
+        samples, mask = clean_samples.cpu(), self.pipeline.completion_mask(clean_samples).cpu()  # (B, N)
+        completion_ids = [ids[counts].tolist() for ids, counts in zip(samples, mask.bool(), strict=True)]
+        if is_conversational({"prompt": prompts[0]}):
+            completions = [[{"role": "assistant", "content": completion}] for completion in completions]
+        return inputs, prompts, completions, completion_ids
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -458,13 +480,19 @@ class UDMGRPOTrainer(HubTrainer):
             inputs = inputs[::num_timesteps]  # the sampler repeats a sample for each of its rows
         prompts = [x["prompt"] for x in inputs]
 
-        prompt_ids, prompt_mask, output, completions = self._rollout(prompts, mode)
-        samples, mask = output.clean_samples.cpu(), self.pipeline.completion_mask(output.clean_samples).cpu()  # (B, N)
-        completion_ids = [ids[counts].tolist() for ids, counts in zip(samples, mask.bool(), strict=True)]
-        messages = completions
-        if is_conversational({"prompt": prompts[0]}):
-            messages = [[{"role": "assistant", "content": completion}] for completion in completions]
-        rewards_per_func = self._calculate_rewards(inputs, prompts, messages, completion_ids)
+        def start(first: int, clean_samples: torch.Tensor, decoded: list[Any]) -> None:
+            part = inputs[first : first + len(decoded)]
+            start_rewards(self, first == 0, *self._reward_arguments(part, clean_samples, decoded))
+
+        on_decoded = start if self.args.async_rewards else None
+        prompt_ids, prompt_mask, output, completions = self._rollout(prompts, mode, on_decoded=on_decoded)
+        reward_arguments = self._reward_arguments(inputs, output.clean_samples, completions)
+        if self.args.async_rewards:  # scoring needs no rewards, so they may go on meanwhile
+            batch = self._score_rows(prompt_ids, prompt_mask, output, mode)
+            rewards_per_func = self._calculate_rewards(*reward_arguments)
+        else:
+            rewards_per_func = self._calculate_rewards(*reward_arguments)
+            batch = self._score_rows(prompt_ids, prompt_mask, output, mode)
         advantages, rewards, std_rewards = self._compute_advantages(rewards_per_func, num_generations)
         self._log_rollout(mode, prompts, completions, rewards_per_func, rewards, std_rewards, advantages)
         if num_generations > 1:
@@ -477,8 +505,14 @@ class UDMGRPOTrainer(HubTrainer):
             self.accelerator.process_index * len(prompts),
             (self.accelerator.process_index + 1) * len(prompts),
         )
-        advantages = advantages[process_slice].repeat_interleave(num_timesteps)  # (B * K,)
+        batch["advantages"] = advantages[process_slice].repeat_interleave(num_timesteps)  # (B * K,)
+        return batch
 
+    def _score_rows(
+        self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, output: UDMSamplerOutput, mode: str
+    ) -> dict[str, torch.Tensor]:
+        """The rows (B * K) of B samples with their conditioning (B, T), and their old and reference log-probabilities."""
+        num_timesteps = self.args.num_train_timesteps
         noised_samples, actions, t = self._build_rows(output)  # (B * K, N), (B * K, N), (B * K,)
         prompt_ids = torch.cat([prompt_ids.repeat_interleave(num_timesteps, dim=0), noised_samples], dim=1)
         # `_compute_loss` hands on ids and masks only, so the mask of the noised tokens holds their time
@@ -501,7 +535,6 @@ class UDMGRPOTrainer(HubTrainer):
             "prompt_mask": prompt_mask,
             "completion_ids": actions,
             "completion_mask": completion_mask,
-            "advantages": advantages,
             "num_items_in_batch": self.accelerator.gather(completion_mask.sum()).sum(),
         }
         with torch.no_grad(), without_checkpointing(self.model):
@@ -517,65 +550,6 @@ class UDMGRPOTrainer(HubTrainer):
                     with use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None):
                         batch["ref_per_token_logps"] = score(self.model)[0]
         return batch
-
-    def _log_rollout(self, mode, prompts, completions, rewards_per_func, rewards, std_rewards, advantages):
-        """Logs what `GRPOTrainer` logs of a generation batch, under its names."""
-        num_reward_funcs = len(self.reward_funcs) - (self._num_eval_reward_funcs if mode == "train" else 0)
-        reward_func_names = self.reward_func_names[:num_reward_funcs]
-        for i, name in enumerate(reward_func_names):
-            self._metrics[mode][f"rewards/{name}/mean"].append(torch.nanmean(rewards_per_func[:, i]).item())
-            self._metrics[mode][f"rewards/{name}/std"].append(nanstd(rewards_per_func[:, i]).item())
-        self._metrics[mode]["reward"].append(torch.nanmean(rewards).item())
-        self._metrics[mode]["reward_std"].append(nanstd(rewards).item())
-        if mode == "train" or self.num_generations_eval > 1:
-            is_std_zero = torch.isclose(std_rewards, torch.zeros_like(std_rewards))
-            self._metrics[mode]["frac_reward_zero_std"].append(is_std_zero.float().mean().item())
-
-        is_image = not isinstance(completions[0], str)
-        if is_image:
-            for name, values in image_statistics(completions).items():
-                self._pending_metrics[f"images/{name}"].extend(values)
-
-        # Flush user-logged metrics (from log_metric), averaging across processes. Keys must be sorted so that all ranks
-        # gather in the same order.
-        for name in sorted(set(gather_object(list(self._pending_metrics)))):
-            values = self._pending_metrics.get(name, [])
-            local_stats = torch.tensor([sum(values), len(values)], dtype=torch.float32, device=rewards.device)
-            total, count = self.accelerator.gather(local_stats).view(-1, 2).sum(dim=0).tolist()
-            self._metrics[mode][name].append(total / count)
-        self._pending_metrics.clear()
-
-        if not self.log_completions:
-            self._pending_extra_logs.clear()
-            return
-        # Only the latest generation batch is kept, as in `GRPOTrainer`, whose buffers are sized for a sample a row
-        for buffer in self._logs.values():
-            buffer.clear()
-        self._logs["prompt"].extend(gather_object(prompts))
-        self._logs["completion"].extend(gather_object(["<image>"] * len(completions) if is_image else completions))
-        if is_image:
-            self._logs["images"].extend(gather_object([[image] for image in completions]))
-        for i, name in enumerate(reward_func_names):
-            self._logs["rewards"][name].extend(rewards_per_func[:, i].tolist())
-        self._logs["advantages"].extend(advantages.tolist())
-        for column in sorted(set(gather_object(list(self._pending_extra_logs)))):
-            values = self._pending_extra_logs.get(column, [])
-            if len(values) != len(prompts):  # a reward function failed
-                values = [None] * len(prompts)
-            self._logs["extra"][column].extend(gather_object(values))
-        self._pending_extra_logs.clear()
-
-    # `GRPOTrainer.log` writes the table of completions and sends it, with the images, to wandb and trackio
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs, start_time)
-        if self.accelerator.is_main_process and self.log_completions and self._logs["images"]:
-            rewards = list(zip(*self._logs["rewards"].values(), strict=True))
-            images = [image for (image,) in self._logs["images"]]
-            grid = make_image_grid(images, list(self._logs["prompt"]), rewards)
-            grid.save(
-                os.path.join(self.args.output_dir, "completions", f"completions_{self.state.global_step:05d}.png")
-            )
-            log_images_to_tensorboard(self.callback_handler.callbacks, grid, self.state.global_step)
 
 
 def _gathered(model: nn.Module) -> contextlib.AbstractContextManager:
