@@ -125,6 +125,17 @@ def test_a_bounded_reward_function_runs_in_a_thread_and_its_own_error_is_named(t
     assert threads[0].daemon
 
 
+def test_a_bounded_reward_function_that_exits_ends_the_run_at_once(tmp_path):
+    def leave(completions, calls):
+        raise SystemExit(7)
+
+    trainer, _ = trainer_with(tmp_path, leave, False, reward_timeout=30)
+    started = time.monotonic()
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert time.monotonic() - started < 20
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
