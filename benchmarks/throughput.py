@@ -80,6 +80,7 @@ class Size:
     side: int  # of the square grid of tokens
     block_out_channels: tuple[int, ...]
     codebook_dim: int = 256
+    text_vocab_size: int = 4
 
     @property
     def num_tokens(self) -> int:
@@ -91,7 +92,9 @@ SIZES = {
     "mid": Size(512, 1536, 8, 8, 4, 64, 16_384, 64, 16, (32, 32, 64, 64, 64)),
     # Where the sampler and the head dominate
     "head": Size(512, 1536, 2, 8, 4, 64, 131_072, 64, 32, (32, 32, 64, 64, 64)),
-    "ursa-1.7b-ibq512": Size(2048, 6144, 28, 16, 8, 128, 131_072, 320, 32, (128, 128, 256, 256, 512)),
+    "ursa-1.7b-ibq512": Size(
+        2048, 6144, 28, 16, 8, 128, 131_072, 320, 32, (128, 128, 256, 256, 512), text_vocab_size=151_669
+    ),
 }
 
 
@@ -148,16 +151,14 @@ def zero_reward(prompts: list[str], **kwargs: Any) -> list[float]:
     return [float(i % 2) for i in range(len(prompts))]
 
 
-def build_trainer(size: Size, args: argparse.Namespace, naive: bool) -> UDMGRPOTrainer:
-    """A trainer of a model with random weights."""
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def build_pipeline(size: Size, args: argparse.Namespace, naive: bool, device: str) -> URSAPipeline:
+    """A pipeline with random weights or, on PyTorch's device `"meta"`, without any."""
     dtype = torch.bfloat16 if args.bf16 and args.lora else torch.float32
     vocabulary = {"<pad>": 0, "<eos>": 1, "<bov>": 2, "<unk>": 3}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = WhitespaceSplit()
     config = URSAConfig(
-        text_vocab_size=len(vocabulary),
+        text_vocab_size=size.text_vocab_size,
         codebook_size=size.codebook_size,
         bov_token_id=2,
         hidden_size=size.hidden_size,
@@ -182,39 +183,54 @@ def build_trainer(size: Size, args: argparse.Namespace, naive: bool) -> UDMGRPOT
             sample_size=size.side * 2 ** (len(size.block_out_channels) - 1),
         )
     if args.bf16:
-        vae.to(torch.bfloat16)
+        torch.nn.Module.to(vae, torch.bfloat16)  # that of diffusers warns of a cast
     transformer.set_attn_implementation("eager" if naive else "sdpa")
-    scheduler = KineticOptimalScheduler(shift=2.0)
-    scheduler.set_codebook(vae.codebook.detach().float().normal_())
-    pipeline = (NaivePipeline if naive else URSAPipeline)(
+    scheduler = KineticOptimalScheduler(shift=2.0, codebook_size=size.codebook_size, codebook_dim=size.codebook_dim)
+    if device != "meta":
+        scheduler.set_codebook(vae.codebook.detach().float().normal_())
+    return (NaivePipeline if naive else URSAPipeline)(
         transformer=transformer,
         scheduler=scheduler,
         tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"),
         vae=vae,
         max_prompt_length=size.num_text_tokens,
     )
+
+
+def build_config(args: argparse.Namespace, naive: bool) -> UDMGRPOConfig:
+    """The configuration of `args.batch_size` samples."""
     num_rows = args.batch_size * args.num_train_timesteps
+    return UDMGRPOConfig(
+        str(args.output_dir),
+        num_generations=2,
+        num_train_timesteps=args.num_train_timesteps,
+        timestep_window=[0, 0],
+        num_inference_steps=NUM_STEPS,
+        generation_batch_size=2 * num_rows,
+        per_device_train_batch_size=args.micro_batch_size or num_rows,
+        bf16=args.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        activation_checkpointing=args.activation_checkpointing,
+        torch_compile=args.torch_compile and not naive,
+        merge_adapter=False if naive else None,
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def build_adapter(args: argparse.Namespace) -> LoraConfig | None:
+    return LoraConfig(r=16, target_modules="all-linear") if args.lora else None
+
+
+def build_trainer(size: Size, args: argparse.Namespace, naive: bool) -> UDMGRPOTrainer:
+    """A trainer of a model with random weights."""
+    torch.manual_seed(0)
     return (NaiveTrainer if naive else UDMGRPOTrainer)(
-        pipeline,
+        build_pipeline(size, args, naive, "cuda" if torch.cuda.is_available() else "cpu"),
         zero_reward,
-        UDMGRPOConfig(
-            str(args.output_dir),
-            num_generations=2,
-            num_train_timesteps=args.num_train_timesteps,
-            timestep_window=[0, 0],
-            num_inference_steps=NUM_STEPS,
-            generation_batch_size=2 * num_rows,
-            per_device_train_batch_size=args.micro_batch_size or num_rows,
-            bf16=args.bf16,
-            use_cpu=device == "cpu",
-            activation_checkpointing=args.activation_checkpointing,
-            torch_compile=args.torch_compile and not naive,
-            merge_adapter=False if naive else None,
-            report_to="none",
-            disable_tqdm=True,
-        ),
+        build_config(args, naive),
         train_dataset=Dataset.from_dict({"prompt": ["a"] * max(2, args.batch_size)}),
-        peft_config=LoraConfig(r=16, target_modules="all-linear") if args.lora else None,
+        peft_config=build_adapter(args),
     )
 
 

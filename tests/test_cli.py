@@ -32,6 +32,8 @@ from trl_udm.rewards.wire import TOKEN_VARIABLE
 from trl_udm.shapes import CHECKPOINT_PATH
 from trl_udm.shapes.world import ShapesObject, render
 
+from .trainer.hub_server import USER, HubServer, Repository
+
 
 def test_serve_reward_has_the_defaults_of_the_server():
     arguments = vars(make_parser().parse_args(["serve-reward", "shapes"]))
@@ -226,3 +228,60 @@ def test_merge_refuses_an_adapter_that_lacks_a_weight(tmp_path, adapter):
     with pytest.raises(ValueError, match="does not fit the transformer: .*up_proj.lora_A"):
         main(argv)
     assert not (tmp_path / "merged").exists()
+
+
+def test_memory_prints_each_stage_and_whether_it_fits(capsys):
+    argv = ["memory", "--model", "shapes", "--no-bf16", "--per_device_train_batch_size", "48", "--gpu_memory"]
+    main([*argv, "24"])
+    full = capsys.readouterr().out
+    main([*argv, "0.6", "--lora_r", "4", "--no-activation_checkpointing"])
+    lora = capsys.readouterr().out
+    for stage in ("rollout", "decode", "scoring", "update"):
+        assert f"| peak of the {stage} | 0." in full and f"| peak of the {stage} | 0." in lora
+    assert "24 GiB: fits, 23." in full
+    assert "0.6 GiB: 0." in lora and "GiB too much." in lora
+    assert "| reference weights | 0.00 |" in lora
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora_r", "-1"], "`--lora_r` must be >= 0, got -1."),
+        (["--every_n_layers", "0"], "`--every_n_layers` must be >= 1, got 0."),
+        (["--per_device_train_batch_size", "0"], "`--per_device_train_batch_size` must be >= 1, got 0."),
+        (
+            ["--gradient_accumulation_steps", "5", "--per_device_train_batch_size", "4"],
+            "must hold whole groups of 24 rows",
+        ),
+        (["--height", "33"], "`height` must be a positive multiple of"),
+    ],
+)
+def test_memory_refuses(flags, message):
+    with pytest.raises(ValueError, match=message):
+        main(["memory", "--model", "shapes", *flags])
+
+
+def test_memory_of_a_folder_that_lacks_a_configuration(tmp_path):
+    with pytest.raises(FileNotFoundError, match="The checkpoint has no .*config.json"):
+        main(["memory", "--model", str(tmp_path)])
+
+
+def test_memory_downloads_configurations_only(tmp_path):
+    files = {
+        str(path.relative_to(CHECKPOINT_PATH)): path.read_bytes()
+        for path in CHECKPOINT_PATH.rglob("*")
+        if path.is_file()
+    }
+    assert any(path.endswith(".safetensors") for path in files)
+    with HubServer() as server:
+        server.repositories[f"{USER}/shapes"] = Repository()
+        server.repositories[f"{USER}/shapes"].commit(files, "initial commit")
+        environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+        environment.pop("HF_TOKEN", None)
+        environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-m", "trl_udm.cli", "memory", "--model", f"{USER}/shapes"]
+        run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert "| peak of the update |" in run.stdout
+    downloaded = [path for path in tmp_path.rglob("snapshots/*/**/*") if path.is_file()]
+    assert "model_index.json" in {path.name for path in downloaded}
+    assert {path.suffix for path in downloaded} == {".json"}

@@ -32,6 +32,7 @@ _MODULES = {
     "HPSv2Reward": ".rewards.clip",
     "KineticOptimalScheduler": ".schedulers.scheduling_kinetic_optimal",
     "Mask2FormerDetector": ".rewards.mask2former",
+    "MemoryEstimate": ".trainer.memory",
     "OCRReward": ".rewards.ocr",
     "PickScoreReward": ".rewards.clip",
     "RemoteReward": ".rewards.remote",
@@ -44,6 +45,7 @@ _MODULES = {
     "URSAModel": ".models.modeling_ursa",
     "URSAPipeline": ".pipelines.pipeline_ursa",
     "UniformDDIMScheduler": ".schedulers.scheduling_uniform_ddim",
+    "estimate_memory": ".trainer.memory",
 }
 
 __all__ = list(_MODULES)
@@ -71,6 +73,8 @@ if TYPE_CHECKING:
     from .trainer.diagnostics import DiagnosticsCallback as DiagnosticsCallback
     from .trainer.ema import EMACallback as EMACallback
     from .trainer.guardrails import GuardrailCallback as GuardrailCallback
+    from .trainer.memory import MemoryEstimate as MemoryEstimate
+    from .trainer.memory import estimate_memory as estimate_memory
     from .trainer.udm_grpo_config import UDMGRPOConfig as UDMGRPOConfig
     from .trainer.udm_grpo_trainer import UDMGRPOTrainer as UDMGRPOTrainer
 

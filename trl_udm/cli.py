@@ -21,6 +21,7 @@ a verb imports, it imports when it runs, so that `trl-udm --help` is quick and n
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -55,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_evaluate(verbs)
     _add_generate(verbs)
     _add_merge(verbs)
+    _add_memory(verbs)
     _add_serve_reward(verbs)
     _add_env(verbs)
     return parser
@@ -296,6 +298,111 @@ def _add_merge(verbs: Any) -> None:
     parser.set_defaults(run=merge)
 
 
+def memory(
+    model: str,
+    dtype: str,
+    lora_r: int,
+    every_n_layers: int,
+    height: int | None,
+    width: int | None,
+    gpu_memory: float | None,
+    gradient_accumulation_steps: int | None,
+    **settings: Any,
+) -> None:
+    """
+    Print the memory that training needs on a GPU, computed by [`~trl_udm.estimate_memory`] from the configurations alone.
+
+    Args:
+        model (`str`):
+            As in `load_pipeline`. No weight is read or downloaded.
+        dtype (`str`):
+            Dtype of the weights.
+        lora_r (`int`):
+            Rank of a LoRA on all linear layers, or 0 to train all weights.
+        every_n_layers (`int`):
+            Layers of which one is checkpointed, > 0.
+        height (`int`, *optional*):
+            Height of the images in pixels.
+        width (`int`, *optional*):
+            Width of the images in pixels.
+        gpu_memory (`float`, *optional*):
+            Memory of the GPU in GiB, to compare with.
+        gradient_accumulation_steps (`int`, *optional*):
+            As in [`UDMGRPOConfig`]. By default the fewest with which a step holds whole groups.
+        settings (`dict[str, Any]`):
+            Further arguments of [`UDMGRPOConfig`].
+
+    Raises:
+        `ValueError`: If a value is out of its range, or the batch does not hold whole groups.
+    """
+    import torch
+    from peft import LoraConfig
+
+    from . import UDMGRPOConfig, URSAPipeline, estimate_memory
+
+    num_rows = settings["per_device_train_batch_size"]
+    for name, value, smallest in (
+        ("lora_r", lora_r, 0),
+        ("every_n_layers", every_n_layers, 1),
+        ("per_device_train_batch_size", num_rows, 1),
+    ):
+        if value < smallest:
+            raise ValueError(f"`--{name}` must be >= {smallest}, got {value}.")
+    if gradient_accumulation_steps is None:
+        group_rows = settings["num_generations"] * settings["num_train_timesteps"]
+        gradient_accumulation_steps = group_rows // math.gcd(group_rows, num_rows)
+    size = {"height": height, "width": width}
+    args = UDMGRPOConfig(
+        "outputs",
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        pipeline_kwargs={name: value for name, value in size.items() if value is not None},
+        activation_checkpointing_kwargs={"every_n_layers": every_n_layers},
+        use_cpu=True,  # this process needs no GPU
+        report_to="none",
+        **settings,
+    )
+    pipeline = URSAPipeline.from_configs(_checkpoint_path(model), dtype=getattr(torch, dtype))
+    peft_config = LoraConfig(r=lora_r, target_modules="all-linear") if lora_r else None
+    estimate = estimate_memory(pipeline, args, peft_config)
+    print("| computed, not measured | GiB |\n|---|---|")
+    for name in ("trained_weights", "frozen_weights", "reference_weights", "optimizer_states", "gradients"):
+        print(f"| {name.replace('_', ' ')} | {getattr(estimate, name) / 2**30:.2f} |")
+    for stage, peak in estimate.stages.items():
+        print(f"| peak of the {stage} | {peak / 2**30:.2f} |")
+    print("Beside it: about 0.5 GiB of CUDA's context, fragmentation, and reward models.")
+    if gpu_memory is not None:
+        left = gpu_memory - 0.5 - estimate.peak / 2**30
+        print(f"{gpu_memory:g} GiB: {f'fits, {left:.1f} GiB are left' if left >= 0 else f'{-left:.1f} GiB too much'}.")
+
+
+def _add_memory(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "memory",
+        help="compute the memory that training needs on a GPU",
+        description="Compute the memory that training needs on a GPU, stage by stage, from a model's configurations: no "
+        "weight is read, and no GPU is needed. The defaults are those of UDMGRPOConfig.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="folder or Hub repository, or 'shapes' or 'words'")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the weights")
+    parser.add_argument("--lora_r", type=int, default=0, help="rank of a LoRA on all linear layers; 0 trains all")
+    parser.add_argument("--per_device_train_batch_size", type=int, default=24, help="rows of a forward pass")
+    parser.add_argument("--gradient_accumulation_steps", type=int, help="by default the fewest for whole groups")
+    parser.add_argument("--rollout_batch_size", type=int, help="samples drawn at a time; all by default")
+    parser.add_argument("--decode_batch_size", type=int, help="samples decoded at a time; as many by default")
+    parser.add_argument("--num_generations", type=int, default=8, help="samples a prompt")
+    parser.add_argument("--num_train_timesteps", type=int, default=3, help="rows a sample")
+    parser.add_argument("--guidance_scale", type=float, default=1.0, help="guidance of rollouts; 1 for none")
+    parser.add_argument("--beta", type=float, default=0.05, help="weight of the KL divergence; 0 for no reference")
+    for name, text in (("bf16", "compute in bfloat16"), ("activation_checkpointing", "recompute the layers")):
+        parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=text)
+    parser.add_argument("--every_n_layers", type=int, default=1, help="recompute one layer of so many")
+    parser.add_argument("--height", type=int, help="pixels; the model's own by default")
+    parser.add_argument("--width", type=int, help="pixels; the model's own by default")
+    parser.add_argument("--gpu_memory", type=float, help="GiB of the GPU, to compare with")
+    parser.set_defaults(run=memory)
+
+
 def load_pipeline(model: str, adapter: str | None, dtype: str | None) -> Any:
     """
     Load a pipeline onto the device of the process.
@@ -314,17 +421,21 @@ def load_pipeline(model: str, adapter: str | None, dtype: str | None) -> Any:
     import torch
     from accelerate import PartialState
 
-    from . import shapes, words
     from .pipelines.pipeline_ursa import URSAPipeline
 
     device = PartialState().device
-    model = {"shapes": shapes.CHECKPOINT_PATH, "words": words.CHECKPOINT_PATH}.get(model, model)
     if dtype is None:
         dtype = "float32" if device.type == "cpu" else "bfloat16"
-    pipeline = URSAPipeline.from_pretrained(model, dtype=getattr(torch, dtype))
+    pipeline = URSAPipeline.from_pretrained(_checkpoint_path(model), dtype=getattr(torch, dtype))
     if adapter is not None:
         pipeline.load_lora_weights(adapter)
     return pipeline.to(device)
+
+
+def _checkpoint_path(model: str) -> str | Path:
+    from . import shapes, words
+
+    return {"shapes": shapes.CHECKPOINT_PATH, "words": words.CHECKPOINT_PATH}.get(model, model)
 
 
 def _add_model(parser: argparse.ArgumentParser, required: bool) -> None:

@@ -469,6 +469,28 @@ def test_original_folder_saves_and_loads_in_our_format(pipe, tmp_path):
     assert not loaded.vae.training
 
 
+def test_pipeline_without_weights_is_that_of_the_folder(saved_dir):
+    expected = load(saved_dir)
+    for path in [*saved_dir.rglob("*.safetensors"), *saved_dir.rglob("*.bin"), *saved_dir.rglob("*.pth")]:
+        path.unlink()
+    pipe = URSAPipeline.from_configs(saved_dir, dtype=torch.bfloat16)
+    for name in ("transformer", "vae"):
+        tensors, expected_tensors = (getattr(p, name).state_dict() for p in (pipe, expected))
+        assert {key: tensor.shape for key, tensor in tensors.items()} == {
+            key: tensor.shape for key, tensor in expected_tensors.items()
+        }
+        assert all(tensor.is_meta and tensor.dtype == torch.bfloat16 for tensor in tensors.values())
+    for name in ("codebook_size", "codebook_dim", "shift"):
+        assert pipe.scheduler.config[name] == expected.scheduler.config[name]
+    assert pipe.config.max_prompt_length == expected.config.max_prompt_length
+    assert pipe.latent_shape() == expected.latent_shape()
+
+
+def test_pipeline_without_weights_takes_no_components(original_dir):
+    with pytest.raises(TypeError, match=re.escape("Arguments not supported without weights: ['vae'].")):
+        URSAPipeline.from_configs(original_dir, vae=None)
+
+
 def test_original_folder_takes_components_and_refuses_unknown_arguments(pipe, original_dir):
     loaded = load(original_dir, transformer=pipe.transformer, vae=pipe.vae)
     assert loaded.transformer is pipe.transformer

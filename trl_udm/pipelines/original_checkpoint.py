@@ -120,7 +120,7 @@ def load_original_components(
     components = {name: value for name, value in kwargs.items() if name not in HUB_KWARGS}
     check_configs(folder, **components)
     if "transformer" not in components:
-        config = URSAConfig.from_original_config(_load_config(folder / "transformer"))
+        config = URSAConfig.from_original_config(load_config(folder / "transformer"))
         state_dict = _load_state_dict(folder / "transformer")
         with torch.device("meta"):
             _check_state_dict(state_dict, URSAForImageGeneration(config).state_dict(), folder / "transformer")
@@ -128,7 +128,7 @@ def load_original_components(
             None, config=config, state_dict=state_dict, dtype=dtype
         )
     if "vae" not in components:
-        vae = AutoencoderVQ.from_original_config(_load_config(folder / "vae"))
+        vae = AutoencoderVQ.from_original_config(load_config(folder / "vae"))
         state_dict = {
             name.replace("quantizer.", "quantize."): tensor
             for name, tensor in _load_state_dict(folder / "vae").items()
@@ -147,7 +147,20 @@ def load_original_components(
     return components
 
 
-def _load_config(folder: Path) -> dict[str, Any]:
+def load_config(folder: Path) -> dict[str, Any]:
+    """
+    Reads a component's `config.json`.
+
+    Args:
+        folder (`Path`):
+            The component's folder.
+
+    Returns:
+        `dict[str, Any]`: The configuration.
+
+    Raises:
+        ValueError: If the file is not JSON.
+    """
     path = folder / "config.json"
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -19,14 +19,17 @@ from typing import Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from transformers import PreTrainedTokenizerBase
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..models.autoencoder_vq import AutoencoderVQ
+from ..models.configuration_ursa import URSAConfig
 from ..models.modeling_ursa import URSAForImageGeneration
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
-from .original_checkpoint import check_configs, is_original_checkpoint, load_original_components
+from .original_checkpoint import check_configs, is_original_checkpoint, load_config, load_original_components
 from .pipeline_output import URSAPipelineOutput
-from .pipeline_udm import UDMPipeline
+from .pipeline_udm import HUB_KWARGS, UDMPipeline
 
 
 class URSAPipeline(UDMPipeline):
@@ -114,6 +117,59 @@ class URSAPipeline(UDMPipeline):
         if Path(pretrained_model_name_or_path).is_dir():
             check_configs(Path(pretrained_model_name_or_path), **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
+
+    @classmethod
+    def from_configs(
+        cls, pretrained_model_name_or_path: str | Path, dtype: torch.dtype = torch.float32, **kwargs
+    ) -> "URSAPipeline":
+        """
+        Builds a pipeline without its weights, on PyTorch's `"meta"` device, such as for [`estimate_memory`]. Of a Hub
+        repository, in either format, configurations and tokenizer are downloaded.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`):
+                As in `from_pretrained`.
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+                Dtype of transformer and VQ autoencoder.
+            kwargs:
+                `cache_dir`, `revision`, `token`, `local_files_only` and `force_download`.
+
+        Returns:
+            [`URSAPipeline`]: The pipeline, whose scheduler has no codebook.
+
+        Raises:
+            OSError: If a part is missing.
+            TypeError: If an argument is unknown.
+        """
+        unknown = sorted(set(kwargs) - {*HUB_KWARGS})
+        if unknown:
+            raise TypeError(f"Arguments not supported without weights: {unknown}.")
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            folder = Path(
+                snapshot_download(
+                    str(pretrained_model_name_or_path), allow_patterns=["*.json", "tokenizer/*"], **kwargs
+                )
+            )
+        check_configs(folder)
+        transformer_config, vae_config = load_config(folder / "transformer"), load_config(folder / "vae")
+        is_original = is_original_checkpoint(folder)
+        with torch.device("meta"):
+            config = URSAConfig.from_original_config(transformer_config) if is_original else None
+            transformer = URSAForImageGeneration(config or URSAConfig.from_dict(transformer_config))
+            vae = (AutoencoderVQ.from_original_config if is_original else AutoencoderVQ.from_config)(vae_config)
+        scheduler = KineticOptimalScheduler.from_config(KineticOptimalScheduler.load_config(folder / "scheduler"))
+        if scheduler.config.codebook_size is None:
+            scheduler.register_to_config(
+                codebook_size=transformer.config.codebook_size, codebook_dim=vae.config.vq_embed_dim
+            )
+        return cls(
+            transformer=transformer.to(dtype),
+            scheduler=scheduler,
+            tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+            vae=nn.Module.to(vae, dtype),  # that of diffusers warns of a cast
+            max_prompt_length=cls.load_config(folder).get("max_prompt_length", 320),
+        )
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> str:

@@ -1,0 +1,243 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import resource
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch.profiler import ProfilerActivity, profile
+
+from trl_udm import (
+    AutoencoderVQ,
+    KineticOptimalScheduler,
+    TextUDMPipeline,
+    UDMGRPOConfig,
+    UDMGRPOTrainer,
+    URSAConfig,
+    URSAForImageGeneration,
+    URSAPipeline,
+    arithmetic,
+    estimate_memory,
+    shapes,
+)
+
+from ..pipelines import tiny_diffusion_gemma
+from .toy_text_family import build_toy_text_pipeline
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return URSAPipeline.from_configs(shapes.CHECKPOINT_PATH).tokenizer
+
+
+def build_pipeline(tokenizer, num_layers=2, device="cpu", codebook_size=600, **config):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "text_vocab_size": 40, "bov_token_id": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": num_layers}
+    with torch.device(device):
+        transformer = URSAForImageGeneration(URSAConfig(codebook_size=codebook_size, **{**sizes, **config}))
+        vae = AutoencoderVQ(
+            block_out_channels=(32, 32),
+            down_block_types=["DownEncoderBlock2D"] * 2,
+            up_block_types=["UpDecoderBlock2D"] * 2,
+            latent_channels=8,
+            vq_embed_dim=8,
+            num_vq_embeddings=codebook_size,
+            sample_size=16,
+        )
+    scheduler = KineticOptimalScheduler(codebook_size=codebook_size, codebook_dim=8)
+    if device == "cpu":
+        scheduler.set_codebook(torch.randn(codebook_size, 8))
+    return URSAPipeline(transformer, scheduler, tokenizer, vae, max_prompt_length=24)
+
+
+def build_config(tmp_path, **kwargs):
+    settings = {"num_generations": 2, "per_device_train_batch_size": 6, "activation_checkpointing": False}
+    return UDMGRPOConfig(
+        str(tmp_path),
+        **{**settings, "bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True, **kwargs},
+    )
+
+
+def build_adapter():
+    return LoraConfig(r=4, target_modules="all-linear")
+
+
+def measure_allocated(run):
+    """Peak of the bytes that PyTorch's allocator hands out in a call, as its profiler records them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "lora", "settings"),
+    [
+        (2, False, {}),
+        (3, False, {"per_device_train_batch_size": 12}),
+        (2, True, {}),
+        (3, True, {"activation_checkpointing": True, "beta": 0.0}),
+        (2, False, {"bf16": True}),
+        (2, False, {"gradient_accumulation_steps": 2}),
+    ],
+)
+def test_the_update_is_what_the_allocator_hands_out(tmp_path, tokenizer, num_layers, lora, settings):
+    """Of the real trainer's loss, backward pass and optimizer step, in several shapes and dtypes, within 2 %."""
+    args = build_config(tmp_path, **settings)
+    peft_config = build_adapter() if lora else None
+    estimate = estimate_memory(build_pipeline(tokenizer, num_layers), args, peft_config, device="cpu")
+    trainer = UDMGRPOTrainer(
+        build_pipeline(tokenizer, num_layers),
+        lambda prompts, **kwargs: [0.0] * len(prompts),
+        args,
+        train_dataset=Dataset.from_dict({"prompt": ["a"] * 8}),
+        peft_config=peft_config,
+    )
+    trainer.model.train()
+    if args.activation_checkpointing:
+        trainer.model.activation_checkpointing_enable()
+    trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+    trainer.create_optimizer()
+    num_rows, num_tokens = args.per_device_train_batch_size, 64
+    rows = {
+        "prompt_ids": torch.zeros(num_rows, 24 + num_tokens, dtype=torch.long),
+        "prompt_mask": torch.ones(num_rows, 24 + num_tokens),
+        "completion_ids": torch.zeros(num_rows, num_tokens, dtype=torch.long),
+        "completion_mask": torch.ones(num_rows, num_tokens, dtype=torch.long),
+        "advantages": torch.ones(num_rows),
+        "ref_per_token_logps": torch.zeros(num_rows, 1),
+    }
+
+    def update():
+        for _ in range(args.gradient_accumulation_steps):
+            trainer.compute_loss(trainer.model, rows).backward()
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    # The first call makes the optimizer's states, the second needs as much beside them
+    measured = measure_allocated(lambda: [update(), update()])
+    estimated = estimate.stages["update"] - estimate.resident + estimate.optimizer_states
+    assert estimated == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_rollout_and_decoding_are_what_the_allocator_hands_out(tmp_path, tokenizer, lora):
+    peft_config = build_adapter() if lora else None
+    args = build_config(tmp_path, rollout_batch_size=2)
+    estimate = estimate_memory(build_pipeline(tokenizer), args, peft_config, device="cpu")
+    pipeline = build_pipeline(tokenizer)
+    trainer = UDMGRPOTrainer(
+        pipeline,
+        lambda prompts, **kwargs: [0.0] * len(prompts),
+        args,
+        train_dataset=Dataset.from_dict({"prompt": ["a"] * 8}),
+        peft_config=peft_config,
+    )
+    assert trainer.merge_adapter == lora
+    estimated = max(estimate.stages["rollout"], estimate.stages["decode"]) - estimate.resident
+    assert estimated == pytest.approx(measure_allocated(lambda: trainer._rollout(["a", "a"], "train")), rel=0.05)
+    ids = torch.zeros(2, 64, dtype=torch.long)
+    if not lora:  # while an adapter is merged, there is a copy of the weights
+        measured = measure_allocated(lambda: pipeline.decode(ids, (1, 8, 8), output_type="pt"))
+        assert estimate.stages["decode"] - estimate.resident == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_weights_gradients_and_states_are_exact(tmp_path, tokenizer, lora):
+    pipeline = build_pipeline(tokenizer)
+    codebook = pipeline.scheduler.codebook.nbytes
+    weights = sum(parameter.nbytes for parameter in pipeline.transformer.parameters())
+    others = codebook + sum(tensor.nbytes for tensor in pipeline.transformer.buffers())
+    others += sum(tensor.nbytes for tensor in [*pipeline.vae.parameters(), *pipeline.vae.buffers()])
+    estimate = estimate_memory(pipeline, build_config(tmp_path), build_adapter() if lora else None)
+    if lora:
+        # r x (inputs + outputs) of each linear layer, in float32
+        linears = [module for module in pipeline.transformer.model.modules() if isinstance(module, torch.nn.Linear)]
+        trained = sum(4 * 4 * (linear.in_features + linear.out_features) for linear in linears)
+        assert estimate.frozen_weights == weights + others
+        assert estimate.reference_weights == 0
+    else:
+        trained = weights
+        assert estimate.reference_weights == weights
+    num_trained = 2 * len(linears) if lora else len(list(pipeline.transformer.parameters()))
+    assert estimate.trained_weights == estimate.gradients == trained
+    assert estimate.optimizer_states == 2 * trained + 4 * num_trained  # a step's number for each
+    assert estimate.peak == max(estimate.stages.values()) > estimate.resident
+    assert type(pipeline.transformer.lm_head.weight.data) is torch.Tensor  # the pipeline is as it was
+    assert isinstance(pipeline.scheduler, KineticOptimalScheduler)
+
+
+def test_it_grows_and_shrinks_as_it_must(tmp_path, tokenizer):
+    def stages(num_layers=2, lora=False, **settings):
+        pipeline = build_pipeline(tokenizer, num_layers, device="meta", hidden_size=64, intermediate_size=256)
+        return estimate_memory(pipeline, build_config(tmp_path, **settings), build_adapter() if lora else None).stages
+
+    # Each layer, and each row, takes as much as another
+    shallow, base, deep = (stages(num_layers)["update"] for num_layers in (1, 2, 3))
+    assert deep - base == pytest.approx(base - shallow, rel=0.01) and shallow < base
+    rows = [stages(per_device_train_batch_size=size, generation_batch_size=36)["update"] for size in (6, 12, 18)]
+    assert rows[2] - rows[1] == pytest.approx(rows[1] - rows[0], rel=0.01) and rows[0] < rows[1]
+    every_2 = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"every_n_layers": 2}}
+    assert stages(activation_checkpointing=True)["update"] < stages(**every_2)["update"] < base
+    assert stages(lora=True)["update"] < stages(beta=0.0)["update"] < base
+    rollouts = [stages(**settings)["rollout"] for settings in ({"rollout_batch_size": 1}, {}, {"guidance_scale": 7.0})]
+    assert rollouts[0] < rollouts[1] < rollouts[2]
+
+
+def test_the_real_size_needs_no_memory_of_its_weights(tmp_path, tokenizer):
+    """URSA-1.7B has 6.8 GiB of them; and the process may not grow by half a GiB."""
+    with torch.device("meta"):
+        transformer = URSAForImageGeneration(URSAConfig(codebook_size=131_072))
+        vae = AutoencoderVQ(num_vq_embeddings=131_072, vq_embed_dim=256, latent_channels=256, sample_size=32)
+    scheduler = KineticOptimalScheduler(codebook_size=131_072, codebook_dim=256)
+    pipeline = URSAPipeline(transformer, scheduler, tokenizer, vae)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    estimate = estimate_memory(pipeline, build_config(tmp_path, bf16=True))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 * 1024
+    config = transformer.config
+    layer = config.hidden_size * (2 * 16 + 2 * 8) * 128 + 3 * config.hidden_size * config.intermediate_size
+    norms = 28 * (2 * config.hidden_size + 2 * 128) + config.hidden_size
+    num_weights = 28 * layer + norms + config.hidden_size * (config.vocab_size + config.codebook_size)
+    assert estimate.trained_weights == 4 * num_weights
+    assert all(parameter.is_meta for parameter in transformer.parameters())
+
+
+@pytest.mark.parametrize("family", ["toy", "arithmetic"])
+def test_families_of_text(tmp_path, family):
+    pipeline = build_toy_text_pipeline()
+    if family == "arithmetic":
+        pipeline = TextUDMPipeline.from_pretrained(arithmetic.CHECKPOINT_PATH)
+    args = build_config(tmp_path)
+    short, long = (estimate_memory(pipeline, args, prompt=prompt) for prompt in ("a", "1+1=" * 8))
+    assert short.stages["update"] < long.stages["update"]
+    assert short.trained_weights == sum(parameter.nbytes for parameter in pipeline.transformer.parameters())
+
+
+def test_an_unknown_device_is_refused(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="`device` must be 'cuda' or 'cpu', got 'tpu'."):
+        estimate_memory(build_pipeline(tokenizer, device="meta"), build_config(tmp_path), device="tpu")
+
+
+def test_a_sampler_of_its_own_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="`pipeline` must sample as `UDMPipeline` does, got DiffusionGemmaUDMPipeline"
+    ):
+        estimate_memory(tiny_diffusion_gemma.build_pipeline(), build_config(tmp_path))
