@@ -23,7 +23,7 @@ Stages are those of `throughput.py`, each in a process of its own, and so is wha
 what was there before it. It is measured in two ways. On a GPU both are PyTorch's allocator. On a CPU, "allocated" is the sum of
 the bytes that PyTorch's allocator handed out, as its profiler records them, and "process" is the growth of the process, which
 has more: the buffers of the libraries below PyTorch, and freed memory that the C library keeps. It is told to return
-blocks of 64 KiB and more at once (`MALLOC_MMAP_THRESHOLD_`). `--recipes` prints the table of docs/memory.md, for a GPU and
+blocks of 64 KiB and more at once (`MALLOC_MMAP_THRESHOLD_`), without which a large update grows the process by a fifth more. `--recipes` prints the table of docs/memory.md, for a GPU and
 with neither weights nor a GPU.
 """
 
@@ -59,7 +59,7 @@ RECIPES = (
     ("24 GB", True, 3, 16, False, 0.05),
     ("40 GB", True, 48, 64, True, 0.05),
     ("40 GB", True, 6, 32, False, 0.05),
-    ("80 GB", True, 12, 64, False, 0.05),
+    ("80 GB", False, 4, 16, True, 0.05),
     ("80 GB", False, 24, 32, True, 0.05),
     ("80 GB", False, 4, 16, False, 0.05),
     ("none of these", False, 4, 16, True, 0.0),
