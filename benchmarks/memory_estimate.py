@@ -23,8 +23,8 @@ Stages are those of `throughput.py`, each in a process of its own, and so is wha
 what was there before it. It is measured in two ways. On a GPU both are PyTorch's allocator. On a CPU, "allocated" is the sum of
 the bytes that PyTorch's allocator handed out, as its profiler records them, and "process" is the growth of the process, which
 has more: the buffers of the libraries below PyTorch, and freed memory that the C library keeps. It is told to return
-blocks of 64 KiB and more at once (`MALLOC_MMAP_THRESHOLD_`), without which a large update grows the process by a fifth more. `--recipes` prints the table of docs/memory.md, for a GPU and
-with neither weights nor a GPU.
+blocks of 64 KiB and more at once (`MALLOC_MMAP_THRESHOLD_`), without which a large update grows the process by a fifth
+more. `--recipes` prints the table of docs/memory.md, for a GPU and with neither weights nor a GPU.
 """
 
 import argparse

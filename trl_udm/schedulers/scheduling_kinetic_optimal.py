@@ -73,8 +73,8 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
     with `beta'_t = c · alpha · t^(alpha − 1) / (1 − t)^(alpha + 1)`, and 0 at t = 0: it jumps with probability
     `1 − exp(−h · λ)`, λ = Σ_k u(k), to k ~ u / λ, and else it stays. The last step returns x₁ itself.
 
-    `step` and `add_noise` work in chunks of tokens of at most `max_chunk_elements` probabilities. At most four float32
-    tensors of that size exist at once, 256 MiB beside the caller's logits, whatever the batch. Codes, distances and
+    `step` and `add_noise` work in chunks of tokens of at most `max_chunk_elements` probabilities. At most three float32
+    tensors of that size exist at once, 192 MiB beside the caller's logits, whatever the batch. Codes, distances and
     probabilities are float32, whatever dtype the logits have and also under autocast. Leave TF32 matrix products off,
     as PyTorch does by default: they round codes to 10 bits, which moves p_t by up to about 1e-3 in total variation.
 
