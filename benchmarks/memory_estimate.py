@@ -31,19 +31,20 @@ import argparse
 import json
 import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from throughput import (
     MIB,
     SIZES,
-    STAGES,
     Size,
     build_adapter,
     build_config,
     build_pipeline,
     build_stage,
     build_trainer,
+    make_parser,
     measure_in_a_process,
 )
 from torch.profiler import ProfilerActivity, profile
@@ -111,19 +112,22 @@ def extra_mib(estimated: MemoryEstimate, stage: str) -> float:
     return (extra + estimated.optimizer_states * (stage == "update")) / MIB
 
 
-def measure_allocated(stage: str, size: Size, args: argparse.Namespace, results: multiprocessing.Queue) -> None:
-    """Peak of the bytes that PyTorch's CPU allocator hands out in two calls of a stage."""
-    torch.set_num_threads(args.num_threads)
-    run = build_stage(build_trainer(size, args, False), stage, size, args)
+def peak_allocated(run: Callable[[], object]) -> int:
+    """Peak of the bytes that PyTorch's CPU allocator hands out within a call, as its profiler records them."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
         run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    results.put(peak / MIB)
+    return peak
+
+
+def measure_allocated(stage: str, size: Size, args: argparse.Namespace, results: multiprocessing.Queue) -> None:
+    torch.set_num_threads(args.num_threads)
+    run = build_stage(build_trainer(size, args, False), stage, size, args)
+    results.put(peak_allocated(lambda: [run(), run()]) / MIB)
 
 
 def compare(size: Size, args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -158,17 +162,7 @@ def compare(size: Size, args: argparse.Namespace) -> dict[str, dict[str, float]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=list(SIZES), default="mid")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--batch_size", type=int, default=4, help="samples")
-    parser.add_argument("--micro_batch_size", type=int, help="rows of an update at a time; all by default")
-    parser.add_argument("--num_train_timesteps", type=int, default=3, help="K: rows a sample in scoring and update")
-    parser.add_argument("--num_repeats", type=int, default=2, help="calls in which the process's peak is taken")
-    parser.add_argument("--num_threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--lora", action="store_true", help="train an adapter of rank 16 on all linear layers")
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
-    parser.add_argument("--activation_checkpointing", action="store_true")
+    parser = make_parser(__doc__)
     parser.add_argument("--recipes", action="store_true", help="print the table of recipes, instead of the comparison")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/memory_estimate"))
     args = parser.parse_args()

@@ -469,8 +469,9 @@ def exponent(values: list[float], heights: list[float]) -> float:
     return statistics.linear_regression(x, y).slope
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """What is measured, and how."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="mid")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--batch_size", type=int, default=4, help="samples")
@@ -478,12 +479,17 @@ def main() -> None:
         "--micro_batch_size", type=int, help="rows of a scoring or an update at a time; all by default"
     )
     parser.add_argument("--num_train_timesteps", type=int, default=3, help="K: rows a sample in scoring and update")
-    parser.add_argument("--num_repeats", type=int, default=3, help="calls, of which the median time is taken")
+    parser.add_argument("--num_repeats", type=int, default=3, help="calls of a stage")
     parser.add_argument("--num_threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--lora", action="store_true", help="train an adapter of rank 16 on all linear layers")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--torch_compile", action="store_true", help="compile the layers of the library's version")
+    return parser
+
+
+def main() -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("--skip_naive", action="store_true")
     parser.add_argument("--grow", action="store_true", help="how the cost grows, instead of the comparison")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/throughput"))

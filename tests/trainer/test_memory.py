@@ -12,13 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import importlib
 import resource
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from torch.profiler import ProfilerActivity, profile
 
 from trl_udm import (
     AutoencoderVQ,
@@ -76,16 +78,11 @@ def build_adapter():
     return LoraConfig(r=4, target_modules="all-linear")
 
 
-def measure_allocated(run):
-    """Peak of the bytes that PyTorch's allocator hands out in a call, as its profiler records them."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+@pytest.fixture(scope="module")
+def benchmark():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
+        yield importlib.import_module("memory_estimate")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +96,7 @@ def measure_allocated(run):
         (2, False, {"gradient_accumulation_steps": 2}),
     ],
 )
-def test_the_update_is_what_the_allocator_hands_out(tmp_path, tokenizer, num_layers, lora, settings):
+def test_the_update_is_what_the_allocator_hands_out(benchmark, tmp_path, tokenizer, num_layers, lora, settings):
     """Of the real trainer's loss, backward pass and optimizer step, in several shapes and dtypes, within 2 %."""
     args = build_config(tmp_path, **settings)
     peft_config = build_adapter() if lora else None
@@ -133,13 +130,13 @@ def test_the_update_is_what_the_allocator_hands_out(tmp_path, tokenizer, num_lay
         trainer.optimizer.zero_grad()
 
     # The first call makes the optimizer's states, the second needs as much beside them
-    measured = measure_allocated(lambda: [update(), update()])
+    measured = benchmark.peak_allocated(lambda: [update(), update()])
     estimated = estimate.stages["update"] - estimate.resident + estimate.optimizer_states
     assert estimated == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_rollout_and_decoding_are_what_the_allocator_hands_out(tmp_path, tokenizer, lora):
+def test_rollout_and_decoding_are_what_the_allocator_hands_out(benchmark, tmp_path, tokenizer, lora):
     peft_config = build_adapter() if lora else None
     args = build_config(tmp_path, rollout_batch_size=2)
     estimate = estimate_memory(build_pipeline(tokenizer), args, peft_config, device="cpu")
@@ -153,10 +150,12 @@ def test_rollout_and_decoding_are_what_the_allocator_hands_out(tmp_path, tokeniz
     )
     assert trainer.merge_adapter == lora
     estimated = max(estimate.stages["rollout"], estimate.stages["decode"]) - estimate.resident
-    assert estimated == pytest.approx(measure_allocated(lambda: trainer._rollout(["a", "a"], "train")), rel=0.05)
+    assert estimated == pytest.approx(
+        benchmark.peak_allocated(lambda: trainer._rollout(["a", "a"], "train")), rel=0.05
+    )
     ids = torch.zeros(2, 64, dtype=torch.long)
     if not lora:  # while an adapter is merged, there is a copy of the weights
-        measured = measure_allocated(lambda: pipeline.decode(ids, (1, 8, 8), output_type="pt"))
+        measured = benchmark.peak_allocated(lambda: pipeline.decode(ids, (1, 8, 8), output_type="pt"))
         assert estimate.stages["decode"] - estimate.resident == pytest.approx(measured, rel=0.05)
 
 
@@ -241,3 +240,24 @@ def test_a_sampler_of_its_own_is_refused(tmp_path):
         ValueError, match="`pipeline` must sample as `UDMPipeline` does, got DiffusionGemmaUDMPipeline"
     ):
         estimate_memory(tiny_diffusion_gemma.build_pipeline(), build_config(tmp_path))
+
+
+def test_the_benchmark_compares_with_what_a_stage_takes(benchmark, tmp_path, monkeypatch, capsys):
+    """The program's own options, in its own processes."""
+    options = [
+        "--size",
+        "tiny",
+        "--batch_size",
+        "2",
+        "--stages",
+        "scoring",
+        "--num_repeats",
+        "1",
+        "--num_threads",
+        "1",
+    ]
+    monkeypatch.setattr(sys, "argv", ["memory_estimate.py", *options, "--output_dir", str(tmp_path)])
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "")  # which the program sets
+    benchmark.main()
+    cells = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    assert cells[0] == "| scoring" and float(cells[3]) == pytest.approx(1, abs=0.05)

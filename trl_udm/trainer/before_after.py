@@ -28,6 +28,7 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_callable_name
 
 from ..evaluation import evaluate
+from .layers import without_checkpointing
 from .udm_grpo_trainer import UDMGRPOTrainer
 
 
@@ -82,11 +83,8 @@ def train_and_compare(
     def run(name: str) -> dict[str, float]:
         trainer.model.eval()
         with (
-            unwrap_model_for_generation(
-                trainer.model_wrapped,
-                trainer.accelerator,
-                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
-            ),
+            without_checkpointing(trainer.model),
+            unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator),
             trainer.accelerator.autocast(),
         ):
             (summary,) = evaluate(

@@ -18,7 +18,6 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-import torch._dynamo
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
