@@ -32,7 +32,7 @@ import torch
 from datasets import Dataset
 
 from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
-from trl_udm.shapes import CHECKPOINT_PATH
+from trl_udm.worlds.shapes import CHECKPOINT_PATH
 
 
 NUM_MICRO_BATCHES = 4

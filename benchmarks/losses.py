@@ -38,7 +38,7 @@ from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
 from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
-from trl_udm.shapes import CHECKPOINT_PATH
+from trl_udm.worlds.shapes import CHECKPOINT_PATH
 
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")

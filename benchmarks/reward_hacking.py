@@ -34,10 +34,10 @@ from PIL import Image
 
 from trl_udm import GenEvalReward, GuardrailCallback, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
 from trl_udm.data.geneval import geneval_dataset
-from trl_udm.shapes import CHECKPOINT_PATH
-from trl_udm.shapes.detector import ShapesColorClassifier, ShapesDetector
-from trl_udm.shapes.prompts import TRAIN_NUM_PROMPTS, balance_metadata, split_metadata
-from trl_udm.shapes.world import CLASS_NAMES
+from trl_udm.worlds.shapes import CHECKPOINT_PATH
+from trl_udm.worlds.shapes.detector import ShapesColorClassifier, ShapesDetector
+from trl_udm.worlds.shapes.prompts import TRAIN_NUM_PROMPTS, balance_metadata, split_metadata
+from trl_udm.worlds.shapes.world import CLASS_NAMES
 
 
 WATCHED = "rewards/geneval_accuracy/mean"

@@ -36,10 +36,10 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from trl_udm import EMACallback, GenEvalReward, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
-from trl_udm.shapes import CHECKPOINT_PATH
-from trl_udm.shapes.detector import ShapesColorClassifier, ShapesDetector
-from trl_udm.shapes.prompts import split_metadata
-from trl_udm.trainer.resumable_grpo_trainer import find_checkpoints, is_whole
+from trl_udm.trainer.checkpoint import find_checkpoints, is_whole
+from trl_udm.worlds.shapes import CHECKPOINT_PATH
+from trl_udm.worlds.shapes.detector import ShapesColorClassifier, ShapesDetector
+from trl_udm.worlds.shapes.prompts import split_metadata
 
 
 def train(output_dir: Path, lora: bool, num_steps: int) -> None:

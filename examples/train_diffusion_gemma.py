@@ -41,8 +41,8 @@ from trl import ModelConfig, TrlParser, get_peft_config
 from trl.import_utils import is_math_verify_available
 
 from trl_udm import DiffusionGemmaUDMPipeline, UDMGRPOConfig, UDMGRPOTrainer
+from trl_udm.evaluation.comparison import save_curves
 from trl_udm.pipelines.pipeline_diffusion_gemma import LORA_TARGET_MODULES
-from trl_udm.trainer.before_after import save_curves
 
 
 ACCURACY_REWARD = "trl.rewards.accuracy_reward"

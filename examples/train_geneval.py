@@ -44,10 +44,10 @@ from trl import ModelConfig, TrlParser, get_peft_config
 from trl_udm import DiagnosticsCallback, EMACallback, GenEvalReward, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
 from trl_udm.data.geneval import generate_geneval_prompts, geneval_dataset
 from trl_udm.data.loading import load_prompts
-from trl_udm.shapes import CHECKPOINT_PATH
-from trl_udm.shapes.prompts import EVAL_NUM_PROMPTS, TRAIN_NUM_PROMPTS, balance_metadata, split_metadata
-from trl_udm.shapes.world import CLASS_NAMES
-from trl_udm.trainer.before_after import format_table, train_and_compare
+from trl_udm.evaluation.comparison import format_table, train_and_compare
+from trl_udm.worlds.shapes import CHECKPOINT_PATH
+from trl_udm.worlds.shapes.prompts import EVAL_NUM_PROMPTS, TRAIN_NUM_PROMPTS, balance_metadata, split_metadata
+from trl_udm.worlds.shapes.world import CLASS_NAMES
 
 
 SHAPES_CONFIG_PATH = Path(__file__).parent / "configs" / "shapes.yaml"
@@ -114,7 +114,7 @@ def load_world(script_args: ScriptArguments, model_name_or_path: str | None):
     if model_name_or_path is None:
         if script_args.dataset_name is not None or script_args.eval_dataset_name is not None:
             raise ValueError("`--dataset_name` and `--eval_dataset_name` need `--model_name_or_path`.")
-        from trl_udm.shapes.detector import ShapesColorClassifier, ShapesDetector
+        from trl_udm.worlds.shapes.detector import ShapesColorClassifier, ShapesDetector
 
         train_rows, eval_rows = split_metadata()
         return (

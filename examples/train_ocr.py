@@ -43,9 +43,9 @@ from trl import ModelConfig, TrlParser, get_peft_config
 from trl_udm import OCRReward, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
 from trl_udm.data.loading import load_prompts
 from trl_udm.data.ocr import generate_ocr_prompts
-from trl_udm.trainer.before_after import format_table, train_and_compare
-from trl_udm.words import CHECKPOINT_PATH
-from trl_udm.words.prompts import split_words
+from trl_udm.evaluation.comparison import format_table, train_and_compare
+from trl_udm.worlds.words import CHECKPOINT_PATH
+from trl_udm.worlds.words.prompts import split_words
 
 
 WORDS_CONFIG_PATH = Path(__file__).parent / "configs" / "words.yaml"

@@ -35,7 +35,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 
 from trl_udm import PickScoreReward, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
 from trl_udm.data.loading import load_prompts
-from trl_udm.trainer.before_after import format_table, train_and_compare
+from trl_udm.evaluation.comparison import format_table, train_and_compare
 
 
 @dataclass

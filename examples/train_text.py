@@ -43,9 +43,9 @@ from transformers import set_seed
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from trl_udm import TextUDMPipeline, UDMGRPOConfig, UDMGRPOTrainer
-from trl_udm.arithmetic import CHECKPOINT_PATH
-from trl_udm.arithmetic.problems import split_problems, sum_reward
-from trl_udm.trainer.before_after import save_curves
+from trl_udm.evaluation.comparison import save_curves
+from trl_udm.worlds.sums import CHECKPOINT_PATH
+from trl_udm.worlds.sums.problems import split_problems, sum_reward
 
 
 ARITHMETIC_CONFIG_PATH = Path(__file__).parent / "configs" / "arithmetic.yaml"

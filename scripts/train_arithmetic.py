@@ -37,7 +37,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from trl_udm import TextUDMPipeline, UniformDDIMScheduler
-from trl_udm.arithmetic.problems import MAX_COMPLETION_LENGTH, split_problems, sum_reward, work_out
+from trl_udm.worlds.sums.problems import MAX_COMPLETION_LENGTH, split_problems, sum_reward, work_out
 
 
 # A message is its text: there is one speaker, and "=" ends the prompt

@@ -28,8 +28,8 @@ from embedded_world import World, build_tokenizer, main
 from tokenizers.pre_tokenizers import Whitespace
 
 from trl_udm.models.autoencoder_vq import AutoencoderVQ
-from trl_udm.shapes.prompts import TAGS, all_metadata, corrupt, sample_scene
-from trl_udm.shapes.world import IMAGE_SIZE, render
+from trl_udm.worlds.shapes.prompts import TAGS, all_metadata, corrupt, sample_scene
+from trl_udm.worlds.shapes.world import IMAGE_SIZE, render
 
 
 METADATA = {tag: all_metadata(tag) for tag in TAGS}

@@ -30,8 +30,8 @@ from tokenizers import Regex
 from tokenizers.pre_tokenizers import Sequence, Split, Whitespace
 
 from trl_udm.models.autoencoder_vq import AutoencoderVQ
-from trl_udm.words.prompts import TEMPLATES, misspell, sample_word
-from trl_udm.words.world import IMAGE_SIZE, INKS, render
+from trl_udm.worlds.words.prompts import TEMPLATES, misspell, sample_word
+from trl_udm.worlds.words.world import IMAGE_SIZE, INKS, render
 
 
 def sample_captioned_images(num_images: int, caption_error: float, rng: random.Random):

@@ -27,10 +27,10 @@ from safetensors.torch import load_file, save_file
 
 from trl_udm import URSAPipeline, __version__
 from trl_udm.cli import main, make_parser
-from trl_udm.rewards.server import create_app, serve
-from trl_udm.rewards.wire import TOKEN_VARIABLE
-from trl_udm.shapes import CHECKPOINT_PATH
-from trl_udm.shapes.world import ShapesObject, render
+from trl_udm.rewards.remote.server import create_app, serve
+from trl_udm.rewards.remote.wire import TOKEN_VARIABLE
+from trl_udm.worlds.shapes import CHECKPOINT_PATH
+from trl_udm.worlds.shapes.world import ShapesObject, render
 
 from .trainer.hub_server import USER, HubServer, Repository
 

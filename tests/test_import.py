@@ -62,7 +62,7 @@ def test_everything_is_imported_and_text_is_read_without_torchvision():
     code = """
 import sys
 sys.modules["torchvision"] = None
-import trl_udm, trl_udm.cli, trl_udm.evaluation, trl_udm.rewards.server, trl_udm.shapes.detector
+import trl_udm, trl_udm.cli, trl_udm.evaluation, trl_udm.rewards.remote.server, trl_udm.worlds.shapes.detector
 for name in trl_udm.__all__:
     getattr(trl_udm, name)
 from PIL import Image, ImageDraw

@@ -24,18 +24,18 @@ _MODULES = {
     "CLIPColorClassifier": ".rewards.clip_color",
     "CLIPReward": ".rewards.clip",
     "CLIPScoreReward": ".rewards.clip",
-    "DiagnosticsCallback": ".trainer.diagnostics",
+    "DiagnosticsCallback": ".callbacks.diagnostics",
     "DiffusionGemmaUDMPipeline": ".pipelines.pipeline_diffusion_gemma",
     "EMACallback": ".trainer.ema",
     "GenEvalReward": ".rewards.geneval",
-    "GuardrailCallback": ".trainer.guardrails",
+    "GuardrailCallback": ".callbacks.guardrails",
     "HPSv2Reward": ".rewards.clip",
     "KineticOptimalScheduler": ".schedulers.scheduling_kinetic_optimal",
     "Mask2FormerDetector": ".rewards.mask2former",
-    "MemoryEstimate": ".trainer.memory",
+    "MemoryEstimate": ".memory",
     "OCRReward": ".rewards.ocr",
     "PickScoreReward": ".rewards.clip",
-    "RemoteReward": ".rewards.remote",
+    "RemoteReward": ".rewards.remote.client",
     "TextUDMPipeline": ".pipelines.pipeline_text",
     "UDMGRPOConfig": ".trainer.udm_grpo_config",
     "UDMGRPOTrainer": ".trainer.udm_grpo_trainer",
@@ -45,12 +45,16 @@ _MODULES = {
     "URSAModel": ".models.modeling_ursa",
     "URSAPipeline": ".pipelines.pipeline_ursa",
     "UniformDDIMScheduler": ".schedulers.scheduling_uniform_ddim",
-    "estimate_memory": ".trainer.memory",
+    "estimate_memory": ".memory",
 }
 
 __all__ = list(_MODULES)
 
 if TYPE_CHECKING:
+    from .callbacks.diagnostics import DiagnosticsCallback as DiagnosticsCallback
+    from .callbacks.guardrails import GuardrailCallback as GuardrailCallback
+    from .memory import MemoryEstimate as MemoryEstimate
+    from .memory import estimate_memory as estimate_memory
     from .models.autoencoder_vq import AutoencoderVQ as AutoencoderVQ
     from .models.configuration_ursa import URSAConfig as URSAConfig
     from .models.modeling_ursa import URSAForImageGeneration as URSAForImageGeneration
@@ -67,14 +71,10 @@ if TYPE_CHECKING:
     from .rewards.geneval import GenEvalReward as GenEvalReward
     from .rewards.mask2former import Mask2FormerDetector as Mask2FormerDetector
     from .rewards.ocr import OCRReward as OCRReward
-    from .rewards.remote import RemoteReward as RemoteReward
+    from .rewards.remote.client import RemoteReward as RemoteReward
     from .schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler as KineticOptimalScheduler
     from .schedulers.scheduling_uniform_ddim import UniformDDIMScheduler as UniformDDIMScheduler
-    from .trainer.diagnostics import DiagnosticsCallback as DiagnosticsCallback
     from .trainer.ema import EMACallback as EMACallback
-    from .trainer.guardrails import GuardrailCallback as GuardrailCallback
-    from .trainer.memory import MemoryEstimate as MemoryEstimate
-    from .trainer.memory import estimate_memory as estimate_memory
     from .trainer.udm_grpo_config import UDMGRPOConfig as UDMGRPOConfig
     from .trainer.udm_grpo_trainer import UDMGRPOTrainer as UDMGRPOTrainer
 

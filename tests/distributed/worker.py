@@ -39,9 +39,9 @@ from transformers import TrainerCallback
 
 from tests.trainer.toy_text_family import NUM_TOKENS, build_toy_text_pipeline
 from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
+from trl_udm.evaluation.comparison import train_and_compare
 from trl_udm.pipelines.pipeline_output import UDMSamplerOutput
-from trl_udm.shapes import CHECKPOINT_PATH
-from trl_udm.trainer.before_after import train_and_compare
+from trl_udm.worlds.shapes import CHECKPOINT_PATH
 
 
 PROMPTS = ["ab", "abc", "b", "dcba", "c", "da", "bb", "acd"]

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from trl_udm import TextUDMPipeline
-from trl_udm.arithmetic import CHECKPOINT_PATH
+from trl_udm.worlds.sums import CHECKPOINT_PATH
 
 from . import load_example
 

@@ -32,7 +32,7 @@ from trl_udm import URSAConfig, URSAForImageGeneration, URSAPipeline
 from trl_udm.models.autoencoder_vq import AutoencoderVQ
 from trl_udm.pipelines.pipeline_output import UDMSamplerOutput, UDMTrajectory, URSAPipelineOutput
 from trl_udm.schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
-from trl_udm.words import CHECKPOINT_PATH as WORDS_CHECKPOINT_PATH
+from trl_udm.worlds.words import CHECKPOINT_PATH as WORDS_CHECKPOINT_PATH
 
 
 PROMPTS = ["a photo of a red car", 'a sign that says "hello"']

@@ -41,10 +41,10 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 from trl_udm.rewards import wire
 from trl_udm.rewards.loading import load_reward
 from trl_udm.rewards.remote import RemoteReward
-from trl_udm.rewards.server import create_app, serve
-from trl_udm.rewards.wire import RequestError, pack_request, unpack_request
-from trl_udm.shapes.prompts import corrupt, sample_scene, split_metadata
-from trl_udm.shapes.world import render
+from trl_udm.rewards.remote.server import create_app, serve
+from trl_udm.rewards.remote.wire import RequestError, pack_request, unpack_request
+from trl_udm.worlds.shapes.prompts import corrupt, sample_scene, split_metadata
+from trl_udm.worlds.shapes.world import render
 
 
 ROOT = Path(__file__).parents[2]

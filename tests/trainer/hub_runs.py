@@ -34,8 +34,8 @@ from huggingface_hub.utils import logging as hub_logging
 from peft import LoraConfig
 
 from trl_udm import EMACallback, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
-from trl_udm.shapes import CHECKPOINT_PATH
-from trl_udm.trainer.before_after import train_and_compare
+from trl_udm.evaluation.comparison import train_and_compare
+from trl_udm.worlds.shapes import CHECKPOINT_PATH
 
 from .hub_server import TOKEN, USER
 from .toy_text_family import ToyTextPipeline, build_toy_text_pipeline

@@ -25,8 +25,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from trl_udm import UDMGRPOConfig, URSAPipeline
-from trl_udm.shapes import CHECKPOINT_PATH
 from trl_udm.trainer.hub import _warn_of_failure
+from trl_udm.worlds.shapes import CHECKPOINT_PATH
 
 from .hub_runs import LICENCE, RUNS
 from .hub_server import TOKEN, USER, HubServer

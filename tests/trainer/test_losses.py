@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
-from trl_udm.shapes import CHECKPOINT_PATH
+from trl_udm.worlds.shapes import CHECKPOINT_PATH
 
 
 # The losses, rewards and prompts of the table in docs/udm_grpo.md

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from trl.trainer.utils import RepeatSampler
 
 from trl_udm import EMACallback, KineticOptimalScheduler
-from trl_udm.trainer.resumable_grpo_trainer import EpochRepeatSampler, find_checkpoints, is_whole
+from trl_udm.trainer.checkpoint import EpochRepeatSampler, find_checkpoints, is_whole
 
 from .resume_worker import build_trainer, run
 from .toy_text_family import ToyTextPipeline

@@ -30,7 +30,7 @@ from tensorboardX.proto import event_pb2
 from transformers import TrainerCallback
 
 from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
-from trl_udm.trainer.completion_logging import make_image_grid
+from trl_udm.image_grid import make_image_grid
 
 from .toy_text_family import NUM_TOKENS, build_toy_text_pipeline
 

@@ -58,7 +58,7 @@ class TextUDMPipeline(UDMPipeline):
 
     ```python
     >>> from trl_udm import TextUDMPipeline
-    >>> from trl_udm.arithmetic import CHECKPOINT_PATH
+    >>> from trl_udm.worlds.sums import CHECKPOINT_PATH
 
     >>> pipe = TextUDMPipeline.from_pretrained(CHECKPOINT_PATH)
     >>> text = pipe("17+45=").texts[0]

@@ -30,9 +30,9 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from .. import __version__
+from .checkpoint import ResumableGRPOTrainer
 from .ema import EMA_FOLDER
 from .model_card import CARD_FILES, make_model_card
-from .resumable_grpo_trainer import ResumableGRPOTrainer
 
 
 logger = get_logger(__name__)

@@ -38,15 +38,15 @@ from trl.trainer.utils import (
     use_adapter,
 )
 
+from ..models.layers import compile_layers, without_checkpointing
 from ..pipelines.pipeline_output import UDMSamplerOutput
 from ..pipelines.pipeline_udm import UDMPipeline
 from .async_rewards import in_background, start_rewards
-from .completion_logging import CompletionLoggingMixin
+from .checkpoint import EpochRepeatSampler
+from .completions import CompletionLoggingMixin
 from .fused_head import small_tiles
 from .hub import HubTrainer
-from .layers import compile_layers, without_checkpointing
 from .merged_adapter import can_merge, merged_adapter
-from .resumable_grpo_trainer import EpochRepeatSampler
 from .reward_checks import handle_failures
 from .udm_grpo_config import UDMGRPOConfig
 

@@ -31,13 +31,12 @@ from trl_udm import (
     URSAConfig,
     URSAForImageGeneration,
     URSAPipeline,
-    arithmetic,
     estimate_memory,
-    shapes,
 )
+from trl_udm.worlds import shapes, sums
 
-from ..pipelines import tiny_diffusion_gemma
-from .toy_text_family import build_toy_text_pipeline
+from .pipelines import tiny_diffusion_gemma
+from .trainer.toy_text_family import build_toy_text_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +80,7 @@ def build_adapter():
 @pytest.fixture(scope="module")
 def benchmark():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).resolve().parents[2] / "benchmarks")
+        patch.syspath_prepend(Path(__file__).resolve().parents[1] / "benchmarks")
         yield importlib.import_module("memory_estimate")
 
 
@@ -223,7 +222,7 @@ def test_the_real_size_needs_no_memory_of_its_weights(tmp_path, tokenizer):
 def test_families_of_text(tmp_path, family):
     pipeline = build_toy_text_pipeline()
     if family == "arithmetic":
-        pipeline = TextUDMPipeline.from_pretrained(arithmetic.CHECKPOINT_PATH)
+        pipeline = TextUDMPipeline.from_pretrained(sums.CHECKPOINT_PATH)
     args = build_config(tmp_path)
     short, long = (estimate_memory(pipeline, args, prompt=prompt) for prompt in ("a", "1+1=" * 8))
     assert short.stages["update"] < long.stages["update"]

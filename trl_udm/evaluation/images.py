@@ -44,7 +44,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from trl.trainer.utils import get_callable_name
 
-from .trainer.completion_logging import make_image_grid
+from ..image_grid import make_image_grid
 
 
 def generate_images(
@@ -389,9 +389,9 @@ def evaluate(
     ```python
     >>> from trl_udm import GenEvalReward, URSAPipeline
     >>> from trl_udm.evaluation import evaluate
-    >>> from trl_udm.shapes import CHECKPOINT_PATH
-    >>> from trl_udm.shapes.detector import ShapesColorClassifier, ShapesDetector
-    >>> from trl_udm.shapes.prompts import split_metadata
+    >>> from trl_udm.worlds.shapes import CHECKPOINT_PATH
+    >>> from trl_udm.worlds.shapes.detector import ShapesColorClassifier, ShapesDetector
+    >>> from trl_udm.worlds.shapes.prompts import split_metadata
 
     >>> summaries = evaluate(
     ...     [GenEvalReward(ShapesDetector(), ShapesColorClassifier())],

@@ -14,17 +14,17 @@
 
 """What is logged of a generation batch: metrics, the table of completions, and images for people to look at."""
 
-import math
 import os
-import textwrap
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from trl.trainer.utils import nanstd
+
+from ..image_grid import make_image_grid
 
 
 class CompletionLoggingMixin:
@@ -88,55 +88,6 @@ class CompletionLoggingMixin:
                 os.path.join(self.args.output_dir, "completions", f"completions_{self.state.global_step:05d}.png")
             )
             log_images_to_tensorboard(self.callback_handler.callbacks, grid, self.state.global_step)
-
-
-def make_image_grid(
-    images: list[Image.Image],
-    prompts: list[str],
-    rewards: list[tuple[float, ...]] | None = None,
-    num_columns: int | None = None,
-    tile_size: int = 160,
-    max_images: int = 64,
-) -> Image.Image:
-    """
-    Lays images out in a grid, each above its rewards and its prompt.
-
-    Args:
-        images (`list[PIL.Image.Image]`):
-            Images.
-        prompts (`list[str]`):
-            Their prompts.
-        rewards (`list[tuple[float, ...]]`, *optional*):
-            Their rewards, one a function.
-        num_columns (`int`, *optional*):
-            Columns of the grid; about square by default.
-        tile_size (`int`, *optional*, defaults to `160`):
-            Width of an image in the grid, and its greatest height, in pixels. Images keep their aspect ratio.
-        max_images (`int`, *optional*, defaults to `64`):
-            Images from this number on are left out.
-
-    Returns:
-        `PIL.Image.Image`: The grid.
-    """
-    images = images[:max_images]
-    num_columns = num_columns or math.ceil(math.sqrt(len(images)))
-    num_rows = math.ceil(len(images) / num_columns)
-    line_height, num_characters = 12, tile_size // 6
-    num_lines = 4
-    image_height = max(min(tile_size, round(tile_size * image.height / image.width)) for image in images)
-    tile_height = image_height + line_height * num_lines
-    grid = Image.new("RGB", (num_columns * (tile_size + 4), num_rows * (tile_height + 4)), "white")
-    draw = ImageDraw.Draw(grid)
-    for i, image in enumerate(images):
-        left, top = i % num_columns * (tile_size + 4), i // num_columns * (tile_height + 4)
-        resample = Image.Resampling.NEAREST if image.width < tile_size else Image.Resampling.LANCZOS
-        tile = ImageOps.pad(image.convert("RGB"), (tile_size, image_height), method=resample, color="white")
-        grid.paste(tile, (left, top))
-        text = "" if rewards is None else ", ".join(f"{reward:.2f}" for reward in rewards[i]) + " "
-        text += str(prompts[i])
-        for number, line in enumerate(textwrap.wrap(text, num_characters)[:num_lines]):
-            draw.text((left + 2, top + image_height + number * line_height), line, fill="black")
-    return grid
 
 
 def image_statistics(images: list[Image.Image]) -> dict[str, list[float]]:

@@ -18,9 +18,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from trl_udm.trainer.layers import compile_layers, without_checkpointing
+from trl_udm.models.layers import compile_layers, without_checkpointing
 
-from .test_udm_grpo_trainer import LORA, build_trainer
+from ..trainer.test_udm_grpo_trainer import LORA, build_trainer
 
 
 def layers(trainer):

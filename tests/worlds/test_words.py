@@ -21,9 +21,9 @@ import torch
 
 from trl_udm import URSAPipeline
 from trl_udm.rewards.ocr import OCRReward
-from trl_udm.words import CHECKPOINT_PATH
-from trl_udm.words.prompts import TEMPLATES, WORDS, misspell, sample_word, split_words
-from trl_udm.words.world import INKS, PAPER, render
+from trl_udm.worlds.words import CHECKPOINT_PATH
+from trl_udm.worlds.words.prompts import TEMPLATES, WORDS, misspell, sample_word, split_words
+from trl_udm.worlds.words.world import INKS, PAPER, render
 
 
 def test_the_engine_reads_what_is_written():

@@ -19,8 +19,8 @@ from transformers import TrainerControl, TrainerState
 
 from trl_udm import GuardrailCallback, UDMGRPOTrainer
 
-from .test_udm_grpo_trainer import PROMPTS, build_args, build_trainer, count_a, generate_batch
-from .toy_text_family import build_toy_text_pipeline
+from ..trainer.test_udm_grpo_trainer import PROMPTS, build_args, build_trainer, count_a, generate_batch
+from ..trainer.toy_text_family import build_toy_text_pipeline
 
 
 def feed(callback, **curves):

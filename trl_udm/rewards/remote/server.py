@@ -16,7 +16,7 @@
 A reward behind HTTP: on another machine, in another environment, or on a GPU that several training processes share.
 
 [`create_app`] is the server, [`serve`] runs it. The other side is
-[`~trl_udm.rewards.remote.RemoteReward`], and what goes over the wire is in [`trl_udm.rewards.wire`].
+[`~trl_udm.rewards.remote.RemoteReward`], and what goes over the wire is in [`trl_udm.rewards.remote.wire`].
 """
 
 import asyncio

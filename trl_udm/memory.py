@@ -34,12 +34,12 @@ from trl.kernels import chunked_logprob
 from trl.trainer import utils
 from trl.trainer.utils import add_fused_lm_head
 
-from ..pipelines.pipeline_udm import UDMPipeline
-from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
-from .fused_head import small_tiles
-from .merged_adapter import can_merge, merged_adapter
-from .udm_grpo_config import UDMGRPOConfig
-from .udm_grpo_trainer import UDMGRPOTrainer
+from .pipelines.pipeline_udm import UDMPipeline
+from .schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
+from .trainer.fused_head import small_tiles
+from .trainer.merged_adapter import can_merge, merged_adapter
+from .trainer.udm_grpo_config import UDMGRPOConfig
+from .trainer.udm_grpo_trainer import UDMGRPOTrainer
 
 
 @dataclasses.dataclass
@@ -123,7 +123,7 @@ def estimate_memory(
 
     ```python
     >>> from trl_udm import UDMGRPOConfig, URSAPipeline, estimate_memory
-    >>> from trl_udm.shapes import CHECKPOINT_PATH
+    >>> from trl_udm.worlds.shapes import CHECKPOINT_PATH
 
     >>> args = UDMGRPOConfig("outputs", bf16=True, use_cpu=True)  # which lets a machine without a GPU take `bf16`
     >>> estimate = estimate_memory(URSAPipeline.from_configs(CHECKPOINT_PATH), args)

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from trl_udm import TextUDMPipeline
-from trl_udm.arithmetic import CHECKPOINT_PATH
-from trl_udm.arithmetic.problems import MAX_COMPLETION_LENGTH, split_problems, sum_reward, work_out
+from trl_udm.worlds.sums import CHECKPOINT_PATH
+from trl_udm.worlds.sums.problems import MAX_COMPLETION_LENGTH, split_problems, sum_reward, work_out
 
 
 def test_sums_are_worked_out_rightly():

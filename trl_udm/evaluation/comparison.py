@@ -27,9 +27,9 @@ from PIL import Image, ImageDraw
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_callable_name
 
-from ..evaluation import evaluate
-from .layers import without_checkpointing
-from .udm_grpo_trainer import UDMGRPOTrainer
+from ..models.layers import without_checkpointing
+from ..trainer.udm_grpo_trainer import UDMGRPOTrainer
+from .images import evaluate
 
 
 def train_and_compare(

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A reward that is computed by `trl-udm serve-reward`, see [`trl_udm.rewards.server`]."""
+"""A reward that is computed by `trl-udm serve-reward`, see [`trl_udm.rewards.remote.server`]."""
 
 import asyncio
 import functools
@@ -26,7 +26,7 @@ import httpx2
 import torch
 from PIL import Image
 
-from .images import as_pil_images
+from ..images import as_pil_images
 from .wire import MEDIA_TYPE, REWARDS_PATH, TOKEN_VARIABLE, check_token, pack_request, unpack_response
 
 

@@ -23,7 +23,7 @@ try:
 except ImportError as error:
     raise ImportError("`ShapesDetector` needs SciPy: `pip install trl-udm[geneval]`.") from error
 
-from ..rewards.geneval import Detection
+from ...rewards.geneval import Detection
 from .world import BACKGROUND, CLASS_NAMES, COLORS, IMAGE_SIZE, class_mask
 
 

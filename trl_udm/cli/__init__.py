@@ -118,13 +118,13 @@ def evaluate(
     """
     from accelerate import PartialState
 
-    from .data.loading import load_prompts
-    from .evaluation import evaluate
-    from .rewards import geneval
-    from .rewards.loading import load_reward
-    from .shapes import prompts as shapes_prompts
-    from .shapes import world
-    from .words.prompts import split_words
+    from ..data.loading import load_prompts
+    from ..evaluation.images import evaluate
+    from ..rewards import geneval
+    from ..rewards.loading import load_reward
+    from ..worlds.shapes import prompts as shapes_prompts
+    from ..worlds.shapes import world
+    from ..worlds.words.prompts import split_words
 
     reward_name, reward_options, task = BENCHMARKS[benchmark]
     pipeline = rows = settings = None
@@ -338,7 +338,7 @@ def memory(
     import torch
     from peft import LoraConfig
 
-    from . import UDMGRPOConfig, URSAPipeline, estimate_memory
+    from .. import UDMGRPOConfig, URSAPipeline, estimate_memory
 
     num_rows = settings["per_device_train_batch_size"]
     for name, value, smallest in (
@@ -421,7 +421,7 @@ def load_pipeline(model: str, adapter: str | None, dtype: str | None) -> Any:
     import torch
     from accelerate import PartialState
 
-    from .pipelines.pipeline_ursa import URSAPipeline
+    from ..pipelines.pipeline_ursa import URSAPipeline
 
     device = PartialState().device
     if dtype is None:
@@ -433,7 +433,7 @@ def load_pipeline(model: str, adapter: str | None, dtype: str | None) -> Any:
 
 
 def _checkpoint_path(model: str) -> str | Path:
-    from . import shapes, words
+    from ..worlds import shapes, words
 
     return {"shapes": shapes.CHECKPOINT_PATH, "words": words.CHECKPOINT_PATH}.get(model, model)
 
@@ -451,7 +451,7 @@ def _add_model(parser: argparse.ArgumentParser, required: bool) -> None:
 
 def serve_reward(reward: str, options: dict[str, Any], token_file: Path | None, **server_options: Any) -> None:
     """
-    Serve a reward until the process is stopped, by [`~trl_udm.rewards.server.serve`].
+    Serve a reward until the process is stopped, by [`~trl_udm.rewards.remote.server.serve`].
 
     Args:
         reward (`str`):
@@ -463,9 +463,9 @@ def serve_reward(reward: str, options: dict[str, Any], token_file: Path | None, 
         server_options (`dict[str, Any]`):
             Arguments of the server.
     """
-    from .rewards.loading import load_reward
-    from .rewards.server import serve
-    from .rewards.wire import TOKEN_VARIABLE
+    from ..rewards.loading import load_reward
+    from ..rewards.remote.server import serve
+    from ..rewards.remote.wire import TOKEN_VARIABLE
 
     token = os.environ.get(TOKEN_VARIABLE) if token_file is None else token_file.read_text(encoding="utf-8").strip()
     sys.path.insert(0, os.getcwd())  # a console command does not look there for modules, as `python -m` does

@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 
 from trl_udm.rewards.geneval import GenEvalReward, check_metadata
-from trl_udm.shapes.detector import ShapesColorClassifier, ShapesDetector
-from trl_udm.shapes.prompts import TAGS, all_metadata, balance_metadata, corrupt, sample_scene, split_metadata
-from trl_udm.shapes.world import BACKGROUND, CLASS_NAMES, COLORS, ShapesObject, class_mask, render
+from trl_udm.worlds.shapes.detector import ShapesColorClassifier, ShapesDetector
+from trl_udm.worlds.shapes.prompts import TAGS, all_metadata, balance_metadata, corrupt, sample_scene, split_metadata
+from trl_udm.worlds.shapes.world import BACKGROUND, CLASS_NAMES, COLORS, ShapesObject, class_mask, render
 
 
 @pytest.mark.parametrize("color", COLORS)

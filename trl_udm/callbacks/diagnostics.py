@@ -24,7 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .udm_grpo_trainer import UDMGRPOTrainer
+from ..trainer.udm_grpo_trainer import UDMGRPOTrainer
 
 
 COLORS = {"forward": "tab:blue", "backward": "tab:red"}

@@ -21,10 +21,10 @@ import torch
 from PIL import Image
 
 from trl_udm import DiagnosticsCallback
-from trl_udm.trainer.completion_logging import image_statistics
-from trl_udm.trainer.diagnostics import energy_distance
+from trl_udm.callbacks.diagnostics import energy_distance
+from trl_udm.trainer.completions import image_statistics
 
-from .test_udm_grpo_trainer import PROMPTS, build_trainer
+from ..trainer.test_udm_grpo_trainer import PROMPTS, build_trainer
 
 
 # --- The distance ---

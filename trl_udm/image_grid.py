@@ -1,0 +1,69 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Images side by side, with their prompts and rewards."""
+
+import math
+import textwrap
+
+from PIL import Image, ImageDraw, ImageOps
+
+
+def make_image_grid(
+    images: list[Image.Image],
+    prompts: list[str],
+    rewards: list[tuple[float, ...]] | None = None,
+    num_columns: int | None = None,
+    tile_size: int = 160,
+    max_images: int = 64,
+) -> Image.Image:
+    """
+    Lays images out in a grid, each above its rewards and its prompt.
+
+    Args:
+        images (`list[PIL.Image.Image]`):
+            Images.
+        prompts (`list[str]`):
+            Their prompts.
+        rewards (`list[tuple[float, ...]]`, *optional*):
+            Their rewards, one a function.
+        num_columns (`int`, *optional*):
+            Columns of the grid; about square by default.
+        tile_size (`int`, *optional*, defaults to `160`):
+            Width of an image in the grid, and its greatest height, in pixels. Images keep their aspect ratio.
+        max_images (`int`, *optional*, defaults to `64`):
+            Images from this number on are left out.
+
+    Returns:
+        `PIL.Image.Image`: The grid.
+    """
+    images = images[:max_images]
+    num_columns = num_columns or math.ceil(math.sqrt(len(images)))
+    num_rows = math.ceil(len(images) / num_columns)
+    line_height, num_characters = 12, tile_size // 6
+    num_lines = 4
+    image_height = max(min(tile_size, round(tile_size * image.height / image.width)) for image in images)
+    tile_height = image_height + line_height * num_lines
+    grid = Image.new("RGB", (num_columns * (tile_size + 4), num_rows * (tile_height + 4)), "white")
+    draw = ImageDraw.Draw(grid)
+    for i, image in enumerate(images):
+        left, top = i % num_columns * (tile_size + 4), i // num_columns * (tile_height + 4)
+        resample = Image.Resampling.NEAREST if image.width < tile_size else Image.Resampling.LANCZOS
+        tile = ImageOps.pad(image.convert("RGB"), (tile_size, image_height), method=resample, color="white")
+        grid.paste(tile, (left, top))
+        text = "" if rewards is None else ", ".join(f"{reward:.2f}" for reward in rewards[i]) + " "
+        text += str(prompts[i])
+        for number, line in enumerate(textwrap.wrap(text, num_characters)[:num_lines]):
+            draw.text((left + 2, top + image_height + number * line_height), line, fill="black")
+    return grid
