@@ -83,7 +83,7 @@ def test_the_naive_sampler_draws_from_the_librarys_distribution(tmp_path, module
                 parameter.zero_()
             trainer.model.lm_head.weight.mul_(15)
         torch.manual_seed(2)
-        samples = trainer._rollout(["a"] * 64, "train")[2].clean_samples
+        samples = trainer._rollout(["a"] * 64, "train").output.clean_samples
         counts.append(torch.bincount(samples.flatten(), minlength=16).double())
     ours, naive = counts
     # Two counts of the same size: the statistic has 15 degrees of freedom, and exceeds 37.7 once in a thousand

@@ -94,7 +94,8 @@ def test_the_variance_of_log_probabilities_equals_a_direct_forward(tmp_path):
     pipeline = trainer.pipeline
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(callback.seed)
-        prompt_ids, prompt_mask, output, _ = trainer._rollout(callback.prompts, "train", return_trajectory=True)
+        rollout = trainer._rollout(callback.prompts, "train", return_trajectory=True)
+        prompt_ids, prompt_mask, output = rollout.prompt_ids, rollout.prompt_mask, rollout.output
         torch.manual_seed(callback.seed)
         measurement = callback._measure_policy()
         for i, noised_samples in enumerate(output.trajectory.noised_samples):

@@ -41,6 +41,7 @@ from tests.trainer.toy_text_family import NUM_TOKENS, build_toy_text_pipeline
 from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
 from trl_udm.evaluation.comparison import train_and_compare
 from trl_udm.pipelines.pipeline_output import UDMSamplerOutput
+from trl_udm.trainer.udm_grpo_trainer import Rollout
 from trl_udm.worlds.shapes import CHECKPOINT_PATH
 
 
@@ -68,7 +69,7 @@ class FedTrainer(UDMGRPOTrainer):
         if on_decoded is not None:
             for first in range(0, len(prompts), 4):
                 on_decoded(first, samples[first : first + 4], completions[first : first + 4])
-        return prompt_ids, prompt_mask, UDMSamplerOutput(clean_samples=samples), completions
+        return Rollout(prompt_ids, prompt_mask, UDMSamplerOutput(clean_samples=samples), completions)
 
     def _build_rows(self, output):
         num_timesteps = self.args.num_train_timesteps
@@ -179,7 +180,8 @@ def run_case(
     trainer.add_callback(recorder)
     trainer.train(resume_from_checkpoint=resume_from)
     torch.manual_seed(trainer.accelerator.process_index)
-    prompt_ids, prompt_mask, output, _ = UDMGRPOTrainer._rollout(trainer, PROMPTS, "train")
+    rollout = UDMGRPOTrainer._rollout(trainer, PROMPTS, "train")
+    prompt_ids, prompt_mask, output = rollout.prompt_ids, rollout.prompt_mask, rollout.output
     samples = output.clean_samples
     mask = torch.ones_like(samples)
     with torch.no_grad():

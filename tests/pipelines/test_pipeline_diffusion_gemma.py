@@ -237,7 +237,8 @@ def test_the_fused_head_caps_the_logits():
 def test_an_intermediate_action_is_scored_after_the_final_canvases(tmp_path):
     trainer = build_trainer(tmp_path, action="intermediate", trajectory="backward")
     trainer.model.train()
-    prompt_ids, prompt_mask, output, _ = trainer._rollout(TEXTS, "train")
+    rollout = trainer._rollout(TEXTS, "train")
+    prompt_ids, prompt_mask, output = rollout.prompt_ids, rollout.prompt_mask, rollout.output
     assert torch.equal(prompt_ids[:, -CANVAS_LENGTH:], output.clean_samples[:, :CANVAS_LENGTH])
     assert prompt_mask[:, -CANVAS_LENGTH:].all()
     assert output.trajectory.noised_samples.shape == (4, 4, NUM_TOKENS)
@@ -274,7 +275,7 @@ def test_a_rollout_is_the_samplers_own_canvas_by_canvas_without_a_cache(self_con
 def test_rollouts_of_a_group_differ(tmp_path):
     trainer = build_trainer(tmp_path)
     trainer.model.train()
-    samples = trainer._rollout(["1+1="] * 4, "train")[2].clean_samples
+    samples = trainer._rollout(["1+1="] * 4, "train").output.clean_samples
     assert len({tuple(row) for row in samples.tolist()}) == 4
 
 

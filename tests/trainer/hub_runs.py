@@ -33,7 +33,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import logging as hub_logging
 from peft import LoraConfig
 
-from trl_udm import EMACallback, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
+from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
 from trl_udm.evaluation.comparison import train_and_compare
 from trl_udm.worlds.shapes import CHECKPOINT_PATH
 
@@ -92,6 +92,7 @@ def build_trainer(output_dir: Path, is_lora: bool, base: str | None, hub_strateg
             "hub_model_id": f"{USER}/{output_dir.name}",
             "hub_strategy": hub_strategy,
             "hub_token": TOKEN,
+            "ema_decay": 0.5 if pipeline.modality == "text" else None,
             "pipeline_kwargs": {"height": 32, "width": 32} if base == "original" else None,
             **kwargs,
         },
@@ -103,7 +104,6 @@ def build_trainer(output_dir: Path, is_lora: bool, base: str | None, hub_strateg
         args,
         train_dataset=PROMPTS[pipeline.modality],
         peft_config=LORA if is_lora else None,
-        callbacks=[EMACallback(decay=0.5)] if pipeline.modality == "text" else None,
     )
 
 

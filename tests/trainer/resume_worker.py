@@ -23,7 +23,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 
-from trl_udm import EMACallback, UDMGRPOConfig, UDMGRPOTrainer
+from trl_udm import UDMGRPOConfig, UDMGRPOTrainer
 
 from .toy_text_family import build_toy_text_pipeline
 
@@ -77,6 +77,7 @@ def build_trainer(output_dir, lora=False, ema=False, num_iterations=1, max_steps
         "gradient_checkpointing": False,
         "report_to": "none",
         "disable_tqdm": True,
+        "ema_decay": 0.9 if ema else None,
     }
     trainer = KilledTrainer(
         build_toy_text_pipeline(),
@@ -84,7 +85,6 @@ def build_trainer(output_dir, lora=False, ema=False, num_iterations=1, max_steps
         UDMGRPOConfig(str(output_dir), **{**args, **kwargs}),
         train_dataset=PROMPTS,
         peft_config=LORA if lora else None,
-        callbacks=[EMACallback(decay=0.9)] if ema else None,
     )
     return trainer
 
@@ -95,7 +95,6 @@ def train(output_dir, resume=False, moment=None, step=None, signal_number=signal
     trainer = build_trainer(output_dir, **kwargs)
     trainer.moment, trainer.step, trainer.signal = moment, step, signal_number
     trainer.train(resume_from_checkpoint=resume)
-    ema = trainer._ema_callback
     history = [
         {name: value for name, value in log.items() if not any(part in name for part in OF_THE_CALL)}
         for log in trainer.state.log_history
@@ -104,8 +103,8 @@ def train(output_dir, resume=False, moment=None, step=None, signal_number=signal
         "weights": trainer.model.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
         "history": history,
-        "ema": [] if ema is None else ema.ema.shadow_params,
-        "next samples": trainer._rollout(["ab", "c"], "train")[2].clean_samples,
+        "ema": [] if trainer.ema is None else trainer.ema.shadow_params,
+        "next samples": trainer._rollout(["ab", "c"], "train").output.clean_samples,
     }
     torch.save(outcome, Path(output_dir) / "outcome.pth")
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
 from trl_udm import EMACallback, KineticOptimalScheduler
@@ -168,23 +169,43 @@ def test_a_full_disk_ends_the_run_with_its_older_checkpoints_whole(tmp_path, mon
 
 
 # The average
-def test_the_average_is_that_of_the_weights(tmp_path):
+class Recorder(TrainerCallback):
+    """Notes the weights after each step of the optimizer."""
+
+    def __init__(self):
+        self.weights = []
+
+    def on_optimizer_step(self, args, state, control, model, **kwargs):
+        self.weights.append([parameter.detach().clone() for parameter in model.parameters()])
+
+
+@pytest.mark.parametrize("is_deprecated", [False, True], ids=["option", "callback"])
+def test_the_average_is_that_of_the_weights(tmp_path, is_deprecated):
     """By hand: w <- w + (1 - d_n) (p - w) with d_n = min(decay, n / (9 + n)), and d_1 = 0."""
-    weights = []
-    ema = EMACallback(decay=0.15)
-    trainer = build_trainer(tmp_path, max_steps=3, save_strategy="no")
-    trainer.add_callback(ema)
-
-    class Recorder(EMACallback):
-        def on_optimizer_step(self, args, state, control, **kwargs):
-            weights.append([parameter.detach().clone() for parameter in self.parameters])
-
-    trainer.add_callback(Recorder())
+    trainer = build_trainer(tmp_path, max_steps=3, save_strategy="no", ema_decay=None if is_deprecated else 0.15)
+    if is_deprecated:
+        with pytest.warns(FutureWarning, match="set `UDMGRPOConfig"):
+            trainer.add_callback(EMACallback(decay=0.15))
+    recorder = Recorder()
+    trainer.add_callback(recorder)
     trainer.train()
-    expected = weights[0]
-    for decay, now in zip((0.15, 0.15), weights[1:], strict=True):
+    expected = recorder.weights[0]
+    for decay, now in zip((0.15, 0.15), recorder.weights[1:], strict=True):
         expected = [decay * old + (1 - decay) * new for old, new in zip(expected, now, strict=True)]
-    for average, one in zip(ema.ema.shadow_params, expected, strict=True):
+    for average, one in zip(trainer.ema.shadow_params, expected, strict=True):
+        torch.testing.assert_close(average, one)
+
+
+def test_a_second_training_begins_a_new_average(tmp_path):
+    trainer = build_trainer(tmp_path, max_steps=2, save_strategy="no", ema_decay=0.9)
+    trainer.train()
+    recorder = Recorder()
+    trainer.add_callback(recorder)
+    trainer.train()
+    assert trainer.ema.optimization_step == len(recorder.weights) == 2
+    decay = 2 / 11
+    expected = [decay * old + (1 - decay) * new for old, new in zip(*recorder.weights, strict=True)]
+    for average, one in zip(trainer.ema.shadow_params, expected, strict=True):
         torch.testing.assert_close(average, one)
 
 
@@ -198,7 +219,7 @@ def test_the_average_is_saved_beside_the_weights(tmp_path, lora):
     average = load_file(tmp_path / "transformer_ema" / name)
     assert raw.keys() == average.keys()
     assert any(not torch.equal(raw[key], average[key]) for key in raw)
-    with trainer._ema_callback.applied():
+    with trainer.ema_weights():
         trainer.save_model(tmp_path / "applied")
     applied = load_file(tmp_path / "applied" / ("" if lora else "transformer") / name)
     assert_equal(average, applied)
@@ -213,7 +234,8 @@ def test_the_average_is_saved_beside_the_weights(tmp_path, lora):
 @pytest.mark.parametrize("evaluate", [True, False])
 def test_evaluation_is_with_the_average_where_asked(tmp_path, evaluate):
     trainer = build_trainer(tmp_path, max_steps=2, save_strategy="no")
-    trainer.add_callback(EMACallback(decay=0.5, evaluate=evaluate))
+    with pytest.warns(FutureWarning):
+        trainer.add_callback(EMACallback(decay=0.5, evaluate=evaluate))
     trainer.train()
     raw = trainer.model.state_dict()["model.norm.weight"].clone()
     seen = []
@@ -226,8 +248,10 @@ def test_evaluation_is_with_the_average_where_asked(tmp_path, evaluate):
     assert torch.equal(trainer.model.state_dict()["model.norm.weight"], raw)
 
 
-def test_the_decay_is_checked():
-    with pytest.raises(ValueError, match=r"`decay` must be in \[0, 1\), got 1.0"):
+def test_the_decay_is_checked(tmp_path):
+    with pytest.raises(ValueError, match=r"`ema_decay` must be in \[0, 1\) or None, got 1.0"):
+        build_trainer(tmp_path, ema_decay=1.0)
+    with pytest.warns(FutureWarning), pytest.raises(ValueError, match=r"`decay` must be in \[0, 1\), got 1.0"):
         EMACallback(decay=1.0)
 
 

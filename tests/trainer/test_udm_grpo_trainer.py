@@ -103,7 +103,7 @@ def test_a_second_family_learns_through_the_same_trainer(tmp_path, peft_config):
 
 
 def test_the_trainer_names_no_family():
-    for name in ("udm_grpo_trainer", "udm_grpo_config", "completion_logging", "hub", "model_card"):
+    for name in ("udm_grpo_trainer", "udm_grpo_config", "completions", "checkpoint", "adapters", "ema", "hub", "model_card"):
         module = sys.modules[UDMGRPOTrainer.__module__.rpartition(".")[0] + "." + name]
         with open(module.__file__) as file:
             code = [line for line in file.read().splitlines() if not line.lstrip().startswith((">>>", "..."))]
@@ -158,7 +158,7 @@ def test_a_row_is_a_sample_at_a_timestep(tmp_path):
 def test_timesteps_are_consecutive_from_a_start_in_the_window(tmp_path, window):
     trainer = build_trainer(tmp_path, timestep_window=window, trajectory="backward", action="intermediate")
     trainer.model.train()
-    output = trainer._rollout(["ab"] * 80, "train")[2]
+    output = trainer._rollout(["ab"] * 80, "train").output
     # Let the recorded states tell their own step
     steps = torch.arange(5).view(5, 1, 1).expand(5, 80, NUM_TOKENS)
     output.trajectory.noised_samples = steps
@@ -175,7 +175,7 @@ def test_timesteps_are_consecutive_from_a_start_in_the_window(tmp_path, window):
 def test_the_four_corners_take_their_states_and_actions_from_the_right_place(tmp_path, action, trajectory):
     trainer = build_trainer(tmp_path, action=action, trajectory=trajectory, timestep_window=[1, 1])
     trainer.model.train()
-    output = trainer._rollout(["ab"] * 8, "train")[2]
+    output = trainer._rollout(["ab"] * 8, "train").output
     noised_samples, actions, _ = trainer._build_rows(output)
     rows = torch.arange(8).repeat_interleave(3)
     timesteps = torch.arange(1, 4).repeat(8)
@@ -194,7 +194,7 @@ def test_the_four_corners_take_their_states_and_actions_from_the_right_place(tmp
 def test_forward_states_keep_tokens_as_often_as_the_path_says(tmp_path):
     trainer = build_trainer(tmp_path, timestep_window=[2, 2], num_train_timesteps=1, per_device_train_batch_size=8)
     trainer.model.train()
-    output = trainer._rollout(["ab"] * 2000, "train")[2]
+    output = trainer._rollout(["ab"] * 2000, "train").output
     noised_samples, actions, _ = trainer._build_rows(output)
     # Mixture path at t = 2 / 5 with 10 tokens: kept with probability 0.4 + 0.6 / 10
     kept = (noised_samples == actions).float().mean().item()
@@ -292,7 +292,9 @@ def test_guided_rollouts_use_the_empty_prompt(tmp_path):
 def test_rollouts_come_in_micro_batches(tmp_path):
     trainer = build_trainer(tmp_path, rollout_batch_size=3, action="intermediate")
     trainer.model.train()
-    prompt_ids, prompt_mask, output, completions = trainer._rollout(["ab", "b"] * 4, "train")
+    rollout = trainer._rollout(["ab", "b"] * 4, "train")
+    prompt_ids, prompt_mask, output = rollout.prompt_ids, rollout.prompt_mask, rollout.output
+    completions = rollout.completions
     assert prompt_ids.size(0) == prompt_mask.size(0) == output.clean_samples.size(0) == len(completions) == 8
     assert output.trajectory.noised_samples.shape == (5, 8, NUM_TOKENS)
     assert completions == trainer.pipeline.decode(output.clean_samples, trainer.latent_shape)
@@ -304,7 +306,8 @@ def test_decoding_has_micro_batches_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(
         trainer.pipeline, "decode", lambda samples, shape: (sizes.append(len(samples)), decode(samples, shape))[1]
     )
-    _, _, output, completions = trainer._rollout(["ab", "b"] * 4, "train")
+    rollout = trainer._rollout(["ab", "b"] * 4, "train")
+    output, completions = rollout.output, rollout.completions
     assert sizes == [2, 2, 1, 2, 1]
     assert completions == decode(output.clean_samples, trainer.latent_shape)
 

@@ -136,7 +136,8 @@ class DiagnosticsCallback(TrainerCallback):
 
     def _measure_policy(self) -> dict[str, Any]:
         trainer, scheduler = self.trainer, self.trainer.pipeline.scheduler
-        prompt_ids, prompt_mask, output, _ = trainer._rollout(self.prompts, "train", return_trajectory=True)
+        rollout = trainer._rollout(self.prompts, "train", return_trajectory=True)
+        prompt_ids, prompt_mask, output = rollout.prompt_ids, rollout.prompt_mask, rollout.output
         samples = output.clean_samples  # (B, N)
         if self.initial_samples is None:
             self.initial_samples = samples.cpu()

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What makes a run survive: whole checkpoints, exact resume, SIGTERM, and gradients that are not finite."""
+"""Checkpoints and resume: whole checkpoints, exact resume, SIGTERM, and steps that fail."""
 
 import functools
 import json
@@ -24,7 +24,6 @@ import signal
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,27 +35,27 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
-from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
-
-from .ema import EMA_FOLDER, EMACallback
 
 
 logger = get_logger(__name__)
 
 
-class ResumableGRPOTrainer(GRPOTrainer):
+class CheckpointMixin:
     """
-    A [`~trl.GRPOTrainer`] of a `pipeline` whose runs continue as if nothing had happened.
+    Checkpoints that are whole, and runs that resume as if nothing had happened.
 
-    * A full run saves the whole pipeline, which `from_pretrained` loads as it is; an adapter is saved as PEFT saves it.
-    * A checkpoint is *whole* once its `trainer_state.json` is, which is written when all else lies there, by all processes.
-      Others are never resumed from. An older checkpoint goes only after the new one is whole.
-    * A resumed run equals an unbroken one bit by bit: beside what [`~transformers.Trainer`] restores, the rollouts between
-      two of their updates, the metrics between two logs, and the order of the prompts in later epochs are restored. It is
-      refused where the reference policy is not the one that the run began with.
-    * On SIGTERM, as clusters send it, the step is finished, a checkpoint is saved, and the process exits with 143.
-    * A step whose gradient is not finite is skipped; `args.max_failed_steps` in a row end the run.
+    Needs `pipeline`, `args`, `model`, `ref_model`, `accelerator`, `state`, `control`, and of [`~trl.GRPOTrainer`] `_metrics`,
+    `_step`, `_buffered_inputs` and the entropy's coefficient.
+
+    * A full run saves the whole pipeline, which `from_pretrained` loads. An adapter is saved as PEFT saves it.
+    * A checkpoint is *whole* once its `trainer_state.json` is complete. All processes write that file last. A run never
+      resumes from a checkpoint that is not whole, and deletes an older checkpoint only after the new one is whole.
+    * A resumed run equals an unbroken one bit by bit. Beside what [`~transformers.Trainer`] restores, it restores the
+      rollouts between two of their updates, the metrics between two logs, and the order of the prompts in later epochs.
+      Resuming is refused where the reference policy is not the one that the run began with.
+    * On SIGTERM, which clusters send, the step is finished, a checkpoint is saved, and the process exits with 143.
+    * A step whose gradient is not finite is skipped. More than `args.max_failed_steps` in a row stop the run.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -71,7 +70,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                A checkpoint folder, or `True` for the last whole one of `args.output_dir`, whose torn ones are then deleted.
+                A checkpoint folder, or `True` for the last whole one in `args.output_dir`. `True` also deletes the torn ones
+                there.
             args (`Any`), kwargs (`Any`):
                 As in [`~transformers.Trainer.train`].
 
@@ -95,7 +95,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         elif resume_from_checkpoint and not is_whole(resume_from_checkpoint):
             raise ValueError(
                 f"`resume_from_checkpoint` must be a whole checkpoint, got {resume_from_checkpoint!r}, which is missing or "
-                "was not finished. `True` takes the last whole one of `output_dir`."
+                "was not finished. `True` takes the last whole one in `output_dir`."
             )
 
         self._resumed_checkpoint = resume_from_checkpoint or None
@@ -138,7 +138,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> torch.Tensor | float:
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        # DeepSpeed has taken its step by now, and the scaler of fp16 skips steps by itself
+        # DeepSpeed has already taken its step, and the gradient scaler of fp16 skips steps by itself
         if self.is_deepspeed_enabled or self.accelerator.scaler is not None:
             return grad_norm
         is_finite = math.isfinite(grad_norm)
@@ -154,8 +154,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
         self._num_failures[kind] += 1
         if self._num_failures[kind] > self.args.max_failed_steps:
             raise RuntimeError(
-                f"{reason} So it was {self._num_failures[kind]} times in a row, and `max_failed_steps` is "
-                f"{self.args.max_failed_steps}. Look at the reward functions, or lower `learning_rate`, and go on from the "
+                f"{reason} This happened {self._num_failures[kind]} times in a row, and `max_failed_steps` is "
+                f"{self.args.max_failed_steps}. Look at the reward functions, or lower `learning_rate`, and continue from the "
                 "last checkpoint with `resume_from_checkpoint=True`."
             )
         logger.warning(reason)
@@ -174,7 +174,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
             gigabytes = shutil.disk_usage(checkpoint.parent).free / 1e9
             raise RuntimeError(
                 f"{checkpoint} could not be written ({error}). The disk has {gigabytes:.1f} GB left. Older checkpoints are "
-                "untouched: free space, and go on with `resume_from_checkpoint=True`."
+                "untouched: free space, and continue with `resume_from_checkpoint=True`."
             ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -191,20 +191,23 @@ class ResumableGRPOTrainer(GRPOTrainer):
                     component.save_pretrained(os.path.join(output_dir, name))
             model.save_pretrained(os.path.join(output_dir, self.pipeline.transformer_name), state_dict=state_dict)
             torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
-        if self._ema_callback is not None and self._ema_callback.ema is not None:
-            with self._ema_callback.applied():
-                model.save_pretrained(os.path.join(output_dir, EMA_FOLDER))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:  # which has a checkpoint of its own in the root
+        if self.is_fsdp_enabled:  # whose checkpoint lies in the root
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif not is_peft_model(self.model):
-            folder = os.path.join(resume_from_checkpoint, self.pipeline.transformer_name)
-            super()._load_from_checkpoint(folder, model)
-        else:  # `Trainer` would load the average's folder as a second adapter
-            self.model.load_adapter(resume_from_checkpoint, self.model.active_adapter, is_trainable=True)
+        elif is_peft_model(self.model):
+            self._load_weights(resume_from_checkpoint)
+        else:
+            self._load_weights(os.path.join(resume_from_checkpoint, self.pipeline.transformer_name))
 
-    # `Trainer` would look for the weights in the checkpoint's root, and keep the last ones where there are none
+    def _load_weights(self, folder: str) -> None:
+        """Loads the network, or its adapter, from a folder that holds nothing else."""
+        if is_peft_model(self.model):  # `Trainer` would load each of the folder's subfolders as a further adapter
+            self.model.load_adapter(folder, self.model.active_adapter, is_trainable=True)
+        else:
+            super()._load_from_checkpoint(folder)
+
+    # `Trainer` would look for the weights in the checkpoint's root, and keep the last ones if it found none
     def _load_best_model(self) -> None:
         if is_peft_model(self.model) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
@@ -233,7 +236,7 @@ class ResumableGRPOTrainer(GRPOTrainer):
         if not os.path.exists(path):
             logger.warning(
                 f"{checkpoint} has no {os.path.basename(path)}: it was saved with `save_only_model`, by another trainer, or "
-                "with fewer processes. Training goes on from its weights, but not as if it had not been interrupted."
+                "with fewer processes. Training continues from its weights, but not exactly as an unbroken run would."
             )
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
             return
@@ -252,25 +255,11 @@ class ResumableGRPOTrainer(GRPOTrainer):
         self._tr_loss = unlogged_loss.to(self.accelerator.device)
         self._total_loss_scalar = -unlogged_loss.item()  # the summary at the end is of the steps of this call
         self.entropy_coef, self._last_world_entropy = state["entropy_control"]
-        ema_folder = os.path.join(checkpoint, EMA_FOLDER)
-        if self._ema_callback is not None and os.path.isdir(ema_folder):
-            # `GRPOTrainer`'s, for the folder has the network alone
-            load_weights = functools.partial(super()._load_from_checkpoint, ema_folder)
-            self._ema_callback.load(load_weights, self.state.global_step)
-
-    @property
-    def _ema_callback(self) -> EMACallback | None:
-        return next((one for one in self.callback_handler.callbacks if isinstance(one, EMACallback)), None)
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        ema = self._ema_callback
-        with ema.applied() if ema is not None and ema.evaluate else nullcontext():
-            return super().evaluate(*args, **kwargs)
 
     @functools.cached_property
     def _reference_checksum(self) -> int | None:
-        """Of the reference policy's weights, which are frozen: the copy's, or those that the adapter is on."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # each process has a part of them only
+        """A checksum of the reference policy's weights: those of its copy, or the frozen ones under the adapter."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # each process has only a part of them
             return None
         model = self.model if self.ref_model is None else self.ref_model
         integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -281,8 +270,8 @@ class ResumableGRPOTrainer(GRPOTrainer):
 
 class EpochRepeatSampler(RepeatSampler):
     """
-    A [`~trl.trainer.utils.RepeatSampler`] whose order in an epoch does not depend on whether the epochs before it were drawn
-    in this process.
+    A [`~trl.trainer.utils.RepeatSampler`] whose order in an epoch is the same whether or not this process drew the epochs
+    before it. Not needed once TRL's sampler has `set_epoch` (docs/upstream.md).
 
     Args:
         get_epoch (`Callable[[], int]`):
@@ -305,7 +294,7 @@ class EpochRepeatSampler(RepeatSampler):
 
 def is_whole(checkpoint: str | os.PathLike) -> bool:
     """
-    Whether a checkpoint was finished.
+    Tells whether a checkpoint is whole.
 
     Args:
         checkpoint (`str` or `os.PathLike`):
@@ -323,14 +312,14 @@ def is_whole(checkpoint: str | os.PathLike) -> bool:
 
 def find_checkpoints(output_dir: str | os.PathLike) -> list[str]:
     """
-    The checkpoints of a run, whole or not.
+    Finds the checkpoints of a run, whole or not.
 
     Args:
         output_dir (`str` or `os.PathLike`):
             Folder of the run.
 
     Returns:
-        `list[str]`: Their folders, by step.
+        `list[str]`: Their folders, in the order of their steps.
     """
     pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
     found = [(pattern.fullmatch(path.name), str(path)) for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]

@@ -12,9 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What is logged of a generation batch: metrics, the table of completions, and images for people to look at."""
+"""Logging of completions: metrics of a generation batch, the table of completions, and a grid of images."""
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +28,24 @@ from trl.trainer.utils import nanstd
 from ..image_grid import make_image_grid
 
 
-class CompletionLoggingMixin:
-    """What [`UDMGRPOTrainer`] logs of a generation batch."""
+class CompletionsMixin:
+    """
+    Logging of a generation batch, under the names of [`~trl.GRPOTrainer`].
 
-    def _log_rollout(self, mode, prompts, completions, rewards_per_func, rewards, std_rewards, advantages):
-        """Logs what `GRPOTrainer` logs of a generation batch, under its names."""
+    Needs `args`, `accelerator`, `state`, `reward_funcs`, `_num_eval_reward_funcs`, and of [`~trl.GRPOTrainer`] `_metrics`,
+    `_logs` and the pending logs of reward functions.
+    """
+
+    def _log_rollout(
+        self,
+        mode: str,
+        prompts: list[Any],
+        completions: list[Any],
+        rewards_per_func: torch.Tensor,
+        rewards: torch.Tensor,
+        std_rewards: torch.Tensor,
+        advantages: torch.Tensor,
+    ) -> None:
         num_reward_funcs = len(self.reward_funcs) - (self._num_eval_reward_funcs if mode == "train" else 0)
         reward_func_names = self.reward_func_names[:num_reward_funcs]
         for i, name in enumerate(reward_func_names):
@@ -48,8 +62,7 @@ class CompletionLoggingMixin:
             for name, values in image_statistics(completions).items():
                 self._pending_metrics[f"images/{name}"].extend(values)
 
-        # Flush user-logged metrics (from log_metric), averaging across processes. Keys must be sorted so that all ranks
-        # gather in the same order.
+        # Metrics that reward functions logged. The names are sorted, so that all processes gather in one order
         for name in sorted(set(gather_object(list(self._pending_metrics)))):
             values = self._pending_metrics.get(name, [])
             local_stats = torch.tensor([sum(values), len(values)], dtype=torch.float32, device=rewards.device)
@@ -60,7 +73,7 @@ class CompletionLoggingMixin:
         if not self.log_completions:
             self._pending_extra_logs.clear()
             return
-        # Only the latest generation batch is kept, as in `GRPOTrainer`, whose buffers are sized for a sample a row
+        # Only the latest generation batch is kept. The buffers of `GRPOTrainer` would hold several: they count rows
         for buffer in self._logs.values():
             buffer.clear()
         self._logs["prompt"].extend(gather_object(prompts))
@@ -77,6 +90,15 @@ class CompletionLoggingMixin:
             self._logs["extra"][column].extend(gather_object(values))
         self._pending_extra_logs.clear()
 
+    def _log_diversity(self, mode: str, clean_samples: torch.Tensor, num_generations: int) -> None:
+        """Logs the share of tokens in which two samples (B, N) of a group differ."""
+        if num_generations == 1:
+            return
+        groups = self.accelerator.gather(clean_samples).unflatten(0, (-1, num_generations))  # (P, G, N)
+        num_pairs = groups.size(0) * num_generations * (num_generations - 1) * groups.size(2)
+        num_different = (groups.unsqueeze(1) != groups.unsqueeze(2)).sum()
+        self._metrics[mode]["diversity"].append(num_different.item() / num_pairs)
+
     # `GRPOTrainer.log` writes the table of completions and sends it, with the images, to wandb and trackio
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)
@@ -92,15 +114,15 @@ class CompletionLoggingMixin:
 
 def image_statistics(images: list[Image.Image]) -> dict[str, list[float]]:
     """
-    What hacked rewards tend to do to images: darken them, or flood them with colour.
+    Measures what a hacked reward tends to do to images: darken them, or flood them with color.
 
     Args:
         images (`list[PIL.Image.Image]`):
             Images.
 
     Returns:
-        `dict[str, list[float]]`: A value an image, in `[0, 1]`: `dark_fraction`, the share of pixels with less than a tenth
-        of full luma, and `saturation`, the mean saturation in HSV.
+        `dict[str, list[float]]`: For each image a value in `[0, 1]`: `dark_fraction`, the share of pixels with less than a
+        tenth of full luma, and `saturation`, the mean saturation in HSV.
     """
     return {
         "dark_fraction": [float((np.asarray(image.convert("L")) < 25.5).mean()) for image in images],
@@ -110,7 +132,7 @@ def image_statistics(images: list[Image.Image]) -> dict[str, list[float]]:
 
 def log_images_to_tensorboard(callbacks: list[TrainerCallback], grid: Image.Image, step: int) -> None:
     """
-    Sends a grid to TensorBoard where the trainer reports to it.
+    Sends a grid of images to TensorBoard, if the trainer reports to it.
 
     Args:
         callbacks (`list[TrainerCallback]`):

@@ -14,100 +14,132 @@
 
 """An exponential moving average of the trained weights."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import DistributedType
+import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 
 EMA_FOLDER = "transformer_ema"
+"""Folder of the averaged network or adapter in a checkpoint or a saved run, as in diffusers' training scripts."""
+
+
+class EMAMixin:
+    """
+    An exponential moving average of the trained weights, where `args.ema_decay` asks for one.
+
+    Needs `args`, `model`, `state`, `accelerator`, and `_load_weights` of [`CheckpointMixin`].
+
+    The average is diffusers' [`~diffusers.training_utils.EMAModel`]. Evaluation uses it, `save_model` and checkpoints hold it
+    beside the raw weights, and a resumed run continues it. It follows the weights closely at first: the decay of step n is
+    at most n / (9 + n).
+    """
+
+    def __init__(self, *args: Any, callbacks: list[TrainerCallback] | None = None, **kwargs: Any):
+        self.ema: EMAModel | None = None
+        self._ema_parameters: list[nn.Parameter] = []
+        self._ema_hook = None
+        self._evaluates_ema = True
+        super().__init__(*args, callbacks=callbacks, **kwargs)
+        for callback in callbacks or []:
+            self._accept_ema_callback(callback)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.args.ema_decay is None:
+            return optimizer
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                f"`ema_decay` must be None with DeepSpeed and FSDP, got {self.args.ema_decay}: they do not keep whole weights in "
+                "each process. Use DDP, or leave the average out."
+            )
+        self._ema_parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.ema = EMAModel(self._ema_parameters, decay=self.args.ema_decay, foreach=True)
+        if self._ema_hook is None:  # else an earlier call of `train` has hooked this optimizer
+            self._ema_hook = optimizer.register_step_post_hook(lambda *_: self.ema.step(self._ema_parameters))
+        return optimizer
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """
+        A context in which the model's weights are the average. It changes nothing where there is no average yet.
+
+        Example:
+
+        ```python
+        >>> trainer = UDMGRPOTrainer(..., args=UDMGRPOConfig(..., ema_decay=0.99))
+        >>> trainer.train()
+        >>> with trainer.ema_weights():
+        ...     images = trainer.pipeline("a photo of a circle").images
+        ```
+        """
+        if self.ema is None or self.ema.temp_stored_params is not None:  # none yet, or within this context already
+            yield
+            return
+        self.ema.store(self._ema_parameters)
+        self.ema.copy_to(self._ema_parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self._ema_parameters)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.ema_weights() if self._evaluates_ema else nullcontext():
+            return super().evaluate(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.ema is not None and self.args.should_save:
+            output_dir = output_dir if output_dir is not None else self.args.output_dir
+            with self.ema_weights():
+                self.accelerator.unwrap_model(self.model).save_pretrained(os.path.join(output_dir, EMA_FOLDER))
+
+    def _load_rng_state(self, checkpoint: str) -> None:
+        super()._load_rng_state(checkpoint)
+        folder = os.path.join(checkpoint, EMA_FOLDER)
+        if self.ema is None or not os.path.isdir(folder):
+            return
+        self.ema.store(self._ema_parameters)
+        try:
+            self._load_weights(folder)
+            self.ema.shadow_params = [parameter.detach().clone() for parameter in self._ema_parameters]
+        finally:
+            self.ema.restore(self._ema_parameters)
+        self.ema.optimization_step = self.state.global_step
+
+    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        super().add_callback(callback)
+        self._accept_ema_callback(callback)
+
+    def _accept_ema_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
+        if isinstance(callback, EMACallback):
+            self.args.ema_decay = callback.decay
+            self._evaluates_ema = callback.evaluate
 
 
 class EMACallback(TrainerCallback):
     """
-    Keeps an exponential moving average of the trained weights, by diffusers' [`~diffusers.training_utils.EMAModel`].
-
-    [`UDMGRPOTrainer`] evaluates with the average, saves it beside the raw weights in the folder `transformer_ema`, as
-    diffusers' training scripts do, and restores it on resume. The average follows the weights closely at first: the decay
-    of step n is at most n / (9 + n).
+    The former way to ask for `ema_decay` of [`UDMGRPOConfig`], until version 0.3.
 
     Args:
         decay (`float`, *optional*, defaults to `0.99`):
-            Decay a step, in `[0, 1)`. 0.99 averages over about the last 100 steps.
+            As `ema_decay`.
         evaluate (`bool`, *optional*, defaults to `True`):
             Whether [`UDMGRPOTrainer.evaluate`] uses the average.
 
     Raises:
-        ValueError: If `decay` is out of its range, or weights are sharded over processes (DeepSpeed ZeRO-3, FSDP).
-
-    Example:
-
-    ```python
-    >>> from trl_udm import EMACallback
-
-    >>> ema = EMACallback(decay=0.99)
-    >>> trainer = UDMGRPOTrainer(..., callbacks=[ema])
-    >>> trainer.train()
-    >>> with ema.applied():
-    ...     images = pipeline("a photo of a circle").images
-    ```
+        ValueError: If `decay` is out of its range.
     """
 
     def __init__(self, decay: float = 0.99, evaluate: bool = True):
+        warnings.warn("`EMACallback` is deprecated: set `UDMGRPOConfig(ema_decay=...)`.", FutureWarning, stacklevel=2)
         if not 0 <= decay < 1:
             raise ValueError(f"`decay` must be in [0, 1), got {decay}.")
         self.decay = decay
         self.evaluate = evaluate
-        self.ema: EMAModel | None = None
-        self.parameters: list[nn.Parameter] = []
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs
-    ) -> None:
-        if PartialState().distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
-            raise ValueError(
-                "`EMACallback` needs whole weights in each process, which DeepSpeed and FSDP do not keep. Use DDP, or "
-                "leave the average out."
-            )
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.ema = EMAModel(self.parameters, decay=self.decay, foreach=True)
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
-    ) -> None:
-        self.ema.step(self.parameters)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Within this context, the model's weights are the average. Before the first training there is none: it does nothing."""
-        if self.ema is None or self.ema.temp_stored_params is not None:  # none yet, or applied already
-            yield
-            return
-        self.ema.store(self.parameters)
-        self.ema.copy_to(self.parameters)
-        try:
-            yield
-        finally:
-            self.ema.restore(self.parameters)
-
-    def load(self, load_weights: Callable[[], None], num_steps: int) -> None:
-        """
-        Take the average from a checkpoint.
-
-        Args:
-            load_weights (`Callable[[], None]`):
-                Loads the saved average into the model, whose weights are put back after it.
-            num_steps (`int`):
-                Optimizer steps that it has seen.
-        """
-        self.ema.store(self.parameters)
-        try:
-            load_weights()
-            self.ema.shadow_params = [parameter.detach().clone() for parameter in self.parameters]
-        finally:
-            self.ema.restore(self.parameters)
-        self.ema.optimization_step = num_steps

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What a run pushes to the Hub."""
+"""The Hub: what a run pushes there, and when."""
 
 import os
 import shutil
@@ -30,7 +30,6 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from .. import __version__
-from .checkpoint import ResumableGRPOTrainer
 from .ema import EMA_FOLDER
 from .model_card import CARD_FILES, make_model_card
 
@@ -40,11 +39,14 @@ logger = get_logger(__name__)
 _hub = HfApi(library_name="trl-udm", library_version=__version__)
 
 
-class HubTrainer(ResumableGRPOTrainer):
+class HubMixin:
     """
-    A [`ResumableGRPOTrainer`] of a `pipeline` that pushes what loads the model, its card, and what the card shows, and nothing
-    else of the output folder. `Trainer` pushes the whole folder, logs and pickles included, and during the training only
-    weights that lie in a checkpoint's root.
+    Pushes to the Hub the files that load the model, its card, and the files that the card shows.
+
+    Needs `pipeline`, `args`, `model`, `state`, and of [`~transformers.Trainer`] `push_in_progress` and `hub_model_id`.
+
+    [`~transformers.Trainer`] would push the whole output folder, logs and pickles included. During training it would push
+    only weights in a checkpoint's root.
     """
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -53,7 +55,7 @@ class HubTrainer(ResumableGRPOTrainer):
         except HfHubHTTPError as error:
             if error.response.status_code in (401, 403):
                 error.append_to_message(
-                    "\n`hub_token`, or without one the token of `hf auth login`, must be one that may write to the repository "
+                    "\n`hub_token`, or the token of `hf auth login` without it, must be one that may write to the repository "
                     f"`hub_model_id` {self.args.hub_model_id!r}."
                 )
             raise
@@ -101,12 +103,12 @@ class HubTrainer(ResumableGRPOTrainer):
         missing = [name for name in self._model_files() if not os.path.exists(os.path.join(checkpoint_folder, name))]
         if missing:
             logger.warning(
-                f"Step {self.state.global_step} is not pushed to the Hub: its checkpoint has no {missing}. It is sharded; set "
-                "`hub_strategy='end'`, or save whole weights."
+                f"Step {self.state.global_step} is not pushed to the Hub: its checkpoint has no {missing}, since its weights are "
+                "sharded. Set `hub_strategy='end'`, or save whole weights."
             )
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        # Copied, since the checkpoint may be deleted while it is uploaded
+        # Copied, since the checkpoint may be deleted during the upload
         for name in self._model_files():
             source, target = os.path.join(checkpoint_folder, name), os.path.join(args.output_dir, name)
             if os.path.isdir(source):
@@ -133,8 +135,8 @@ class HubTrainer(ResumableGRPOTrainer):
         self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if is_pushing else []), *jobs])
 
     def _model_files(self) -> list[str]:
-        """Files and folders of the output folder that load the model, or the average of its weights."""
-        average = [] if self._ema_callback is None else [EMA_FOLDER]
+        """Files and folders of the output folder that load the model or the average of its weights."""
+        average = [] if self.args.ema_decay is None else [EMA_FOLDER]
         if is_peft_model(self.model):
             return [ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, *average]
         return [self.pipeline.config_name, *self.pipeline.components, *average]
@@ -156,7 +158,7 @@ class HubTrainer(ResumableGRPOTrainer):
         )
 
 
-# `Trainer` waits for a push that runs beside the training, and does not ask how it ended
+# `Trainer` waits for a push in the background, but does not ask how it ended
 def _warn_of_failure(job: Future) -> None:
     if not job.cancelled() and job.exception() is not None:
         logger.warning(f"A push to the Hub failed, and the training goes on: {job.exception()}")

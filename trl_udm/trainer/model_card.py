@@ -28,7 +28,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 
 if TYPE_CHECKING:
-    from .hub import HubTrainer
+    from .udm_grpo_trainer import UDMGRPOTrainer
 
 CARD_FILES = ("README.md", "results.json", "samples.png", "reward_curve.png")
 """Files of the output folder that are the card, or that it shows. [`train_and_compare`] leaves all but the first."""
@@ -60,7 +60,7 @@ _UNTOLD_PREFIXES = ("hub_", "push_to_hub", "log", "save_", "dataloader_", "track
 
 
 def make_model_card(
-    trainer: "HubTrainer", model_name: str | None, dataset_name: str | None, tags: list[str]
+    trainer: "UDMGRPOTrainer", model_name: str | None, dataset_name: str | None, tags: list[str]
 ) -> ModelCard:
     """
     The card of a trainer's model as it is now. The results are those which [`train_and_compare`] left in the output folder.
@@ -102,7 +102,7 @@ def make_model_card(
         model_name=model_name,
         pipeline_tag=task,
         tags=list(dict.fromkeys([*trainer._tag_names, *([adapter.lower()] if is_adapter else []), *tags])),
-        **(_find_licence(base_model, args.hub_token) if base_model is not None else {}),
+        **(_find_license(base_model, args.hub_token) if base_model is not None else {}),
     )
 
     model = f"[{base_model}](https://huggingface.co/{base_model})" if base_model is not None else "a model"
@@ -124,7 +124,7 @@ def make_model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
 
 
-def make_snippet(trainer: "HubTrainer", repo_id: str) -> str:
+def make_snippet(trainer: "UDMGRPOTrainer", repo_id: str) -> str:
     """
     Code that loads the trainer's model from the Hub and draws one sample as its evaluation does.
 
@@ -176,8 +176,8 @@ def _read_results(path: Path) -> dict[str, Any] | None:
 
 
 @functools.cache
-def _find_licence(base_model: str, token: str | None) -> dict[str, str]:
-    """What the base model's own card says of its licence; nothing where it says nothing or cannot be had."""
+def _find_license(base_model: str, token: str | None) -> dict[str, str]:
+    """What the base model's own card says of its license; nothing where it says nothing or cannot be had."""
     try:
         data = ModelCard.load(base_model, token=token, ignore_metadata_errors=True).data
     except (HfHubHTTPError, EntryNotFoundError):
@@ -198,9 +198,9 @@ def _format_results(results: dict[str, Any]) -> str:
     return f"## Results\n\nMeans over prompts that were evaluated before and after training, with the same seeds.\n\n{table}"
 
 
-def _format_training(trainer: "HubTrainer") -> str:
+def _format_training(trainer: "UDMGRPOTrainer") -> str:
     args = trainer.args
-    rows = {"optimisation steps": trainer.state.global_step, "processes": args.world_size}
+    rows = {"optimization steps": trainer.state.global_step, "processes": args.world_size}
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

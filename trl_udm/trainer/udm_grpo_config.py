@@ -15,7 +15,9 @@
 import math
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
+from datasets import Dataset, IterableDataset
 from trl import GRPOConfig
 
 
@@ -73,6 +75,12 @@ class UDMGRPOConfig(GRPOConfig):
 
         advantage_clip (`float`, *optional*, defaults to `5.0`):
             Advantages are clamped to plus or minus this value. `None` for no bound.
+
+        > Parameters that control the average of the weights
+
+        ema_decay (`float`, *optional*):
+            Decay per step of an exponential moving average of the trained weights, in `[0, 1)`. 0.99 averages over about the
+            last 100 steps. Evaluation then uses the average, and it is saved beside the weights. By default there is none.
 
         > Parameters that control evaluation
 
@@ -172,6 +180,11 @@ class UDMGRPOConfig(GRPOConfig):
         default=5.0, metadata={"help": "Advantages are clamped to plus or minus this value."}
     )
 
+    # Parameters that control the average of the weights
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Decay per step of an average of the weights, in [0, 1). By default none."}
+    )
+
     # Parameters that control evaluation
     num_inference_steps_eval: int = field(default=25, metadata={"help": "Denoising steps in evaluation."})
     guidance_scale_eval: float = field(
@@ -227,6 +240,8 @@ class UDMGRPOConfig(GRPOConfig):
             raise ValueError(f"`guidance_trunc` must be in [0, 1], got {self.guidance_trunc}.")
         if self.advantage_clip is not None and self.advantage_clip <= 0:
             raise ValueError(f"`advantage_clip` must be > 0 or None, got {self.advantage_clip}.")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be in [0, 1) or None, got {self.ema_decay}.")
         if self.reward_timeout is not None and self.reward_timeout <= 0:
             raise ValueError(f"`reward_timeout` must be > 0 or None, got {self.reward_timeout}.")
         if self.reward_error not in ("raise", "none"):
@@ -337,3 +352,46 @@ class UDMGRPOConfig(GRPOConfig):
 
 def _join(values: list[int | None]) -> str:
     return " or ".join(str(value) for value in values if value is not None) or "none"
+
+
+def check_datasets(args: UDMGRPOConfig, train_dataset: Any, eval_dataset: Any) -> None:
+    """
+    Checks the datasets of [`UDMGRPOTrainer`] against its configuration.
+
+    Args:
+        args ([`UDMGRPOConfig`]):
+            The configuration.
+        train_dataset ([`~datasets.Dataset`]):
+            Training prompts, at least those of one generation batch.
+        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
+            Evaluation prompts.
+
+    Raises:
+        TypeError: If one is not a `Dataset`.
+        ValueError: If one has no column `"prompt"`, no rows, or too few.
+    """
+    datasets = {"train_dataset": train_dataset}
+    if isinstance(eval_dataset, dict):
+        datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
+    elif eval_dataset is not None:
+        datasets["eval_dataset"] = eval_dataset
+    for name, dataset in datasets.items():
+        if isinstance(dataset, IterableDataset):
+            raise TypeError(
+                f"`{name}` must be a `Dataset`, got an `IterableDataset`. Prompts are small: load them without streaming, or "
+                "use `Dataset.from_generator`."
+            )
+        if not isinstance(dataset, Dataset):
+            raise TypeError(f"`{name}` must be a `Dataset`, got `{type(dataset).__name__}`.")
+        if "prompt" not in dataset.column_names:
+            raise ValueError(f"`{name}` must have a column 'prompt', got {dataset.column_names}.")
+        if len(dataset) == 0:
+            raise ValueError(f"`{name}` must have at least one row.")
+    num_prompts = args.generation_batch_size // (args.num_generations * args.num_train_timesteps)
+    if len(train_dataset) < num_prompts:
+        raise ValueError(
+            f"`train_dataset` must have at least the {num_prompts} prompts of a generation batch "
+            f"(`generation_batch_size` {args.generation_batch_size} / (`num_generations` {args.num_generations} * "
+            f"`num_train_timesteps` {args.num_train_timesteps})), got {len(train_dataset)}. Repeat its rows, or lower "
+            "the batch."
+        )

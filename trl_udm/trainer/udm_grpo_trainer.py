@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -22,62 +21,75 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
-from accelerate.utils import DynamoBackend, is_peft_model
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
+from peft import PeftConfig
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import GenerationConfig, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.extras.profiling import profiling_context, profiling_decorator
-from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
-from trl.trainer.utils import (
-    add_fused_lm_head,
-    disable_dropout_in_model,
-    use_adapter,
-)
+from trl.trainer.utils import use_adapter
 
-from ..models.layers import compile_layers, without_checkpointing
+from ..models.layers import without_checkpointing
 from ..pipelines.pipeline_output import UDMSamplerOutput
 from ..pipelines.pipeline_udm import UDMPipeline
+from .adapters import PolicyMixin, copy_reference, prepare_peft_config
 from .async_rewards import in_background, start_rewards
-from .checkpoint import EpochRepeatSampler
-from .completions import CompletionLoggingMixin
-from .fused_head import small_tiles
-from .hub import HubTrainer
-from .merged_adapter import can_merge, merged_adapter
+from .checkpoint import CheckpointMixin, EpochRepeatSampler
+from .completions import CompletionsMixin
+from .ema import EMAMixin
+from .hub import HubMixin
 from .reward_checks import handle_failures
-from .udm_grpo_config import UDMGRPOConfig
+from .udm_grpo_config import UDMGRPOConfig, check_datasets
 
 
-logger = get_logger(__name__)
+@dataclasses.dataclass
+class Rollout:
+    """
+    Samples that the policy drew for B prompts.
+
+    Args:
+        prompt_ids (`torch.LongTensor` of shape `(B, T)`):
+            Conditioning to score the samples with.
+        prompt_mask (`torch.Tensor` of shape `(B, T)`):
+            Its mask.
+        output ([`UDMSamplerOutput`]):
+            The samples (B, N) and, where asked for, the sampler's trajectory.
+        completions (`list`):
+            The decoded samples: B PIL images, or strings.
+    """
+
+    prompt_ids: torch.LongTensor
+    prompt_mask: torch.Tensor
+    output: UDMSamplerOutput
+    completions: list[Any]
 
 
-class UDMGRPOTrainer(CompletionLoggingMixin, HubTrainer):
+class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, PolicyMixin, GRPOTrainer):
     r"""
-    Trainer for UDM-GRPO (https://huggingface.co/papers/2604.18518): group relative policy optimisation of uniform discrete
+    Trainer for UDM-GRPO (https://huggingface.co/papers/2604.18518): group relative policy optimization of uniform discrete
     diffusion models.
 
     For each prompt the current policy draws G samples x̂₁, which are scored and compared within their group. A sample's
-    action is the clean sample itself, and its states are rebuilt by the forward process, at K early steps of the grid:
+    action is the clean sample itself. Its states are rebuilt by the forward process, at K early steps of the grid:
 
         x̂_t ~ p_t(· | x̂₁),    log π = (1/N) Σ_n log p_θ(x̂₁ⁿ | x̂_t, c).
 
     One row of a training batch is one (sample, timestep) pair, whose "prompt" is the conditioning followed by x̂_t and whose
-    "completion" is x̂₁. So the loss, its options and what it logs are those of [`~trl.GRPOTrainer`]; this class replaces the
+    "completion" is x̂₁. So the loss, its options and what it logs are those of [`~trl.GRPOTrainer`]. This class replaces the
     rollout and the scoring of tokens. It knows no model family: it speaks to a [`UDMPipeline`].
 
     Args:
         pipeline ([`UDMPipeline`]):
-            What is trained: its `transformer`, in place or by an adapter.
+            Pipeline whose `transformer` is trained, in place or by an adapter.
         reward_funcs (`Callable` or `list[Callable]`):
             Reward functions `f(prompts, completions, **columns) -> list[float | None]`, synchronous or not, as in
-            [`~trl.GRPOTrainer`]. `completions` are what `pipeline.decode` gives: PIL images, or strings.
+            [`~trl.GRPOTrainer`]. `completions` are the outputs of `pipeline.decode`: PIL images, or strings.
         args ([`UDMGRPOConfig`], *optional*):
             Configuration.
         train_dataset ([`~datasets.Dataset`]):
-            Dataset with a column `"prompt"`; its other columns are passed to the reward functions.
+            Dataset with a column `"prompt"`. Its other columns are passed to the reward functions.
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
             Dataset of evaluation prompts.
         callbacks (`list[TrainerCallback]`, *optional*):
@@ -85,11 +97,15 @@ class UDMGRPOTrainer(CompletionLoggingMixin, HubTrainer):
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and learning rate scheduler, as in [`~transformers.Trainer`].
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapter to train, instead of all weights. The reference policy is then the model without it; otherwise it is a
-            frozen copy of the weights that the trainer was given.
+            Adapter to train, instead of all weights. The reference policy is then the model without the adapter. Without
+            an adapter, it is a frozen copy of the initial weights.
         eval_reward_funcs (`Callable` or `list[Callable]`, *optional*):
-            Reward functions that are called in evaluation only and count for nothing there: they are logged under
+            Reward functions that are called in evaluation only, with weight 0. They are logged as
             `eval_rewards/<name>/mean`.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If there are too few prompts or no reward function, or the pipeline or an option does not fit.
 
     Example:
 
@@ -131,7 +147,7 @@ class UDMGRPOTrainer(CompletionLoggingMixin, HubTrainer):
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-        peft_config: Any | None = None,
+        peft_config: PeftConfig | None = None,
         eval_reward_funcs: Callable | list[Callable] | None = None,
     ):
         # Args
@@ -141,74 +157,26 @@ class UDMGRPOTrainer(CompletionLoggingMixin, HubTrainer):
             args = UDMGRPOConfig(f"{type(pipeline).__name__}-UDM-GRPO")
         if not isinstance(args, UDMGRPOConfig):
             raise TypeError(f"`args` must be a `UDMGRPOConfig`, got {type(args).__name__}.")
-        _check_dataset("train_dataset", train_dataset)
-        if eval_dataset is not None:
-            for name, dataset in (eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}).items():
-                _check_dataset(f"eval_dataset[{name!r}]" if name else "eval_dataset", dataset)
-        num_prompts = args.generation_batch_size // (args.num_generations * args.num_train_timesteps)
-        if len(train_dataset) < num_prompts:
-            raise ValueError(
-                f"`train_dataset` must have at least the {num_prompts} prompts of a generation batch "
-                f"(`generation_batch_size` {args.generation_batch_size} / (`num_generations` {args.num_generations} * "
-                f"`num_train_timesteps` {args.num_train_timesteps})), got {len(train_dataset)}. Repeat its rows, or lower "
-                "the batch."
-            )
+        args = copy.copy(args)  # changed below
+        check_datasets(args, train_dataset, eval_dataset)
         self.pipeline = pipeline
         pipeline.forget_local_paths()
         self.latent_shape = pipeline.latent_shape(**(args.pipeline_kwargs or {}))
 
-        # Reference model. `GRPOTrainer` would load one by the name of the model's class; ours is a copy of the weights
-        # given, so it is held back from `GRPOTrainer.__init__` by a beta of zero in a copy of the arguments.
+        # Model
         transformer = pipeline.transformer
-        if getattr(transformer, "_hf_peft_config_loaded", False):
-            raise ValueError(
-                f"The pipeline has adapters already ({sorted(transformer.peft_config)}): training would overwrite them. "
-                "Merge them into the weights first, as docs/checkpoints.md shows, or unload them."
-            )
-        if peft_config is None and any(parameter.dtype != torch.float32 for parameter in transformer.parameters()):
-            logger.warning(
-                f"All weights are trained, in {transformer.dtype}, which rounds small steps to nothing. Load the pipeline "
-                "with `dtype=torch.float32`; `bf16=True` still computes in bfloat16."
-            )
-        ref_model = None
-        if args.beta != 0.0 and peft_config is None:
-            with _gathered(transformer):
-                ref_model = copy.deepcopy(transformer)
-            ref_model.requires_grad_(False).eval()
-        beta, args = args.beta, copy.copy(args)
-        args.beta = 0.0
-
-        # PEFT's task classes wrap `generate`, which a denoiser does not have
-        if peft_config is not None:
-            peft_config = copy.copy(peft_config)
-            peft_config.task_type = None
-
-        # `GRPOTrainer` writes the padding token into it
-        if not hasattr(transformer, "generation_config"):
+        peft_config = prepare_peft_config(transformer, peft_config)
+        has_reference = args.beta != 0.0 and peft_config is None
+        reference = copy_reference(transformer) if has_reference else None
+        if not hasattr(transformer, "generation_config"):  # `GRPOTrainer` writes the padding token into it
             transformer.generation_config = GenerationConfig()
-        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        if not reward_funcs:
-            raise ValueError("`reward_funcs` must have at least one function, got none.")
-        handle = functools.partial(handle_failures, timeout=args.reward_timeout, on_error=args.reward_error)
-        handled_reward_funcs = [handle(reward_func) for reward_func in reward_funcs]
 
-        # Rewards of evaluation are rewards of weight 0 that abstain in training
-        if eval_reward_funcs is None:
-            eval_reward_funcs = []
-        elif not isinstance(eval_reward_funcs, list):
-            eval_reward_funcs = [eval_reward_funcs]
-        for reward_func in eval_reward_funcs:
-            if isinstance(reward_func, nn.Module | str):
-                raise TypeError(f"`eval_reward_funcs` must be functions, got {reward_func!r}.")
-            handled_reward_funcs.append(handle(reward_func, abstains=lambda: self.model.training))
-        if eval_reward_funcs:
-            weights = args.reward_weights or [1.0] * len(reward_funcs)
-            args.reward_weights = [*weights, *[0.0] * len(eval_reward_funcs)]
-        self._num_eval_reward_funcs = len(eval_reward_funcs)
-
+        # With a `beta`, `GRPOTrainer` would load a reference model by the name of the model's class, so it is told 0. The
+        # detour can go once it takes the reference model as an argument (docs/upstream.md).
+        beta, args.beta = args.beta, 0.0
         super().__init__(
             model=transformer,
-            reward_funcs=handled_reward_funcs,
+            reward_funcs=self._wrap_reward_funcs(reward_funcs, eval_reward_funcs, args),
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -217,53 +185,45 @@ class UDMGRPOTrainer(CompletionLoggingMixin, HubTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
+        self.beta = self.args.beta = beta
+        self.max_completion_length = math.prod(self.latent_shape)
+        self._prepare_policy()
         if args.async_rewards:
             event_loop = self.async_loop if self._has_async_funcs else None
             self.reward_funcs = in_background(self.reward_funcs, self.accelerator.device, event_loop)
-        self.beta = self.args.beta = beta
-        # TRL writes what ZeRO-3 needs into what transformers called it before
-        self.args.activation_checkpointing_kwargs = self.args.gradient_checkpointing_kwargs
-        self.merge_adapter = self._resolve_merge_adapter()
-        self.max_completion_length = math.prod(self.latent_shape)
-        if self._dist.fsdp_version == 2 and self.accelerator.state.fsdp_plugin.mixed_precision_policy is not None:
-            # Accelerate has FSDP2 return everything in half precision, log-probabilities too
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = dataclasses.replace(
-                self.accelerator.state.fsdp_plugin.mixed_precision_policy, output_dtype=None
-            )
-
-        if self.args.torch_compile:
-            # Not by Accelerate, which compiles the whole of `self.model_wrapped`: rollouts do not call that
-            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
-            for model in [self.model] if ref_model is None else [self.model, ref_model]:
-                compile_layers(model, self.args.torch_compile_backend, self.args.torch_compile_mode)
-
-        if ref_model is not None:
-            if args.disable_dropout:
-                disable_dropout_in_model(ref_model)
-            add_fused_lm_head(ref_model, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
-            if self.is_deepspeed_enabled:
-                ref_model = prepare_deepspeed(ref_model, self.accelerator)
-            elif self.is_fsdp_enabled:
-                ref_model = prepare_fsdp(ref_model, self.accelerator)
-            else:
-                ref_model = self.accelerator.prepare_model(ref_model, evaluation_mode=True)
-            self.ref_model = ref_model
-
+        if reference is not None:
+            self.ref_model = self._prepare_reference(reference)
         for component in pipeline.components.values():
             if isinstance(component, nn.Module) and component is not transformer:
                 component.requires_grad_(False).eval().to(self.accelerator.device)
 
-    def _resolve_merge_adapter(self) -> bool:
-        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if self.args.merge_adapter and (is_sharded or not is_peft_model(self.model)):
-            reason = "DeepSpeed and FSDP shard the weights" if is_sharded else "there is no adapter"
-            raise ValueError(f"`merge_adapter` must be False or None, got True: {reason}.")
-        if self.args.merge_adapter is not None:
-            return self.args.merge_adapter
-        is_float32 = self.accelerator.mixed_precision == "no"
-        return is_peft_model(self.model) and not is_sharded and is_float32 and can_merge(self.model)
+    def _wrap_reward_funcs(
+        self,
+        reward_funcs: Callable | list[Callable],
+        eval_reward_funcs: Callable | list[Callable] | None,
+        args: UDMGRPOConfig,
+    ) -> list[Callable]:
+        """Reward functions as `GRPOTrainer` takes them. Those of evaluation have weight 0 and abstain in training."""
+        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        eval_reward_funcs = [] if eval_reward_funcs is None else eval_reward_funcs
+        eval_reward_funcs = eval_reward_funcs if isinstance(eval_reward_funcs, list) else [eval_reward_funcs]
+        self._num_eval_reward_funcs = len(eval_reward_funcs)
+        if eval_reward_funcs:
+            weights = args.reward_weights or [1.0] * len(reward_funcs)
+            args.reward_weights = [*weights, *[0.0] * len(eval_reward_funcs)]
+        if not reward_funcs:
+            raise ValueError("`reward_funcs` must have at least one function, got none.")
+        import functools
 
-    # A sample gives K rows, which lie side by side in the generation batch
+        handle = functools.partial(handle_failures, timeout=args.reward_timeout, on_error=args.reward_error)
+        handled = [handle(reward_func) for reward_func in reward_funcs]
+        for reward_func in eval_reward_funcs:
+            if isinstance(reward_func, nn.Module | str):
+                raise TypeError(f"`eval_reward_funcs` must be functions, got {reward_func!r}.")
+            handled.append(handle(reward_func, abstains=lambda: self.model.training))
+        return handled
+
+    # A sample has K rows, which lie side by side in the generation batch
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         num_rows = self.num_generations * self.args.num_train_timesteps
         return EpochRepeatSampler(
@@ -303,7 +263,7 @@ class UDMGRPOTrainer(CompletionLoggingMixin, HubTrainer):
                 [num_prompt_tokens, logits_to_keep, logits_to_keep], dim=1
             )
             prompt_mask, t = mask_batch[:, :num_prompt_tokens].long(), mask_batch[:, num_prompt_tokens].float()
-            with self.accelerator.autocast(), small_tiles(self.pipeline.scheduler, input_ids.device):
+            with self.accelerator.autocast():
                 logps, entropies = self.pipeline.score(
                     model, prompt_ids, prompt_mask, noised_samples, self.latent_shape, labels=actions, t=t
                 )
@@ -324,64 +284,48 @@ class UDMGRPOTrainer(CompletionLoggingMixin, HubTrainer):
         mode: str,
         return_trajectory: bool = False,
         on_decoded: Callable[[int, torch.Tensor, list[Any]], None] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, UDMSamplerOutput, list[Any]]:
+    ) -> Rollout:
         """
-        Draws a sample for each prompt: conditioning to score it with and its mask (B, T), samples (B, N), completions.
+        Draws a sample for each prompt.
 
         The samples come with the trajectory where the rows are built from it, or where it is asked for. `on_decoded` is
         called for each micro-batch, with the number of samples before it, its samples, and its completions.
         """
-        return_trajectory |= self.args.action == "intermediate" or self.args.trajectory == "backward"
-        num_inference_steps = self.args.num_inference_steps if mode == "train" else self.args.num_inference_steps_eval
-        guidance_scale = self.args.guidance_scale if mode == "train" else self.args.guidance_scale_eval
+        args, device = self.args, self.accelerator.device
+        return_trajectory |= args.action == "intermediate" or args.trajectory == "backward"
+        num_inference_steps = args.num_inference_steps if mode == "train" else args.num_inference_steps_eval
+        guidance_scale = args.guidance_scale if mode == "train" else args.guidance_scale_eval
         # With guidance the empty prompt is encoded along with the others, so that it is padded to their length
         texts = prompts if guidance_scale == 1.0 else [*prompts, ""]
-        encoded = [tensor.to(self.accelerator.device) for tensor in self.pipeline.encode_prompt(texts)]
+        encoded = [tensor.to(device) for tensor in self.pipeline.encode_prompt(texts)]
         prompt_ids, prompt_mask = (tensor[: len(prompts)] for tensor in encoded)
-        batch_size = self.args.rollout_batch_size or len(prompts)
+        batch_size = args.rollout_batch_size or len(prompts)
         outputs, completions = [], []
-        if self.is_fsdp_enabled and is_peft_model(self.model):
-            # FSDP gathers weights once its root is called, which is the model that PEFT has put around the pipeline's
-            setattr(self.pipeline, self.pipeline.transformer_name, self.model)
-        with (
-            profiling_context(self, "rollout"),
-            without_checkpointing(self.model),
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-            ),
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
-            self.accelerator.autocast(),
-            merged_adapter(self.accelerator.unwrap_model(self.model))
-            if self.merge_adapter
-            else contextlib.nullcontext(),
-        ):
+        with profiling_context(self, "rollout"), self._sampling():
             for ids, mask in zip(prompt_ids.split(batch_size), prompt_mask.split(batch_size), strict=True):
-                negative_prompt_ids = negative_prompt_mask = None
+                negative_ids = negative_mask = None
                 if guidance_scale != 1.0:
-                    negative_prompt_ids, negative_prompt_mask = (
-                        tensor[-1:].expand(len(ids), -1) for tensor in encoded
-                    )
+                    negative_ids, negative_mask = (tensor[-1:].expand(len(ids), -1) for tensor in encoded)
                 output = self.pipeline.sample_tokens(
                     ids,
                     mask,
                     self.latent_shape,
                     num_inference_steps=num_inference_steps,
                     guidance_scale=guidance_scale,
-                    guidance_trunc=self.args.guidance_trunc,
-                    negative_prompt_ids=negative_prompt_ids,
-                    negative_prompt_mask=negative_prompt_mask,
+                    guidance_trunc=args.guidance_trunc,
+                    negative_prompt_ids=negative_ids,
+                    negative_prompt_mask=negative_mask,
                     return_trajectory=return_trajectory,
                 )
                 outputs.append(output)
-                parts = output.clean_samples.split(self.args.decode_batch_size or batch_size)
+                parts = output.clean_samples.split(args.decode_batch_size or batch_size)
                 decoded = [one for samples in parts for one in self.pipeline.decode(samples, self.latent_shape)]
                 if on_decoded is not None:
                     on_decoded(len(completions), output.clean_samples, decoded)
                 completions += decoded
         output = UDMSamplerOutput.cat(outputs)
-        return *self.pipeline.extend_prompt(prompt_ids, prompt_mask, output.clean_samples), output, completions
+        prompt_ids, prompt_mask = self.pipeline.extend_prompt(prompt_ids, prompt_mask, output.clean_samples)
+        return Rollout(prompt_ids, prompt_mask, output, completions)
 
     @torch.no_grad()
     def _build_rows(self, output: UDMSamplerOutput) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -480,27 +424,21 @@ class UDMGRPOTrainer(CompletionLoggingMixin, HubTrainer):
             inputs = inputs[::num_timesteps]  # the sampler repeats a sample for each of its rows
         prompts = [x["prompt"] for x in inputs]
 
-        def start(first: int, clean_samples: torch.Tensor, decoded: list[Any]) -> None:
+        def submit(first: int, clean_samples: torch.Tensor, decoded: list[Any]) -> None:
             part = inputs[first : first + len(decoded)]
             start_rewards(self, first == 0, *self._reward_arguments(part, clean_samples, decoded))
 
-        on_decoded = start if self.args.async_rewards else None
-        prompt_ids, prompt_mask, output, completions = self._rollout(prompts, mode, on_decoded=on_decoded)
-        reward_arguments = self._reward_arguments(inputs, output.clean_samples, completions)
+        rollout = self._rollout(prompts, mode, on_decoded=submit if self.args.async_rewards else None)
+        reward_arguments = self._reward_arguments(inputs, rollout.output.clean_samples, rollout.completions)
         if self.args.async_rewards:  # scoring needs no rewards, so they may go on meanwhile
-            batch = self._score_rows(prompt_ids, prompt_mask, output, mode)
+            batch = self._score_rows(rollout, mode)
             rewards_per_func = self._calculate_rewards(*reward_arguments)
         else:
             rewards_per_func = self._calculate_rewards(*reward_arguments)
-            batch = self._score_rows(prompt_ids, prompt_mask, output, mode)
+            batch = self._score_rows(rollout, mode)
         advantages, rewards, std_rewards = self._compute_advantages(rewards_per_func, num_generations)
-        self._log_rollout(mode, prompts, completions, rewards_per_func, rewards, std_rewards, advantages)
-        if num_generations > 1:
-            # Share of tokens in which two samples of a group differ
-            groups = self.accelerator.gather(output.clean_samples).unflatten(0, (-1, num_generations))  # (P, G, N)
-            num_pairs = groups.size(0) * num_generations * (num_generations - 1) * groups.size(2)
-            num_different = (groups.unsqueeze(1) != groups.unsqueeze(2)).sum()
-            self._metrics[mode]["diversity"].append(num_different.item() / num_pairs)
+        self._log_rollout(mode, prompts, rollout.completions, rewards_per_func, rewards, std_rewards, advantages)
+        self._log_diversity(mode, rollout.output.clean_samples, num_generations)
         process_slice = slice(
             self.accelerator.process_index * len(prompts),
             (self.accelerator.process_index + 1) * len(prompts),
@@ -508,16 +446,16 @@ class UDMGRPOTrainer(CompletionLoggingMixin, HubTrainer):
         batch["advantages"] = advantages[process_slice].repeat_interleave(num_timesteps)  # (B * K,)
         return batch
 
-    def _score_rows(
-        self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, output: UDMSamplerOutput, mode: str
-    ) -> dict[str, torch.Tensor]:
-        """The rows (B * K) of B samples with their conditioning (B, T), and their old and reference log-probabilities."""
+    def _score_rows(self, rollout: Rollout, mode: str) -> dict[str, torch.Tensor]:
+        """The rows (B * K) of B samples, with their old and reference log-probabilities."""
         num_timesteps = self.args.num_train_timesteps
-        noised_samples, actions, t = self._build_rows(output)  # (B * K, N), (B * K, N), (B * K,)
-        prompt_ids = torch.cat([prompt_ids.repeat_interleave(num_timesteps, dim=0), noised_samples], dim=1)
-        # `_compute_loss` hands on ids and masks only, so the mask of the noised tokens holds their time
+        noised_samples, actions, t = self._build_rows(rollout.output)  # (B * K, N), (B * K, N), (B * K,)
+        prompt_ids = torch.cat([rollout.prompt_ids.repeat_interleave(num_timesteps, dim=0), noised_samples], dim=1)
+        # `_compute_loss` hands on ids and masks only, so the mask of the noised tokens holds their time. That can go once
+        # TRL hands on further keys of a batch (docs/upstream.md).
         prompt_mask = torch.cat(
-            [prompt_mask.repeat_interleave(num_timesteps, dim=0), t.unsqueeze(1).expand_as(noised_samples)], dim=1
+            [rollout.prompt_mask.repeat_interleave(num_timesteps, dim=0), t.unsqueeze(1).expand_as(noised_samples)],
+            dim=1,
         )
         completion_mask = self.pipeline.completion_mask(actions)
         input_ids = torch.cat([prompt_ids, actions], dim=1)  # (B * K, T + N + N)
@@ -550,26 +488,3 @@ class UDMGRPOTrainer(CompletionLoggingMixin, HubTrainer):
                     with use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None):
                         batch["ref_per_token_logps"] = score(self.model)[0]
         return batch
-
-
-def _gathered(model: nn.Module) -> contextlib.AbstractContextManager:
-    """A context in which `model` has its whole weights, where ZeRO-3's `zero3_init_flag` has split them."""
-    if not is_deepspeed_zero3_enabled():
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(list(model.parameters()))
-
-
-def _check_dataset(name: str, dataset: Any) -> None:
-    if isinstance(dataset, IterableDataset):
-        raise TypeError(
-            f"`{name}` must be a `Dataset`, got an `IterableDataset`. Prompts are small: load them without streaming, or "
-            "use `Dataset.from_generator`."
-        )
-    if not isinstance(dataset, Dataset):
-        raise TypeError(f"`{name}` must be a `Dataset`, got `{type(dataset).__name__}`.")
-    if "prompt" not in dataset.column_names:
-        raise ValueError(f"`{name}` must have a column 'prompt', got {dataset.column_names}.")
-    if len(dataset) == 0:
-        raise ValueError(f"`{name}` must have at least one row.")

@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from trl_udm.trainer.merged_adapter import can_merge, merged_adapter
+from trl_udm.trainer.adapters import can_merge, merged_adapter
 
 from .test_udm_grpo_trainer import LORA, build_trainer
 
@@ -38,7 +38,7 @@ def test_a_merged_rollout_is_that_of_the_adapter_and_leaves_the_weights_as_they_
         trainer = build_trainer(tmp_path, peft_config=LORA, merge_adapter=merge_adapter)
         randomize(trainer.model)
         torch.manual_seed(1)
-        samples.append(trainer._rollout(["ab", "c"] * 8, "train")[2].clean_samples)
+        samples.append(trainer._rollout(["ab", "c"] * 8, "train").output.clean_samples)
         weights.append({name: parameter.clone() for name, parameter in trainer.model.named_parameters()})
     assert torch.equal(samples[0], samples[1])
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -1,0 +1,237 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The policy: what is trained, what is the reference, and how samples are drawn from either weights or an adapter."""
+
+import contextlib
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import DynamoBackend, is_peft_model
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+
+from ..models.layers import compile_layers, without_checkpointing
+
+
+logger = get_logger(__name__)
+
+
+class PolicyMixin:
+    """
+    Arrangements for the model that is trained and for its reference, and the context in which samples are drawn.
+
+    Needs `pipeline`, `args`, `model`, `model_wrapped`, `accelerator`, and of [`~trl.GRPOTrainer`] `_dist`.
+    """
+
+    def _prepare_policy(self) -> None:
+        # TRL writes what ZeRO-3 needs under the name that transformers had for it before
+        self.args.activation_checkpointing_kwargs = self.args.gradient_checkpointing_kwargs
+        self.merge_adapter = resolve_merge_adapter(
+            self.args.merge_adapter,
+            self.model,
+            is_sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
+            is_float32=self.accelerator.mixed_precision == "no",
+        )
+        if self._dist.fsdp_version == 2 and self.accelerator.state.fsdp_plugin.mixed_precision_policy is not None:
+            # Accelerate has FSDP2 return everything in half precision, log-probabilities too
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, output_dtype=None)
+        if self.args.torch_compile:
+            # Not by Accelerate, which compiles the whole of `self.model_wrapped`: rollouts do not call that
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+            compile_layers(self.model, self.args.torch_compile_backend, self.args.torch_compile_mode)
+
+    def _prepare_reference(self, reference: PreTrainedModel) -> nn.Module:
+        """Does for the reference model what `GRPOTrainer.__init__` does for one that it loads."""
+        if self.args.torch_compile:
+            compile_layers(reference, self.args.torch_compile_backend, self.args.torch_compile_mode)
+        if self.args.disable_dropout:
+            disable_dropout_in_model(reference)
+        add_fused_lm_head(reference, cast_lm_head_to_fp32=self.args.cast_lm_head_to_fp32)
+        if self.is_deepspeed_enabled:
+            return prepare_deepspeed(reference, self.accelerator)
+        if self.is_fsdp_enabled:
+            return prepare_fsdp(reference, self.accelerator)
+        return self.accelerator.prepare_model(reference, evaluation_mode=True)
+
+    @contextlib.contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """
+        A context in which `self.pipeline` draws samples of the policy: with whole weights, the adapter merged where that is
+        exact, the run's precision, and no activation checkpointing. All is as it was before after it.
+        """
+        pipeline, name = self.pipeline, self.pipeline.transformer_name
+        transformer = pipeline.transformer
+        is_wrapped = self.is_fsdp_enabled and is_peft_model(self.model)
+        if is_wrapped:
+            # FSDP gathers weights once its root is called, which is the model that PEFT has put around the transformer
+            setattr(pipeline, name, self.model)
+        try:
+            with (
+                without_checkpointing(self.model),
+                unwrap_model_for_generation(
+                    self.model_wrapped,
+                    self.accelerator,
+                    gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                ),
+                self._dist.summon_full_params(self.model_wrapped, recurse=False),
+                self.accelerator.autocast(),
+                merged_adapter(self.accelerator.unwrap_model(self.model))
+                if self.merge_adapter
+                else contextlib.nullcontext(),
+            ):
+                yield
+        finally:
+            if is_wrapped:
+                setattr(pipeline, name, transformer)
+
+
+def prepare_peft_config(transformer: PreTrainedModel, peft_config: PeftConfig | None) -> PeftConfig | None:
+    """
+    Checks that a transformer can be trained as asked, and adapts the adapter's configuration to denoisers.
+
+    Args:
+        transformer ([`~transformers.PreTrainedModel`]):
+            The pipeline's transformer.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter to train. Without one, all weights are trained.
+
+    Returns:
+        [`~peft.PeftConfig`] or `None`: A copy without a task type. PEFT's task classes wrap `generate`, which a denoiser does
+        not have.
+
+    Raises:
+        ValueError: If the transformer has adapters already.
+    """
+    if getattr(transformer, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"The pipeline has adapters already ({sorted(transformer.peft_config)}): training would overwrite them. "
+            "Merge them into the weights first, as docs/checkpoints.md shows, or unload them."
+        )
+    if peft_config is None:
+        if any(parameter.dtype != torch.float32 for parameter in transformer.parameters()):
+            logger.warning(
+                f"All weights are trained, in {transformer.dtype}, which rounds small steps to nothing. Load the pipeline "
+                "with `dtype=torch.float32`; `bf16=True` still computes in bfloat16."
+            )
+        return None
+    peft_config = copy.copy(peft_config)
+    peft_config.task_type = None
+    return peft_config
+
+
+def copy_reference(transformer: PreTrainedModel) -> PreTrainedModel:
+    """
+    Copies the policy before its first step.
+
+    Args:
+        transformer ([`~transformers.PreTrainedModel`]):
+            The pipeline's transformer.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: A frozen copy with whole weights, also where ZeRO-3's `zero3_init_flag` has
+        split those of `transformer`.
+    """
+    gathered = contextlib.nullcontext()
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        gathered = deepspeed.zero.GatheredParameters(list(transformer.parameters()))
+    with gathered:
+        reference = copy.deepcopy(transformer)
+    return reference.requires_grad_(False).eval()
+
+
+def resolve_merge_adapter(
+    merge_adapter: bool | None, model: PreTrainedModel | PeftModel, is_sharded: bool, is_float32: bool
+) -> bool:
+    """
+    Decides whether rollouts merge the adapter.
+
+    Args:
+        merge_adapter (`bool`, *optional*):
+            `UDMGRPOConfig.merge_adapter`.
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model.
+        is_sharded (`bool`):
+            Whether processes hold parts of the weights.
+        is_float32 (`bool`):
+            Whether the model computes in float32.
+
+    Returns:
+        `bool`: `merge_adapter` or, where that is `None`, whether merging leaves the policy as it is.
+
+    Raises:
+        ValueError: If merging is asked for and there is no adapter, or the weights are sharded.
+    """
+    if merge_adapter and (is_sharded or not is_peft_model(model)):
+        reason = "DeepSpeed and FSDP shard the weights" if is_sharded else "there is no adapter"
+        raise ValueError(f"`merge_adapter` must be False or None, got True: {reason}.")
+    if merge_adapter is not None:
+        return merge_adapter
+    return is_peft_model(model) and not is_sharded and is_float32 and can_merge(model)
+
+
+def can_merge(model: PeftModel) -> bool:
+    """
+    Tells whether merging the adapter leaves the policy as it is, up to float32 rounding.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model.
+
+    Returns:
+        `bool`: Whether the weights under the adapter are float32 and belong to one module each. Narrower weights would round
+        a small adapter away. Of two modules that share a weight, only one has the adapter.
+    """
+    uses = Counter(parameter for module in model.modules() for parameter in module.parameters(recurse=False))
+    return all(parameter.dtype == torch.float32 and uses[parameter] == 1 for parameter in _base_parameters(model))
+
+
+@contextlib.contextmanager
+def merged_adapter(model: PeftModel) -> Iterator[None]:
+    """
+    A context in which the adapter is merged into the weights under it, so that forward passes skip its small products.
+
+    Subtracting the adapter again would round. So the original tensors are kept meanwhile, and put back exactly.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model, for whose weights [`can_merge`] holds.
+    """
+    parameters = _base_parameters(model)
+    originals = [parameter.data for parameter in parameters]
+    try:
+        model.merge_adapter(safe_merge=True)  # into copies
+        yield
+    finally:
+        model.unmerge_adapter()
+        for parameter, original in zip(parameters, originals, strict=True):
+            parameter.data = original
+
+
+def _base_parameters(model: PeftModel) -> list[nn.Parameter]:
+    """The parameters under the adapter."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return [parameter for layer in layers for parameter in layer.get_base_layer().parameters(recurse=False)]
