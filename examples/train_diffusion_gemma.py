@@ -13,35 +13,31 @@
 # limitations under the License.
 
 """
-Trains DiffusionGemma on mathematical problems with checked answers, with UDM-GRPO.
+Trains DiffusionGemma with UDM-GRPO on mathematical problems whose answers are checked.
 
 A LoRA, with settings to start from:
 
     accelerate launch examples/train_diffusion_gemma.py --config examples/configs/diffusion_gemma.yaml
 
-A row of the dataset has a `prompt`, a text or a list of messages, and what the rewards ask for: a `solution`, for the default
-one, `trl.rewards.accuracy_reward`. That reward needs the package `math_verify`: `pip install "trl-udm[math]"`.
+A row of the dataset has a `prompt`, a text or a list of messages, and what the rewards need. The default reward is
+`trl.rewards.accuracy_reward`. It needs a column `solution` and the package `math_verify`: `pip install
+"trl-udm[math]"`.
 
-Every argument of `UDMGRPOConfig` and TRL's `ModelConfig` (LoRA among them) is a flag, and a key of the `--config` file.
-The run leaves in its output folder the trained weights, `reward_curve.png`, and `results.json` with the mean reward of
-held-out problems before and after.
+`--help` lists all arguments. The output folder then holds the trained weights, `reward_curve.png`, and `results.json`
+with the mean reward of held-out problems before and after training.
 """
 
-import json
 import sys
 from dataclasses import dataclass, field
-from importlib import import_module
-from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
-import torch
-from datasets import DatasetDict, load_dataset
-from transformers import set_seed
-from trl import ModelConfig, TrlParser, get_peft_config
+from common import load_pipeline, load_rows, parse_arguments, train_texts
+from datasets import DatasetDict
+from trl import get_peft_config
 from trl.import_utils import is_math_verify_available
 
-from trl_udm import DiffusionGemmaUDMPipeline, UDMGRPOConfig, UDMGRPOTrainer
-from trl_udm.evaluation.comparison import save_curves
+from trl_udm import DiffusionGemmaUDMPipeline, UDMGRPOTrainer
 from trl_udm.pipelines.pipeline_diffusion_gemma import LORA_TARGET_MODULES
 
 
@@ -50,31 +46,17 @@ ACCURACY_REWARD = "trl.rewards.accuracy_reward"
 
 @dataclass
 class ScriptArguments:
-    r"""
-    Arguments of this script.
-
-    Args:
-        dataset_name (`str`, *optional*, defaults to `"trl-lib/DeepMath-103K"`):
-            The problems: a `.jsonl` file, or a dataset on the Hub.
-        reward_funcs (`list[str]`, *optional*):
-            Reward functions by their full names. By default `trl.rewards.accuracy_reward`.
-        system_prompt (`str`, *optional*, defaults to `"Reason step by step, and put the final answer in \\boxed{}."`):
-            First message of every prompt. Nothing is put first where it is empty.
-        num_eval_prompts (`int`, *optional*, defaults to `64`):
-            Problems that are held out.
-        self_conditioning (`bool`, *optional*, defaults to `False`):
-            As in [`DiffusionGemmaUDMPipeline`].
-    """
+    """Arguments of this script."""
 
     dataset_name: str = field(
-        default="trl-lib/DeepMath-103K", metadata={"help": "The problems: a file or a Hub dataset."}
+        default="trl-lib/DeepMath-103K", metadata={"help": "The problems: a `.jsonl` file or a Hub dataset."}
     )
     reward_funcs: list[str] = field(
-        default_factory=lambda: [ACCURACY_REWARD], metadata={"help": "Reward functions by their full names."}
+        default_factory=lambda: [ACCURACY_REWARD], metadata={"help": "Full names of reward functions."}
     )
     system_prompt: str = field(
         default="Reason step by step, and put the final answer in \\boxed{}.",
-        metadata={"help": "First message of every prompt."},
+        metadata={"help": "First message of every prompt. If empty, no message is added."},
     )
     num_eval_prompts: int = field(default=64, metadata={"help": "Problems that are held out."})
     self_conditioning: bool = field(
@@ -83,11 +65,7 @@ class ScriptArguments:
 
 
 def load_problems(script_args: ScriptArguments) -> DatasetDict:
-    """Problems to train on ("train") and held-out ones ("test"). Their prompts are messages, as TRL's rewards ask for."""
-    if script_args.dataset_name.endswith(".jsonl"):
-        dataset = load_dataset("json", data_files=script_args.dataset_name, split="train")
-    else:
-        dataset = load_dataset(script_args.dataset_name, split="train")
+    """Problems for training ("train") and held-out ones ("test"). Prompts are messages, which TRL's rewards expect."""
 
     def to_messages(row: dict[str, Any]) -> dict[str, Any]:
         messages = row["prompt"]
@@ -97,58 +75,31 @@ def load_problems(script_args: ScriptArguments) -> DatasetDict:
             messages = [{"role": "system", "content": script_args.system_prompt}, *messages]
         return {"prompt": messages}
 
-    return dataset.map(to_messages).train_test_split(test_size=script_args.num_eval_prompts, seed=0)
+    rows = load_rows(script_args.dataset_name)
+    return rows.map(to_messages).train_test_split(test_size=script_args.num_eval_prompts, seed=0)
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    parser = TrlParser((ScriptArguments, UDMGRPOConfig, ModelConfig))
-    script_args, training_args, model_args = parser.parse_args_and_config(args=argv)
+    script_args, training_args, model_args = parse_arguments(
+        ScriptArguments, argv, lora_target_modules=LORA_TARGET_MODULES
+    )
     if model_args.model_name_or_path is None:
         raise ValueError("`--model_name_or_path` is needed, such as google/diffusiongemma-26B-A4B-it.")
     if ACCURACY_REWARD in script_args.reward_funcs and not is_math_verify_available():
         raise ImportError(
             f"`--reward_funcs {ACCURACY_REWARD}` needs the package `math_verify`: `pip install 'trl-udm[math]'`."
         )
-    reward_funcs = []
-    for name in script_args.reward_funcs:
-        module_name, _, function_name = name.rpartition(".")
-        reward_funcs.append(getattr(import_module(module_name), function_name))
     problems = load_problems(script_args)
-
-    if model_args.lora_target_modules is None:
-        model_args.lora_target_modules = LORA_TARGET_MODULES
-    dtype = "auto" if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
-    pipeline = DiffusionGemmaUDMPipeline.from_pretrained(
-        model_args.model_name_or_path, dtype=dtype, self_conditioning=script_args.self_conditioning
-    )
-    if model_args.attn_implementation is not None:
-        pipeline.transformer.set_attn_implementation(model_args.attn_implementation)
+    options = {"default_dtype": "auto", "self_conditioning": script_args.self_conditioning}
     trainer = UDMGRPOTrainer(
-        pipeline,
-        reward_funcs=reward_funcs,
+        load_pipeline(DiffusionGemmaUDMPipeline, model_args.model_name_or_path, model_args, **options),
+        reward_funcs=[resolve_name(name) for name in script_args.reward_funcs],
         args=training_args,
         train_dataset=problems["train"],
         eval_dataset=problems["test"],
         peft_config=get_peft_config(model_args),
     )
-
-    def evaluate() -> float:
-        set_seed(training_args.seed)  # the same noise before and after
-        return trainer.evaluate()["eval_reward"]
-
-    results = {"before": evaluate()}
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()
-    results["after"] = evaluate()
-    if trainer.accelerator.is_main_process:
-        output_dir = Path(training_args.output_dir)
-        save_curves(output_dir / "reward_curve.png", trainer.state.log_history, {"reward": "reward"})
-        (output_dir / "results.json").write_text(json.dumps(results, indent=2))
-        print(f"Reward on held-out problems: {results['before']:.3f} before, {results['after']:.3f} after")
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
-    return results
+    return train_texts(trainer, "Reward on held-out problems")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import functools
 import json
 import os
 import re
@@ -23,9 +24,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from trl.trainer.utils import get_callable_name
 
 from trl_udm import URSAPipeline
 from trl_udm.evaluation import evaluate, generate_images, score_images, summarize
+from trl_udm.evaluation.images import get_reward_name
+from trl_udm.evaluation.report import save_curves
 
 
 ROWS = [
@@ -153,6 +157,37 @@ def test_scores_are_made_anew_where_images_or_settings_have_changed(pipeline, tm
     assert changed[3]["score"] == 1.0 and changed[9]["score"] == 0.0 and changed[:3] == first[:3]
     assert score_images(tmp_path, brightness, settings={"options": (1, 3)}) == changed
     assert len(scored) == 16 + 10
+
+
+def test_a_reward_has_the_name_that_the_trainer_logs():
+    class Brightness:
+        def __call__(self, completions, **columns):
+            return []
+
+    named = Brightness()
+    named.__name__ = "brightness"
+    for reward_func in (closeness, functools.partial(functools.partial(closeness), target=[]), Brightness(), named):
+        assert get_reward_name(reward_func) == get_callable_name(reward_func)
+
+
+def test_evaluation_imports_neither_trl_nor_the_trainer():
+    code = """
+import sys
+import trl_udm.evaluation
+print([name for name in sys.modules if name.split(".")[0] == "trl" or name.startswith("trl_udm.trainer")])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_curves_skip_what_was_not_measured(tmp_path):
+    logs = [{"step": step, "reward": 0.1 * step, "kl": 0.5, "geneval/a": 0.2, "geneval/b": None} for step in range(4)]
+    missing = {"step": 4, "reward": None, "kl": None, "geneval/a": None, "geneval/b": None}
+    curves = {label: label for label in ("reward", "kl", "geneval/", "geneval/b", "never logged")}
+    save_curves(tmp_path / "with.png", [*logs, missing, {"step": 4, "loss": 0.1}, {"train_runtime": 3.0}], curves)
+    save_curves(tmp_path / "without.png", logs, curves)
+    with Image.open(tmp_path / "with.png") as first, Image.open(tmp_path / "without.png") as second:
+        assert first.size == second.size and first.tobytes() == second.tobytes()
 
 
 def test_two_rewards_of_one_name_are_refused(tmp_path):

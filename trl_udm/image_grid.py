@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Images side by side, with their prompts and rewards."""
+"""A grid of images with their prompts and rewards."""
 
 import math
 import textwrap
@@ -29,7 +29,7 @@ def make_image_grid(
     max_images: int = 64,
 ) -> Image.Image:
     """
-    Lays images out in a grid, each above its rewards and its prompt.
+    Arranges images in a grid. The rewards and the prompt of an image stand under it.
 
     Args:
         images (`list[PIL.Image.Image]`):
@@ -37,13 +37,13 @@ def make_image_grid(
         prompts (`list[str]`):
             Their prompts.
         rewards (`list[tuple[float, ...]]`, *optional*):
-            Their rewards, one a function.
+            For each image, its rewards: one for each reward function.
         num_columns (`int`, *optional*):
-            Columns of the grid; about square by default.
+            Number of columns. By default the grid is about square.
         tile_size (`int`, *optional*, defaults to `160`):
-            Width of an image in the grid, and its greatest height, in pixels. Images keep their aspect ratio.
+            Width of an image in the grid, and its maximum height, in pixels. Images keep their aspect ratio.
         max_images (`int`, *optional*, defaults to `64`):
-            Images from this number on are left out.
+            Maximum number of images. Further images are left out.
 
     Returns:
         `PIL.Image.Image`: The grid.

@@ -13,10 +13,12 @@
 # limitations under the License.
 
 import importlib.util
+import sys
 from pathlib import Path
 
 
 EXAMPLES_DIR = Path(__file__).parents[2] / "examples"
+sys.path.append(str(EXAMPLES_DIR))  # an example imports `common` from its own folder, as when Python runs it
 
 
 def load_example(name):

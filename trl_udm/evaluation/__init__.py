@@ -12,9 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Evaluation: images of a benchmark drawn and scored, reports, and what trains and compares."""
+"""Evaluation: draws and scores a benchmark's images, writes reports, compares a model before and after training."""
 
-from .images import evaluate
+from .images import evaluate, generate_images, score_images, summarize
+from .report import write_report
 
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "generate_images", "score_images", "summarize", "write_report"]

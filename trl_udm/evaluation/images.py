@@ -13,23 +13,24 @@
 # limitations under the License.
 
 """
-Evaluation of a model on a benchmark: images of every prompt, their scores, and a report.
+Evaluation of a model on a benchmark: draws images of every prompt, scores them, and reports the scores.
 
-Everything lies in one folder, in GenEval's layout, so that a run can be continued and images made elsewhere be scored:
+All files lie in one folder, in GenEval's layout. So an interrupted run can continue, and images made elsewhere can be
+scored:
 
     00000/metadata.jsonl            the prompt and what the reward needs to know, one JSON object
-    00000/samples/00000.png         its images
-    00000/scores_<reward>.json      their scores, with the images' checksums and what else the scores depend on
-    settings.json                   what made the images, where we made them
+    00000/samples/00000.png         the images of this prompt
+    00000/scores_<reward>.json      their scores, the images' checksums, and what else the scores depend on
+    settings.json                   how the images were drawn; missing where they were made elsewhere
     results.json, results.md, samples.png
 
-[`evaluate`] does all of it; its steps come first, in the order in which they are applied.
+[`evaluate`] takes all steps. The steps come first in this file, in their order.
 """
 
 import asyncio
+import functools
 import inspect
 import json
-import math
 import shutil
 import zlib
 from collections.abc import Callable
@@ -42,9 +43,8 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
-from trl.trainer.utils import get_callable_name
 
-from ..image_grid import make_image_grid
+from .report import write_json, write_report
 
 
 def generate_images(
@@ -58,31 +58,33 @@ def generate_images(
     **pipeline_kwargs: Any,
 ) -> None:
     """
-    Draws images of prompts into a folder, shared out among the processes of `accelerate launch`. Images that are there
-    are not drawn again. A batch has its own seed and holds the same images in every run, so that neither an interruption
-    nor the number of processes changes them.
+    Draws images of prompts into a folder. The processes of `accelerate launch` share the work.
+
+    Images that exist are not drawn again. Each batch has its own seed and always holds the same images. So the images
+    do not depend on interruptions or on the number of processes.
 
     Args:
         pipeline ([`~diffusers.DiffusionPipeline`]):
             The model.
         rows (`list[dict]`):
-            Each with `prompt` and what the reward needs to know.
+            The prompts: each row has a `prompt` and what the reward needs to know.
         output_dir (`str` or `Path`):
             The folder.
         num_images_per_prompt (`int`, *optional*, defaults to `4`):
-            Images a prompt, > 0.
+            Images per prompt, > 0.
         batch_size (`int`, *optional*, defaults to `16`):
-            Images drawn at a time, > 0. Another batch size gives other images.
+            Images that are drawn at a time, > 0. Another batch size gives other images.
         seed (`int`, *optional*, defaults to `0`):
-            Seed, >= 0. Every batch draws from one of its own.
+            Seed, >= 0. The seeds of the batches are derived from it.
         settings (`dict[str, Any]`, *optional*):
             What else the images depend on, such as the name of the model. Kept in `settings.json`.
         pipeline_kwargs (`dict[str, Any]`):
             Arguments of the pipeline, such as `num_inference_steps`, `guidance_scale`, `height` and `width`.
 
     Raises:
-        ValueError: If a number is out of its range, or if the folder holds images of other settings or prompts, or such
-            that were made elsewhere.
+        ValueError: If a number is out of its range, or the folder holds images that belong to other settings or
+        prompts,
+            or that were made elsewhere.
     """
     output_dir, state = Path(output_dir), PartialState()
     for name, value in (("num_images_per_prompt", num_images_per_prompt), ("batch_size", batch_size)):
@@ -102,8 +104,8 @@ def generate_images(
         folders = _prompt_folders(output_dir)
         if folders and not (output_dir / "settings.json").exists():
             raise ValueError(
-                f"`output_dir` holds images that were made elsewhere: {folders[0]} has no settings.json beside it. Give "
-                "another folder, or no pipeline to score them."
+                f"`output_dir` holds images that were made elsewhere: {folders[0]} has no settings.json beside it. "
+                "Give another folder. To score these images, give no pipeline."
             )
         _check_or_write(output_dir / "settings.json", settings)
         for index, row in enumerate(rows):
@@ -140,27 +142,28 @@ def score_images(
     settings: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """
-    Scores a folder of images, shared out among the processes. What has been scored is not scored again, unless its images
-    or `settings` have changed since.
+    Scores a folder of images. The processes of `accelerate launch` share the work.
+
+    A prompt that has scores is scored again only if its images or the `settings` have changed.
 
     Args:
         images_dir (`str` or `Path`):
             A folder in GenEval's layout, from [`generate_images`] or made elsewhere.
         reward_func (`Callable`):
-            A reward function `f(prompts, completions, **columns)`, synchronous or not. It is given the fields of
-            `metadata.jsonl` as columns. It computes in its own precision, whatever autocast there is around this call.
+            A reward function `f(prompts, completions, **columns)`, synchronous or not. The columns are the fields of
+            `metadata.jsonl`. It computes in its own precision: autocast is off.
         batch_size (`int`, *optional*, defaults to `16`):
-            Images scored at a time, at least those of one prompt.
+            Images that are scored at a time. The images of one prompt are always scored together.
         settings (`dict[str, Any]`, *optional*):
             What else the scores depend on, such as the reward's options.
 
     Returns:
-        `list[dict]`: In all processes, for each image its `filename`, `prompt`, `tag` (`None` without one) and `score`.
+        `list[dict]`: For each image, in every process: `filename`, `prompt`, `tag` (`None` without one) and `score`.
 
     Raises:
         ValueError: If the folder has no prompts, a prompt has no images, or a score is `None` or not finite.
     """
-    images_dir, state, name = Path(images_dir), PartialState(), get_callable_name(reward_func)
+    images_dir, state, name = Path(images_dir), PartialState(), get_reward_name(reward_func)
     folders = _prompt_folders(images_dir)
     if not folders:
         raise ValueError(f"`images_dir` must have folders like 00000 with a metadata.jsonl, got {images_dir}.")
@@ -196,7 +199,7 @@ def score_images(
         images = [Image.open(path).convert("RGB") for _, _, _, paths in unscored for path in paths]
         scores = iter(_score(reward_func, rows, images))
         for scores_path, known, _, paths in unscored:
-            _write_json(scores_path, {**known, "scores": {path.name: next(scores) for path in paths}})
+            write_json(scores_path, {**known, "scores": {path.name: next(scores) for path in paths}})
     state.wait_for_everyone()
 
     results = []
@@ -214,6 +217,22 @@ def score_images(
     return results
 
 
+def get_reward_name(reward_func: Callable) -> str:
+    """
+    Name of a reward function, under which its scores are stored. The trainer logs the function under the same name.
+
+    Args:
+        reward_func (`Callable`):
+            A function, a partial of one, or an object that can be called.
+
+    Returns:
+        `str`: The function's name, or the name of the object's class if the object has no name.
+    """
+    while isinstance(reward_func, functools.partial):
+        reward_func = reward_func.func
+    return getattr(reward_func, "__name__", type(reward_func).__name__)
+
+
 def _score(reward_func: Callable, rows: list[dict[str, Any]], images: list[Image.Image]) -> list[float]:
     columns = {key: [row.get(key) for row in rows] for key in sorted({key for row in rows for key in row})}
     prompts = columns.pop("prompt")
@@ -223,14 +242,16 @@ def _score(reward_func: Callable, rows: list[dict[str, Any]], images: list[Image
             scores = asyncio.run(scores)
     for prompt, score in zip(prompts, scores, strict=True):
         if score is None or not np.isfinite(score):
-            raise ValueError(f"'{get_callable_name(reward_func)}' must give a number, got {score} for {prompt!r}.")
+            raise ValueError(f"'{get_reward_name(reward_func)}' must give a number, got {score} for {prompt!r}.")
     return [float(score) for score in scores]
 
 
 def summarize(results: list[dict[str, Any]], num_resamples: int = 2000) -> dict[str, dict[str, float]]:
     """
-    Means by tag with 95 % confidence intervals, from the bootstrap over prompts: images of one prompt are alike, so it is
-    prompts that are drawn with replacement, within each tag. Rows of the same prompt are one prompt.
+    Mean score of each tag, with a 95 % confidence interval from the bootstrap over prompts.
+
+    Images of one prompt are alike. So the bootstrap draws prompts, not images, with replacement within each tag. Rows
+    with the same prompt count as one prompt.
 
     Args:
         results (`list[dict]`):
@@ -239,8 +260,8 @@ def summarize(results: list[dict[str, Any]], num_resamples: int = 2000) -> dict[
             Number of resamples.
 
     Returns:
-        `dict[str, dict]`: For each tag, and for `"overall"`, `mean`, `low`, `high`, `num_prompts` and `num_images`. The
-        overall mean is that of the tags' means, as GenEval's score is.
+        `dict[str, dict]`: For each tag and for `"overall"`: `mean`, `low`, `high`, `num_prompts` and `num_images`. The
+        overall mean is the mean of the tags' means, as in GenEval's score.
     """
     by_tag: dict[str, dict[str, list[float]]] = {}
     for result in results:
@@ -274,68 +295,6 @@ def _statistics(mean: float, resampled: np.ndarray, num_prompts: int, num_images
     }
 
 
-def write_report(
-    output_dir: str | Path,
-    summaries: dict[str, dict[str, dict[str, float]]],
-    results: dict[str, list[dict[str, Any]]],
-    reward_settings: dict[str, Any] | None = None,
-) -> str:
-    """
-    Writes `results.json`, `results.md` and `samples.png` into the folder of the images.
-
-    Args:
-        output_dir (`str` or `Path`):
-            The folder.
-        summaries (`dict[str, dict]`):
-            By reward, what [`summarize`] gave.
-        results (`dict[str, list[dict]]`):
-            By reward, what [`score_images`] gave.
-        reward_settings (`dict[str, Any]`, *optional*):
-            What else the scores depend on.
-
-    Returns:
-        `str`: The tables of `results.md`.
-    """
-    output_dir = Path(output_dir)
-    settings_path = output_dir / "settings.json"
-    settings = json.loads(settings_path.read_text()) if settings_path.exists() else {}
-    report = {
-        "settings": settings,
-        "reward_settings": reward_settings or {},
-        "summaries": summaries,
-        "results": results,
-    }
-    _write_json(output_dir / "results.json", report, indent=2)
-    lines = []
-    for name, summary in summaries.items():
-        lines += [f"| {name} | mean | 95 % interval | prompts | images |", "|---|---|---|---|---|"]
-        for tag, row in summary.items():
-            lines.append(
-                f"| {tag} | {row['mean']:.3f} | {row['low']:.3f} to {row['high']:.3f} "
-                f"| {row['num_prompts']} | {row['num_images']} |"
-            )
-        lines.append("")
-    tables = "\n".join(lines)
-    (output_dir / "results.md").write_text(tables)
-
-    # Each prompt's first image: with several tags a column a tag, else from all over the benchmark
-    by_image = list(zip(*results.values(), strict=True))
-    first = [rows for i, rows in enumerate(by_image) if i == 0 or _folder(rows[0]) != _folder(by_image[i - 1][0])]
-    tags = list(dict.fromkeys(rows[0]["tag"] for rows in first))
-    if len(tags) > 1:
-        columns = [[rows for rows in first if rows[0]["tag"] == tag][:4] for tag in tags]
-        picked, num_columns = [rows for line in zip(*columns, strict=False) for rows in line], len(tags)
-    else:
-        picked, num_columns = first[:: math.ceil(len(first) / 24)], None
-    make_image_grid(
-        [Image.open(output_dir / rows[0]["filename"]) for rows in picked],
-        [rows[0]["prompt"] for rows in picked],
-        [tuple(row["score"] for row in rows) for rows in picked],
-        num_columns=num_columns,
-    ).save(output_dir / "samples.png")
-    return tables
-
-
 def evaluate(
     reward_funcs: list[Callable[..., list[float | None]]],
     output_dir: str | Path,
@@ -350,23 +309,23 @@ def evaluate(
     **pipeline_kwargs: Any,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """
-    Draws images of prompts, scores and reports them. Called again after an interruption, it continues.
+    Draws images of prompts, scores them, and writes a report. A second call continues after an interruption.
 
-    Before all that, one image is drawn in one step and scored, so that a reward that cannot work says so at once.
+    First, one image is drawn in one step and scored. So a reward that cannot work fails at once.
 
     Args:
         reward_funcs (`list[Callable]`):
-            Reward functions `f(prompts, completions, **columns)`, synchronous or not, of different names.
+            Reward functions `f(prompts, completions, **columns)`, synchronous or not. Their names must differ.
         output_dir (`str` or `Path`):
             The folder for images and report.
         pipeline ([`~diffusers.DiffusionPipeline`], *optional*):
-            The model. Without one, the images that are in the folder are scored.
+            The model. Without a model, the images in the folder are scored.
         rows (`list[dict]`, *optional*):
-            The prompts, as in [`generate_images`]. Needed with a pipeline.
+            The prompts, as in [`generate_images`]. Required with a pipeline.
         num_images_per_prompt (`int`, *optional*, defaults to `4`):
-            Images a prompt, > 0.
+            Images per prompt, > 0.
         batch_size (`int`, *optional*, defaults to `16`):
-            Images drawn or scored at a time.
+            Images that are drawn or scored at a time.
         seed (`int`, *optional*, defaults to `0`):
             As in [`generate_images`].
         settings (`dict[str, Any]`, *optional*):
@@ -374,15 +333,15 @@ def evaluate(
         reward_settings (`dict[str, Any]`, *optional*):
             The `settings` of [`score_images`].
         overwrite (`bool`, *optional*, defaults to `False`):
-            Whether to delete the folders of prompts that are there first, as after the weights have changed.
+            Whether to first delete the prompts, images and scores in the folder. Needed when the weights have changed.
         pipeline_kwargs (`dict[str, Any]`):
             As in [`generate_images`].
 
     Returns:
-        `dict[str, dict]`: By reward, what [`summarize`] gives.
+        `dict[str, dict]`: For each reward, what [`summarize`] returns.
 
     Raises:
-        ValueError: As in [`generate_images`] and [`score_images`], or if two rewards have one name.
+        ValueError: If two rewards have the same name, and as in [`generate_images`] and [`score_images`].
 
     Example:
 
@@ -403,7 +362,7 @@ def evaluate(
     ... )
     ```
     """
-    names = [get_callable_name(reward_func) for reward_func in reward_funcs]
+    names = [get_reward_name(reward_func) for reward_func in reward_funcs]
     if len(set(names)) != len(names):
         raise ValueError(f"`reward_funcs` must have names that differ, got {names}. Set `__name__` of one.")
     if pipeline is not None:
@@ -435,27 +394,16 @@ def _prompt_folders(images_dir: Path) -> list[Path]:
     return sorted(path.parent for path in images_dir.glob("*/metadata.jsonl") if path.parent.name.isdigit())
 
 
-def _folder(result: dict[str, Any]) -> str:
-    return result["filename"].partition("/")[0]
-
-
-def _write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """Writes a file that is either whole or not there."""
-    partial_path = path.with_suffix(".partial")
-    partial_path.write_text(json.dumps(value, indent=indent))
-    partial_path.replace(path)
-
-
 def _check_or_write(path: Path, value: dict[str, Any]) -> None:
-    """Writes a JSON object once; later runs must bring the same."""
+    """Writes a JSON object. If the file exists, it must hold the same object."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_json(path, value)
+        write_json(path, value)
         return
     found, value = json.loads(path.read_text()), json.loads(json.dumps(value))
     for name in sorted({*found, *value}):
         if found.get(name) != value.get(name):
             raise ValueError(
-                f"`output_dir` holds another run: {path} has {name}={found.get(name)!r}, got {value.get(name)!r}. Give "
-                "another folder, or what that run was given to continue it."
+                f"`output_dir` holds another run: {path} has {name}={found.get(name)!r}, got {value.get(name)!r}. "
+                "Give another folder. To continue that run, give its arguments."
             )
