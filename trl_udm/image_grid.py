@@ -17,6 +17,7 @@
 import math
 import textwrap
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
 
@@ -67,3 +68,21 @@ def make_image_grid(
         for number, line in enumerate(textwrap.wrap(text, num_characters)[:num_lines]):
             draw.text((left + 2, top + image_height + number * line_height), line, fill="black")
     return grid
+
+
+def image_statistics(images: list[Image.Image]) -> dict[str, list[float]]:
+    """
+    Measures what a hacked reward tends to do to images: darken them, or flood them with color.
+
+    Args:
+        images (`list[PIL.Image.Image]`):
+            Images.
+
+    Returns:
+        `dict[str, list[float]]`: For each image a value in `[0, 1]`: `dark_fraction`, the share of pixels with less
+        than a tenth of full luma, and `saturation`, the mean saturation in HSV.
+    """
+    return {
+        "dark_fraction": [float((np.asarray(image.convert("L")) < 25.5).mean()) for image in images],
+        "saturation": [float(np.asarray(image.convert("HSV"))[..., 1].mean() / 255) for image in images],
+    }

@@ -22,7 +22,7 @@ from PIL import Image
 
 from trl_udm import DiagnosticsCallback
 from trl_udm.callbacks.diagnostics import energy_distance
-from trl_udm.trainer.completions import image_statistics
+from trl_udm.image_grid import image_statistics
 
 from ..trainer.test_udm_grpo_trainer import PROMPTS, build_trainer
 

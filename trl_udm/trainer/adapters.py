@@ -47,12 +47,7 @@ class PolicyMixin:
     def _prepare_policy(self) -> None:
         # TRL writes what ZeRO-3 needs under the name that transformers had for it before
         self.args.activation_checkpointing_kwargs = self.args.gradient_checkpointing_kwargs
-        self.merge_adapter = resolve_merge_adapter(
-            self.args.merge_adapter,
-            self.model,
-            is_sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
-            is_float32=self.accelerator.mixed_precision == "no",
-        )
+        self.merge_adapter = self._resolve_merge_adapter()
         if self._dist.fsdp_version == 2 and self.accelerator.state.fsdp_plugin.mixed_precision_policy is not None:
             # Accelerate has FSDP2 return everything in half precision, log-probabilities too
             plugin = self.accelerator.state.fsdp_plugin
@@ -61,6 +56,16 @@ class PolicyMixin:
             # Not by Accelerate, which compiles the whole of `self.model_wrapped`: rollouts do not call that
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
             compile_layers(self.model, self.args.torch_compile_backend, self.args.torch_compile_mode)
+
+    def _resolve_merge_adapter(self) -> bool:
+        is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if self.args.merge_adapter and (is_sharded or not is_peft_model(self.model)):
+            reason = "DeepSpeed and FSDP shard the weights" if is_sharded else "there is no adapter"
+            raise ValueError(f"`merge_adapter` must be False or None, got True: {reason}.")
+        if self.args.merge_adapter is not None:
+            return self.args.merge_adapter
+        is_float32 = self.accelerator.mixed_precision == "no"
+        return is_peft_model(self.model) and not is_sharded and is_float32 and can_merge(self.model)
 
     def _prepare_reference(self, reference: PreTrainedModel) -> nn.Module:
         """Does for the reference model what `GRPOTrainer.__init__` does for one that it loads."""
@@ -78,8 +83,8 @@ class PolicyMixin:
     @contextlib.contextmanager
     def _sampling(self) -> Iterator[None]:
         """
-        A context in which `self.pipeline` draws samples of the policy: with whole weights, the adapter merged where that is
-        exact, the run's precision, and no activation checkpointing. All is as it was before after it.
+        A context in which `self.pipeline` draws samples of the policy: with whole weights, the adapter merged where
+        that is exact, the run's precision, and no activation checkpointing. All is as it was before after it.
         """
         pipeline, name = self.pipeline, self.pipeline.transformer_name
         transformer = pipeline.transformer
@@ -118,8 +123,8 @@ def prepare_peft_config(transformer: PreTrainedModel, peft_config: PeftConfig | 
             Adapter to train. Without one, all weights are trained.
 
     Returns:
-        [`~peft.PeftConfig`] or `None`: A copy without a task type. PEFT's task classes wrap `generate`, which a denoiser does
-        not have.
+        [`~peft.PeftConfig`] or `None`: A copy without a task type. PEFT's task classes wrap `generate`, which a
+        denoiser does not have.
 
     Raises:
         ValueError: If the transformer has adapters already.
@@ -132,8 +137,8 @@ def prepare_peft_config(transformer: PreTrainedModel, peft_config: PeftConfig | 
     if peft_config is None:
         if any(parameter.dtype != torch.float32 for parameter in transformer.parameters()):
             logger.warning(
-                f"All weights are trained, in {transformer.dtype}, which rounds small steps to nothing. Load the pipeline "
-                "with `dtype=torch.float32`; `bf16=True` still computes in bfloat16."
+                f"All weights are trained, in {transformer.dtype}, which rounds small steps to nothing. Load the "
+                "pipeline with `dtype=torch.float32`; `bf16=True` still computes in bfloat16."
             )
         return None
     peft_config = copy.copy(peft_config)
@@ -163,36 +168,6 @@ def copy_reference(transformer: PreTrainedModel) -> PreTrainedModel:
     return reference.requires_grad_(False).eval()
 
 
-def resolve_merge_adapter(
-    merge_adapter: bool | None, model: PreTrainedModel | PeftModel, is_sharded: bool, is_float32: bool
-) -> bool:
-    """
-    Decides whether rollouts merge the adapter.
-
-    Args:
-        merge_adapter (`bool`, *optional*):
-            `UDMGRPOConfig.merge_adapter`.
-        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
-            The model.
-        is_sharded (`bool`):
-            Whether processes hold parts of the weights.
-        is_float32 (`bool`):
-            Whether the model computes in float32.
-
-    Returns:
-        `bool`: `merge_adapter` or, where that is `None`, whether merging leaves the policy as it is.
-
-    Raises:
-        ValueError: If merging is asked for and there is no adapter, or the weights are sharded.
-    """
-    if merge_adapter and (is_sharded or not is_peft_model(model)):
-        reason = "DeepSpeed and FSDP shard the weights" if is_sharded else "there is no adapter"
-        raise ValueError(f"`merge_adapter` must be False or None, got True: {reason}.")
-    if merge_adapter is not None:
-        return merge_adapter
-    return is_peft_model(model) and not is_sharded and is_float32 and can_merge(model)
-
-
 def can_merge(model: PeftModel) -> bool:
     """
     Tells whether merging the adapter leaves the policy as it is, up to float32 rounding.
@@ -202,8 +177,8 @@ def can_merge(model: PeftModel) -> bool:
             The model.
 
     Returns:
-        `bool`: Whether the weights under the adapter are float32 and belong to one module each. Narrower weights would round
-        a small adapter away. Of two modules that share a weight, only one has the adapter.
+        `bool`: Whether the weights under the adapter are float32 and belong to one module each. Narrower weights would
+        round a small adapter away. Of two modules that share a weight, only one has the adapter.
     """
     uses = Counter(parameter for module in model.modules() for parameter in module.parameters(recurse=False))
     return all(parameter.dtype == torch.float32 and uses[parameter] == 1 for parameter in _base_parameters(model))

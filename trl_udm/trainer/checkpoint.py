@@ -45,15 +45,16 @@ class CheckpointMixin:
     """
     Checkpoints that are whole, and runs that resume as if nothing had happened.
 
-    Needs `pipeline`, `args`, `model`, `ref_model`, `accelerator`, `state`, `control`, and of [`~trl.GRPOTrainer`] `_metrics`,
-    `_step`, `_buffered_inputs` and the entropy's coefficient.
+    Needs `pipeline`, `args`, `model`, `ref_model`, `accelerator`, `state`, `control`, and of [`~trl.GRPOTrainer`]
+    `_metrics`, `_step`, `_buffered_inputs` and the entropy's coefficient.
 
     * A full run saves the whole pipeline, which `from_pretrained` loads. An adapter is saved as PEFT saves it.
-    * A checkpoint is *whole* once its `trainer_state.json` is complete. All processes write that file last. A run never
-      resumes from a checkpoint that is not whole, and deletes an older checkpoint only after the new one is whole.
+    * A checkpoint is *whole* once its `trainer_state.json` is complete. All processes write that file last. A run
+      never resumes from a checkpoint that is not whole, and deletes an older checkpoint only after the new one is
+      whole.
     * A resumed run equals an unbroken one bit by bit. Beside what [`~transformers.Trainer`] restores, it restores the
-      rollouts between two of their updates, the metrics between two logs, and the order of the prompts in later epochs.
-      Resuming is refused where the reference policy is not the one that the run began with.
+      rollouts between two of their updates, the metrics between two logs, and the order of the prompts in later
+      epochs. Resuming is refused where the reference policy is not the one that the run began with.
     * On SIGTERM, which clusters send, the step is finished, a checkpoint is saved, and the process exits with 143.
     * A step whose gradient is not finite is skipped. More than `args.max_failed_steps` in a row stop the run.
     """
@@ -70,8 +71,8 @@ class CheckpointMixin:
 
         Args:
             resume_from_checkpoint (`str` or `bool`, *optional*):
-                A checkpoint folder, or `True` for the last whole one in `args.output_dir`. `True` also deletes the torn ones
-                there.
+                A checkpoint folder, or `True` for the last whole one in `args.output_dir`. `True` also deletes the
+                torn ones there.
             args (`Any`), kwargs (`Any`):
                 As in [`~transformers.Trainer.train`].
 
@@ -83,8 +84,8 @@ class CheckpointMixin:
             whole = [checkpoint for checkpoint in checkpoints if is_whole(checkpoint)]
             if not whole:
                 raise ValueError(
-                    f"`resume_from_checkpoint` is True, but `output_dir` {self.args.output_dir!r} has no whole checkpoint "
-                    f"({len(checkpoints)} torn ones). Start anew without it, or name a checkpoint."
+                    f"`resume_from_checkpoint` is True, but `output_dir` {self.args.output_dir!r} has no whole "
+                    f"checkpoint ({len(checkpoints)} torn ones). Start anew without it, or name a checkpoint."
                 )
             resume_from_checkpoint = whole[-1]
             self.accelerator.wait_for_everyone()
@@ -94,8 +95,8 @@ class CheckpointMixin:
                     shutil.rmtree(torn)
         elif resume_from_checkpoint and not is_whole(resume_from_checkpoint):
             raise ValueError(
-                f"`resume_from_checkpoint` must be a whole checkpoint, got {resume_from_checkpoint!r}, which is missing or "
-                "was not finished. `True` takes the last whole one in `output_dir`."
+                f"`resume_from_checkpoint` must be a whole checkpoint, got {resume_from_checkpoint!r}, which is "
+                "missing or was not finished. `True` takes the last whole one in `output_dir`."
             )
 
         self._resumed_checkpoint = resume_from_checkpoint or None
@@ -155,8 +156,8 @@ class CheckpointMixin:
         if self._num_failures[kind] > self.args.max_failed_steps:
             raise RuntimeError(
                 f"{reason} This happened {self._num_failures[kind]} times in a row, and `max_failed_steps` is "
-                f"{self.args.max_failed_steps}. Look at the reward functions, or lower `learning_rate`, and continue from the "
-                "last checkpoint with `resume_from_checkpoint=True`."
+                f"{self.args.max_failed_steps}. Look at the reward functions, or lower `learning_rate`, and continue "
+                "from the last checkpoint with `resume_from_checkpoint=True`."
             )
         logger.warning(reason)
 
@@ -173,8 +174,8 @@ class CheckpointMixin:
                 shutil.rmtree(checkpoint, ignore_errors=True)
             gigabytes = shutil.disk_usage(checkpoint.parent).free / 1e9
             raise RuntimeError(
-                f"{checkpoint} could not be written ({error}). The disk has {gigabytes:.1f} GB left. Older checkpoints are "
-                "untouched: free space, and continue with `resume_from_checkpoint=True`."
+                f"{checkpoint} could not be written ({error}). The disk has {gigabytes:.1f} GB left. Older "
+                "checkpoints are untouched: free space, and continue with `resume_from_checkpoint=True`."
             ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
@@ -235,17 +236,18 @@ class CheckpointMixin:
         path = os.path.join(checkpoint, f"rollout_state_{self.accelerator.process_index}.pth")
         if not os.path.exists(path):
             logger.warning(
-                f"{checkpoint} has no {os.path.basename(path)}: it was saved with `save_only_model`, by another trainer, or "
-                "with fewer processes. Training continues from its weights, but not exactly as an unbroken run would."
+                f"{checkpoint} has no {os.path.basename(path)}: it was saved with `save_only_model`, by another "
+                "trainer, or with fewer processes. Training continues from its weights, but not exactly as an "
+                "unbroken run would."
             )
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
             return
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["reference_checksum"] != self._reference_checksum:
             raise ValueError(
-                "The reference policy must be the one that the run began with: the model given to the trainer has other "
-                f"weights, or another dtype, than the one that {checkpoint} was trained from. Load the initial model, as "
-                "before; its trained weights are taken from the checkpoint."
+                "The reference policy must be the one that the run began with: the model given to the trainer has "
+                f"other weights, or another dtype, than the one that {checkpoint} was trained from. Load the initial "
+                "model, as before; its trained weights are taken from the checkpoint."
             )
         self._step = state["step"]
         self._buffered_inputs = send_to_device(state["buffered_inputs"], self.accelerator.device)
@@ -270,8 +272,8 @@ class CheckpointMixin:
 
 class EpochRepeatSampler(RepeatSampler):
     """
-    A [`~trl.trainer.utils.RepeatSampler`] whose order in an epoch is the same whether or not this process drew the epochs
-    before it. Not needed once TRL's sampler has `set_epoch` (docs/upstream.md).
+    A [`~trl.trainer.utils.RepeatSampler`] whose order in an epoch is the same whether or not this process drew the
+    epochs before it. Not needed once TRL's sampler has `set_epoch` (docs/upstream.md).
 
     Args:
         get_epoch (`Callable[[], int]`):

@@ -20,20 +20,18 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from PIL import Image
-from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from trl.trainer.utils import nanstd
 
-from ..image_grid import make_image_grid
+from ..image_grid import image_statistics, make_image_grid
 
 
 class CompletionsMixin:
     """
     Logging of a generation batch, under the names of [`~trl.GRPOTrainer`].
 
-    Needs `args`, `accelerator`, `state`, `reward_funcs`, `_num_eval_reward_funcs`, and of [`~trl.GRPOTrainer`] `_metrics`,
-    `_logs` and the pending logs of reward functions.
+    Needs `args`, `accelerator`, `state`, `reward_funcs`, `_num_eval_reward_funcs`, and of [`~trl.GRPOTrainer`]
+    `_metrics`, `_logs` and the pending logs of reward functions.
     """
 
     def _log_rollout(
@@ -109,39 +107,8 @@ class CompletionsMixin:
             grid.save(
                 os.path.join(self.args.output_dir, "completions", f"completions_{self.state.global_step:05d}.png")
             )
-            log_images_to_tensorboard(self.callback_handler.callbacks, grid, self.state.global_step)
-
-
-def image_statistics(images: list[Image.Image]) -> dict[str, list[float]]:
-    """
-    Measures what a hacked reward tends to do to images: darken them, or flood them with color.
-
-    Args:
-        images (`list[PIL.Image.Image]`):
-            Images.
-
-    Returns:
-        `dict[str, list[float]]`: For each image a value in `[0, 1]`: `dark_fraction`, the share of pixels with less than a
-        tenth of full luma, and `saturation`, the mean saturation in HSV.
-    """
-    return {
-        "dark_fraction": [float((np.asarray(image.convert("L")) < 25.5).mean()) for image in images],
-        "saturation": [float(np.asarray(image.convert("HSV"))[..., 1].mean() / 255) for image in images],
-    }
-
-
-def log_images_to_tensorboard(callbacks: list[TrainerCallback], grid: Image.Image, step: int) -> None:
-    """
-    Sends a grid of images to TensorBoard, if the trainer reports to it.
-
-    Args:
-        callbacks (`list[TrainerCallback]`):
-            The trainer's callbacks.
-        grid (`PIL.Image.Image`):
-            The grid.
-        step (`int`):
-            The global step.
-    """
-    for callback in callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            callback.tb_writer.add_image("completions", np.asarray(grid), step, dataformats="HWC")
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                    callback.tb_writer.add_image(
+                        "completions", np.asarray(grid), self.state.global_step, dataformats="HWC"
+                    )

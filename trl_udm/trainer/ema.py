@@ -36,9 +36,9 @@ class EMAMixin:
 
     Needs `args`, `model`, `state`, `accelerator`, and `_load_weights` of [`CheckpointMixin`].
 
-    The average is diffusers' [`~diffusers.training_utils.EMAModel`]. Evaluation uses it, `save_model` and checkpoints hold it
-    beside the raw weights, and a resumed run continues it. It follows the weights closely at first: the decay of step n is
-    at most n / (9 + n).
+    The average is diffusers' [`~diffusers.training_utils.EMAModel`]. Evaluation uses it, `save_model` and checkpoints
+    hold it beside the raw weights, and a resumed run continues it. It follows the weights closely at first: the decay
+    of step n is at most n / (9 + n).
     """
 
     def __init__(self, *args: Any, callbacks: list[TrainerCallback] | None = None, **kwargs: Any):
@@ -56,8 +56,8 @@ class EMAMixin:
             return optimizer
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             raise ValueError(
-                f"`ema_decay` must be None with DeepSpeed and FSDP, got {self.args.ema_decay}: they do not keep whole weights in "
-                "each process. Use DDP, or leave the average out."
+                f"`ema_decay` must be None with DeepSpeed and FSDP, got {self.args.ema_decay}: they do not keep whole "
+                "weights in each process. Use DDP, or leave the average out."
             )
         self._ema_parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.ema = EMAModel(self._ema_parameters, decay=self.args.ema_decay, foreach=True)

@@ -45,8 +45,8 @@ class HubMixin:
 
     Needs `pipeline`, `args`, `model`, `state`, and of [`~transformers.Trainer`] `push_in_progress` and `hub_model_id`.
 
-    [`~transformers.Trainer`] would push the whole output folder, logs and pickles included. During training it would push
-    only weights in a checkpoint's root.
+    [`~transformers.Trainer`] would push the whole output folder, logs and pickles included. During training it would
+    push only weights in a checkpoint's root.
     """
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -55,8 +55,8 @@ class HubMixin:
         except HfHubHTTPError as error:
             if error.response.status_code in (401, 403):
                 error.append_to_message(
-                    "\n`hub_token`, or the token of `hf auth login` without it, must be one that may write to the repository "
-                    f"`hub_model_id` {self.args.hub_model_id!r}."
+                    "\n`hub_token`, or the token of `hf auth login` without it, must be one that may write to the "
+                    f"repository `hub_model_id` {self.args.hub_model_id!r}."
                 )
             raise
 
@@ -103,8 +103,8 @@ class HubMixin:
         missing = [name for name in self._model_files() if not os.path.exists(os.path.join(checkpoint_folder, name))]
         if missing:
             logger.warning(
-                f"Step {self.state.global_step} is not pushed to the Hub: its checkpoint has no {missing}, since its weights are "
-                "sharded. Set `hub_strategy='end'`, or save whole weights."
+                f"Step {self.state.global_step} is not pushed to the Hub: its checkpoint has no {missing}, since its "
+                "weights are sharded. Set `hub_strategy='end'`, or save whole weights."
             )
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)

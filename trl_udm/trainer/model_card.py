@@ -63,7 +63,8 @@ def make_model_card(
     trainer: "UDMGRPOTrainer", model_name: str | None, dataset_name: str | None, tags: list[str]
 ) -> ModelCard:
     """
-    The card of a trainer's model as it is now. The results are those which [`train_and_compare`] left in the output folder.
+    The card of a trainer's model as it is now. The results are those which [`train_and_compare`] left in the output
+    folder.
 
     Args:
         trainer ([`UDMGRPOTrainer`]):
@@ -195,7 +196,8 @@ def _format_results(results: dict[str, Any]) -> str:
     tags = [tag for tag in before if tag != "all" or len(before) > 2]  # of rows without a tag
     rows = [f"| {tag} | {before[tag]:.3f} | {after[tag]:.3f} |" for tag in tags]
     table = "\n".join([f"| {results['metric']} | before | after |", "|---|---|---|", *rows])
-    return f"## Results\n\nMeans over prompts that were evaluated before and after training, with the same seeds.\n\n{table}"
+    explanation = "Means over prompts that were evaluated before and after training, with the same seeds."
+    return f"## Results\n\n{explanation}\n\n{table}"
 
 
 def _format_training(trainer: "UDMGRPOTrainer") -> str:
@@ -210,7 +212,8 @@ def _format_training(trainer: "UDMGRPOTrainer") -> str:
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
     packages = ("trl-udm", "trl", "transformers", "diffusers", "peft", "torch")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    return f"Arguments of `{type(args).__name__}`: the central ones, and those that differ from its defaults.\n\n{table}\n\nVersions: {versions}."
+    explanation = f"Arguments of `{type(args).__name__}`: the central ones, and those that differ from its defaults."
+    return f"{explanation}\n\n{table}\n\nVersions: {versions}."
 
 
 def _may_be_told(name: str, value: Any) -> bool:

@@ -26,12 +26,12 @@ class UDMGRPOConfig(GRPOConfig):
     r"""
     Configuration of [`UDMGRPOTrainer`].
 
-    It has the arguments of [`~trl.GRPOConfig`] and those below; the defaults are those of UDM-GRPO
+    It has the arguments of [`~trl.GRPOConfig`] and those below. The defaults are those of UDM-GRPO
     (https://huggingface.co/papers/2604.18518).
 
-    One row of a training batch is one *(sample, timestep)* pair, so `per_device_train_batch_size` counts rows: a
-    generation batch of `per_device_train_batch_size * steps_per_generation * num_processes` rows holds that number divided
-    by `num_train_timesteps` samples, which must be whole groups of `num_generations`.
+    One row of a training batch is one *(sample, timestep)* pair, so `per_device_train_batch_size` counts rows. A
+    generation batch has `per_device_train_batch_size * steps_per_generation * num_processes` rows. Each sample has
+    `num_train_timesteps` of them, and the samples must form whole groups of `num_generations`.
 
     Args:
         > Parameters that control the rollout
@@ -41,35 +41,36 @@ class UDMGRPOConfig(GRPOConfig):
         guidance_scale (`float`, *optional*, defaults to `1.0`):
             Weight of classifier-free guidance in rollouts. 1 is no guidance (*CFG-Free*).
         guidance_trunc (`float`, *optional*, defaults to `0.9`):
-            Time from which on guidance, where there is any, is left out, in `[0, 1]`.
+            Time in `[0, 1]` at which guidance ends.
         rollout_batch_size (`int`, *optional*):
-            Samples that are denoised at a time. By default all that a process has in a generation batch.
+            Number of samples that are denoised together. By default all samples of a process.
         decode_batch_size (`int`, *optional*):
-            Samples that are decoded at a time, at most `rollout_batch_size`. By default all that were denoised together.
+            Number of samples that are decoded together, at most `rollout_batch_size`. By default all that were
+            denoised together.
         async_rewards (`bool`, *optional*, defaults to `False`):
-            Whether reward functions run in threads beside the rollout: each is called once a micro-batch of
-            `rollout_batch_size` samples, as soon as that is decoded, and waited for when the advantages are computed. Samples,
-            rewards, losses and weights are the same, for functions that score each sample by itself.
+            Whether reward functions run in threads during the rollout. Each is called as soon as a micro-batch of
+            `rollout_batch_size` samples is decoded, and its rewards are collected before the advantages are computed.
+            Samples, rewards, losses and weights stay the same if a function scores each sample by itself.
         merge_adapter (`bool`, *optional*):
-            Whether rollouts are drawn with the adapter merged into the weights, which are exactly restored after. By default
-            where that leaves the policy what it is: where all is computed in float32. In half precision, merging rounds a small
-            adapter away, and the samples are then of another policy than the one that is trained.
+            Whether rollouts merge the adapter into the weights, which are restored exactly afterwards. By default they
+            do if the model computes in float32. In half precision, merging would round a small adapter away, and the
+            samples would come from another policy than the one that is trained.
         pipeline_kwargs (`dict` or `str`, *optional*):
-            The pipeline family's own size options, such as `{"height": 512, "width": 512}`, passed to
-            `pipeline.latent_shape`. By default the model's native size.
+            Size options of the pipeline family, such as `{"height": 512, "width": 512}`, for `pipeline.latent_shape`.
+            By default the model's native size.
 
         > Parameters that control the trajectory
 
         action (`str`, *optional*, defaults to `"clean"`):
-            Whose probability is scored: `"clean"`, the final sample x̂₁, or `"intermediate"`, the clean tokens that were
+            Tokens whose probability is scored: `"clean"`, the final sample x̂₁, or `"intermediate"`, the clean tokens
             drawn in the step itself.
         trajectory (`str`, *optional*, defaults to `"forward"`):
-            Where the noised states come from: `"forward"`, drawn afresh from the sample by the forward process, or
-            `"backward"`, those the sampler passed through.
+            Source of the noised states: `"forward"` draws them from the sample by the forward process, `"backward"`
+            takes those that the sampler passed through.
         num_train_timesteps (`int`, *optional*, defaults to `3`):
             Consecutive steps K of the rollout's grid that a sample is trained on (*Reduced-Step*).
         timestep_window (`list[int]`, *optional*, defaults to `[0, 2]`):
-            First and last step at which the K steps may start; for each sample the start is drawn uniformly.
+            First and last step at which the K steps may start. The start is drawn uniformly for each sample.
 
         > Parameters that control the advantages
 
@@ -79,8 +80,9 @@ class UDMGRPOConfig(GRPOConfig):
         > Parameters that control the average of the weights
 
         ema_decay (`float`, *optional*):
-            Decay per step of an exponential moving average of the trained weights, in `[0, 1)`. 0.99 averages over about the
-            last 100 steps. Evaluation then uses the average, and it is saved beside the weights. By default there is none.
+            Decay per step of an exponential moving average of the trained weights, in `[0, 1)`. 0.99 averages over
+            about the last 100 steps. Evaluation then uses the average, and it is saved beside the weights. By default
+            there is none.
 
         > Parameters that control evaluation
 
@@ -94,19 +96,19 @@ class UDMGRPOConfig(GRPOConfig):
         reward_timeout (`float`, *optional*):
             Seconds that a call of a reward function may take, in `(0, inf)`. By default there is no bound.
         reward_error (`str`, *optional*, defaults to `"raise"`):
-            What follows when a reward function fails or takes too long: `"raise"` ends the run; with `"none"` the samples
-            that failed are left out of their group's statistics, and their share is logged as `rewards/<name>/failed`.
+            What happens when a reward function fails or takes too long. `"raise"` stops the run. `"none"` leaves the
+            samples that failed out of their group's statistics, and logs their share as `rewards/<name>/failed`.
         max_failed_steps (`int`, *optional*, defaults to `5`):
-            Steps in a row that may fail before the run ends: those whose gradient is not finite, which are skipped, and,
-            with `reward_error="none"`, those without any reward.
+            Number of steps in a row that may fail before the run stops. A step fails if its gradient is not finite,
+            and it is then skipped. With `reward_error="none"`, it also fails without any reward.
 
-    Changed defaults: `learning_rate` 1e-6, `adam_beta2` 0.95, `weight_decay` 0.01, `lr_scheduler_type` "constant", `beta`
-    0.05, `epsilon` 1e-4, `loss_type` "grpo", `importance_sampling_level` "sequence", `use_bias_correction_kl` False,
-    `disable_dropout` True, `num_generations` 8, `num_generations_eval` 1, `per_device_train_batch_size` 24 (one group of 8
-    samples, 3 timesteps).
+    Changed defaults: `learning_rate` 1e-6, `adam_beta2` 0.95, `weight_decay` 0.01, `lr_scheduler_type` "constant",
+    `beta` 0.05, `epsilon` 1e-4, `loss_type` "grpo", `importance_sampling_level` "sequence", `use_bias_correction_kl`
+    False, `disable_dropout` True, `num_generations` 8, `num_generations_eval` 1, `per_device_train_batch_size` 24 (one
+    group of 8 samples, 3 timesteps).
 
     Raises:
-        ValueError: If a value is out of its range, or the batch does not hold whole groups.
+        ValueError: If a value is out of its range, or the batch does not contain whole groups.
     """
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["pipeline_kwargs"]
@@ -117,19 +119,19 @@ class UDMGRPOConfig(GRPOConfig):
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule."})
     per_device_train_batch_size: int = field(
-        default=24, metadata={"help": "Rows, which are (sample, timestep) pairs, a device and a forward pass."}
+        default=24, metadata={"help": "Rows, which are (sample, timestep) pairs, per device and forward pass."}
     )
     disable_dropout: bool = field(
         default=True, metadata={"help": "Whether to disable dropout, in the network and in adapters."}
     )
-    num_generations: int = field(default=8, metadata={"help": "Samples a prompt (G)."})
-    num_generations_eval: int | None = field(default=1, metadata={"help": "Samples a prompt in evaluation."})
+    num_generations: int = field(default=8, metadata={"help": "Samples per prompt (G)."})
+    num_generations_eval: int | None = field(default=1, metadata={"help": "Samples per prompt in evaluation."})
     beta: float = field(default=0.05, metadata={"help": "Weight of the KL divergence to the reference policy."})
     epsilon: float = field(default=1e-4, metadata={"help": "Clip range of the probability ratio."})
     loss_type: str = field(default="grpo", metadata={"help": "Loss, as in `GRPOConfig`."})
     importance_sampling_level: str = field(
         default="sequence",
-        metadata={"help": "'sequence': one mean log-probability a row. 'token': one log-probability a token."},
+        metadata={"help": "'sequence': one mean log-probability per row. 'token': one log-probability per token."},
     )
     use_bias_correction_kl: bool = field(
         default=False, metadata={"help": "Whether to weight the KL divergence by the probability ratio."}
@@ -140,19 +142,19 @@ class UDMGRPOConfig(GRPOConfig):
     guidance_scale: float = field(
         default=1.0, metadata={"help": "Weight of classifier-free guidance in rollouts. 1 is no guidance (CFG-Free)."}
     )
-    guidance_trunc: float = field(default=0.9, metadata={"help": "Time in [0, 1] from which on guidance is left out."})
+    guidance_trunc: float = field(default=0.9, metadata={"help": "Time in [0, 1] at which guidance ends."})
     rollout_batch_size: int | None = field(
-        default=None, metadata={"help": "Samples denoised at a time. By default all of a process."}
+        default=None, metadata={"help": "Samples denoised together. By default all of a process."}
     )
     decode_batch_size: int | None = field(
-        default=None, metadata={"help": "Samples decoded at a time. By default all that were denoised together."}
+        default=None, metadata={"help": "Samples decoded together. By default all that were denoised together."}
     )
     async_rewards: bool = field(
-        default=False, metadata={"help": "Whether reward functions run in threads beside the rollout."}
+        default=False, metadata={"help": "Whether reward functions run in threads during the rollout."}
     )
     merge_adapter: bool | None = field(
         default=None,
-        metadata={"help": "Whether rollouts merge the adapter into the weights. By default where all is float32."},
+        metadata={"help": "Whether rollouts merge the adapter into the weights. By default in float32 only."},
     )
     pipeline_kwargs: dict | str | None = field(
         default=None,
@@ -162,11 +164,11 @@ class UDMGRPOConfig(GRPOConfig):
     # Parameters that control the trajectory
     action: str = field(
         default="clean",
-        metadata={"help": "Whose probability is scored.", "choices": ["clean", "intermediate"]},
+        metadata={"help": "Tokens whose probability is scored.", "choices": ["clean", "intermediate"]},
     )
     trajectory: str = field(
         default="forward",
-        metadata={"help": "Where the noised states come from.", "choices": ["forward", "backward"]},
+        metadata={"help": "Source of the noised states.", "choices": ["forward", "backward"]},
     )
     num_train_timesteps: int = field(
         default=3, metadata={"help": "Consecutive steps (K) of the rollout's grid that a sample is trained on."}
@@ -193,19 +195,19 @@ class UDMGRPOConfig(GRPOConfig):
 
     # Parameters that control failures
     reward_timeout: float | None = field(
-        default=None, metadata={"help": "Seconds that a call of a reward function may take. By default any."}
+        default=None, metadata={"help": "Seconds that a call of a reward function may take. By default no bound."}
     )
     reward_error: str = field(
         default="raise",
         metadata={
-            "help": "'raise': a reward function that fails ends the run. 'none': its samples are left out.",
+            "help": "'raise': a reward function that fails stops the run. 'none': its samples are left out.",
             "choices": ["raise", "none"],
         },
     )
     max_failed_steps: int = field(
         default=5,
         metadata={
-            "help": "Steps in a row that may fail, by their gradient or for want of rewards, before the run ends."
+            "help": "Steps in a row that may fail before the run stops, without a finite gradient or any reward."
         },
     )
 
@@ -229,8 +231,8 @@ class UDMGRPOConfig(GRPOConfig):
                 raise ValueError(f"`{name}` must be > 0 or None, got {getattr(self, name)}.")
         if self.num_generations < 2:
             raise ValueError(
-                f"`num_generations` must be >= 2, got {self.num_generations}: a sample's advantage is measured against "
-                "the others of its group."
+                f"`num_generations` must be >= 2, got {self.num_generations}: a sample's advantage is measured "
+                "against the others of its group."
             )
         if self.action not in ("clean", "intermediate"):
             raise ValueError(f"`action` must be 'clean' or 'intermediate', got {self.action!r}.")
@@ -250,8 +252,8 @@ class UDMGRPOConfig(GRPOConfig):
             raise ValueError(f"`max_failed_steps` must be >= 0, got {self.max_failed_steps}.")
         if self.enable_jit_checkpoint:
             raise ValueError(
-                "`enable_jit_checkpoint` must be False, got True: it saves in the middle of a step. `UDMGRPOTrainer` saves at "
-                "the end of the step on SIGTERM without it."
+                "`enable_jit_checkpoint` must be False, got True: it saves in the middle of a step. `UDMGRPOTrainer` "
+                "saves at the end of the step on SIGTERM without it."
             )
         self._check_timestep_window()
         self._check_batch_geometry()
@@ -263,13 +265,14 @@ class UDMGRPOConfig(GRPOConfig):
         ):
             if getattr(self, name) != only:
                 raise ValueError(
-                    f"`{name}` must be {only}, got {getattr(self, name)}: it belongs to autoregressive generation or to "
-                    "a moving reference policy, which UDM-GRPO does not have."
+                    f"`{name}` must be {only}, got {getattr(self, name)}: it belongs to autoregressive generation or "
+                    "to a moving reference policy, which UDM-GRPO does not have."
                 )
         if self.temperature != 1.0:
             raise ValueError(
-                f"`temperature` must be 1.0, got {self.temperature}: rollouts draw from the distribution that is scored. At 0 "
-                "they would take the likeliest tokens, and the samples of a group would have little to be compared by."
+                f"`temperature` must be 1.0, got {self.temperature}: rollouts draw from the distribution that is "
+                "scored. At 0 they would take the likeliest tokens, and the samples of a group would have little to "
+                "be compared by."
             )
         super().__post_init__()
         for name, choices in (
@@ -287,8 +290,9 @@ class UDMGRPOConfig(GRPOConfig):
         epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         if self.loss_type == "cispo" and epsilon_high < 1.0:
             raise ValueError(
-                f"`epsilon_high` must be >= 1 with `loss_type='cispo'`, got {epsilon_high}: there it is the greatest weight "
-                "of a log-probability, so that below 1 it scales every gradient down. Set it to 5, for instance."
+                f"`epsilon_high` must be >= 1 with `loss_type='cispo'`, got {epsilon_high}: there it is the greatest "
+                "weight of a log-probability, so that below 1 it scales every gradient down. Set it to 5, for "
+                "instance."
             )
         num_samples = self.per_device_eval_batch_size * self.world_size
         num_generations_eval = self.num_generations_eval or self.num_generations
@@ -309,8 +313,8 @@ class UDMGRPOConfig(GRPOConfig):
         if window[1] > last_start:
             raise ValueError(
                 f"`timestep_window` must end at {last_start} at the latest, for {self.num_train_timesteps} training "
-                f"timesteps to fit on a grid of {num_steps} steps, got {window}. Lower it or `num_train_timesteps`, or "
-                f"raise `{name}`."
+                f"timesteps to fit on a grid of {num_steps} steps, got {window}. Lower it or `num_train_timesteps`, "
+                f"or raise `{name}`."
             )
 
     def _check_batch_geometry(self):
@@ -342,11 +346,11 @@ class UDMGRPOConfig(GRPOConfig):
             for sizes in (range(self.num_generations - 1, 1, -1), range(self.num_generations + 1, 1025))
         ]
         raise ValueError(
-            f"A generation batch of {batch_size * steps * num_processes} rows (`per_device_train_batch_size` {batch_size} "
-            f"* {steps} steps * {num_processes} processes) must hold whole groups of {group_rows} rows "
+            f"A generation batch of {batch_size * steps * num_processes} rows (`per_device_train_batch_size` "
+            f"{batch_size} * {steps} steps * {num_processes} processes) must hold whole groups of {group_rows} rows "
             f"(`num_generations` {self.num_generations} * `num_train_timesteps` {self.num_train_timesteps}), and each "
-            f"process whole samples. Nearest valid `per_device_train_batch_size`: {_join(nearest_batch_sizes)}; nearest "
-            f"valid `num_generations`: {_join(nearest_num_generations)}."
+            f"process whole samples. Nearest valid `per_device_train_batch_size`: {_join(nearest_batch_sizes)}; "
+            f"nearest valid `num_generations`: {_join(nearest_num_generations)}."
         )
 
 
@@ -378,8 +382,8 @@ def check_datasets(args: UDMGRPOConfig, train_dataset: Any, eval_dataset: Any) -
     for name, dataset in datasets.items():
         if isinstance(dataset, IterableDataset):
             raise TypeError(
-                f"`{name}` must be a `Dataset`, got an `IterableDataset`. Prompts are small: load them without streaming, or "
-                "use `Dataset.from_generator`."
+                f"`{name}` must be a `Dataset`, got an `IterableDataset`. Prompts are small: load them without "
+                "streaming, or use `Dataset.from_generator`."
             )
         if not isinstance(dataset, Dataset):
             raise TypeError(f"`{name}` must be a `Dataset`, got `{type(dataset).__name__}`.")

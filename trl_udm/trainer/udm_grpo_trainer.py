@@ -68,17 +68,17 @@ class Rollout:
 
 class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, PolicyMixin, GRPOTrainer):
     r"""
-    Trainer for UDM-GRPO (https://huggingface.co/papers/2604.18518): group relative policy optimization of uniform discrete
-    diffusion models.
+    Trainer for UDM-GRPO (https://huggingface.co/papers/2604.18518): group relative policy optimization of uniform
+    discrete diffusion models.
 
     For each prompt the current policy draws G samples x̂₁, which are scored and compared within their group. A sample's
     action is the clean sample itself. Its states are rebuilt by the forward process, at K early steps of the grid:
 
         x̂_t ~ p_t(· | x̂₁),    log π = (1/N) Σ_n log p_θ(x̂₁ⁿ | x̂_t, c).
 
-    One row of a training batch is one (sample, timestep) pair, whose "prompt" is the conditioning followed by x̂_t and whose
-    "completion" is x̂₁. So the loss, its options and what it logs are those of [`~trl.GRPOTrainer`]. This class replaces the
-    rollout and the scoring of tokens. It knows no model family: it speaks to a [`UDMPipeline`].
+    One row of a training batch is one (sample, timestep) pair, whose "prompt" is the conditioning followed by x̂_t and
+    whose "completion" is x̂₁. So the loss, its options and what it logs are those of [`~trl.GRPOTrainer`]. This class
+    replaces the rollout and the scoring of tokens. It knows no model family: it speaks to a [`UDMPipeline`].
 
     Args:
         pipeline ([`UDMPipeline`]):
@@ -97,8 +97,8 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and learning rate scheduler, as in [`~transformers.Trainer`].
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapter to train, instead of all weights. The reference policy is then the model without the adapter. Without
-            an adapter, it is a frozen copy of the initial weights.
+            Adapter to train, instead of all weights. The reference policy is then the model without the adapter.
+            Without an adapter, it is a frozen copy of the initial weights.
         eval_reward_funcs (`Callable` or `list[Callable]`, *optional*):
             Reward functions that are called in evaluation only, with weight 0. They are logged as
             `eval_rewards/<name>/mean`.
@@ -125,13 +125,16 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
     _tag_names = ["trl", "trl-udm", "udm-grpo"]
     _name = "UDM-GRPO"
     _paper = {
-        "title": "UDM-GRPO: Stable and Efficient Group Relative Policy Optimization for Uniform Discrete Diffusion Models",
+        "title": "UDM-GRPO: Stable and Efficient Group Relative Policy Optimization for Uniform Discrete Diffusion "
+        "Models",
         "id": "2604.18518",
         # docstyle-ignore
         "citation": textwrap.dedent("""\
             @inproceedings{wang2026udmgrpo,
-                title        = {{UDM-GRPO: Stable and Efficient Group Relative Policy Optimization for Uniform Discrete Diffusion Models}},
-                author       = {Jiaqi Wang and Haoge Deng and Ting Pan and Yang Liu and Chengyuan Wang and Fan Zhang and Yonggang Qi and Xinlong Wang},
+                title        = {{UDM-GRPO: Stable and Efficient Group Relative Policy Optimization for Uniform Discrete
+                               Diffusion Models}},
+                author       = {Jiaqi Wang and Haoge Deng and Ting Pan and Yang Liu and Chengyuan Wang and Fan Zhang
+                               and Yonggang Qi and Xinlong Wang},
                 year         = 2026,
                 booktitle    = {International Conference on Machine Learning},
                 eprint       = {arXiv:2604.18518},
@@ -171,8 +174,8 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         if not hasattr(transformer, "generation_config"):  # `GRPOTrainer` writes the padding token into it
             transformer.generation_config = GenerationConfig()
 
-        # With a `beta`, `GRPOTrainer` would load a reference model by the name of the model's class, so it is told 0. The
-        # detour can go once it takes the reference model as an argument (docs/upstream.md).
+        # With a `beta`, `GRPOTrainer` would load a reference model by the name of the model's class, so it is told 0.
+        # The detour can go once it takes the reference model as an argument (docs/upstream.md).
         beta, args.beta = args.beta, 0.0
         super().__init__(
             model=transformer,
@@ -251,7 +254,8 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         Log-probabilities of the actions: (B, N), or their mean over the tokens that count (B, 1) at sequence level.
 
         `input_ids` are the conditioning, the noised tokens and the action, of lengths T, N and N = `logits_to_keep`.
-        `attention_mask` is the conditioning's mask, the time of the noised tokens, and the tokens of the action that count.
+        `attention_mask` is the conditioning's mask, the time of the noised tokens, and the tokens of the action that
+        count.
         """
         num_prompt_tokens = input_ids.size(1) - 2 * logits_to_keep
         batch_size = batch_size or input_ids.size(0)  # Chunk inputs into smaller batches to reduce memory peak
@@ -288,8 +292,8 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         """
         Draws a sample for each prompt.
 
-        The samples come with the trajectory where the rows are built from it, or where it is asked for. `on_decoded` is
-        called for each micro-batch, with the number of samples before it, its samples, and its completions.
+        The samples come with the trajectory where the rows are built from it, or where it is asked for. `on_decoded`
+        is called for each micro-batch, with the number of samples before it, its samples, and its completions.
         """
         args, device = self.args, self.accelerator.device
         return_trajectory |= args.action == "intermediate" or args.trajectory == "backward"
@@ -330,8 +334,8 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
     @torch.no_grad()
     def _build_rows(self, output: UDMSamplerOutput) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        Noised states and actions of K timesteps for each of B samples, both (B * K, N), sample by sample, and the times of
-        the states (B * K,).
+        Noised states and actions of K timesteps for each of B samples, both (B * K, N), sample by sample, and the
+        times of the states (B * K,).
         """
         args, scheduler = self.args, self.pipeline.scheduler
         num_samples, device = output.clean_samples.size(0), output.clean_samples.device
@@ -367,8 +371,8 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         if torch.isnan(rewards_per_func[:, is_trained.to(rewards_per_func.device)]).all():
             names = [name for name, trained in zip(self.reward_func_names, is_trained, strict=True) if trained]
             reason = (
-                f"The reward functions {names} returned None or NaN for all {len(rewards_per_func)} samples of a batch, the "
-                f"first of which has the prompt {prompts[0]!r}."
+                f"The reward functions {names} returned None or NaN for all {len(rewards_per_func)} samples of a "
+                f"batch, the first of which has the prompt {prompts[0]!r}."
             )
             if self.args.reward_error == "raise":
                 raise ValueError(reason)
@@ -384,8 +388,8 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         Advantages Â = (R − mean) / (std + 1e-4) with the group's mean and, unlike in `GRPOTrainer`, the population's
         standard deviation, clamped to ±`advantage_clip`.
 
-        Rewards (B, F) have NaN where a function abstained. A sample that no function of a weight other than 0 scored is
-        left out of its group's statistics and gets no advantage. Returns advantages, weighted rewards, and standard
+        Rewards (B, F) have NaN where a function abstained. A sample that no function of a weight other than 0 scored
+        is left out of its group's statistics and gets no advantage. Returns advantages, weighted rewards, and standard
         deviations, each (B,).
         """
 
@@ -451,8 +455,8 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         num_timesteps = self.args.num_train_timesteps
         noised_samples, actions, t = self._build_rows(rollout.output)  # (B * K, N), (B * K, N), (B * K,)
         prompt_ids = torch.cat([rollout.prompt_ids.repeat_interleave(num_timesteps, dim=0), noised_samples], dim=1)
-        # `_compute_loss` hands on ids and masks only, so the mask of the noised tokens holds their time. That can go once
-        # TRL hands on further keys of a batch (docs/upstream.md).
+        # `_compute_loss` hands on ids and masks only, so the mask of the noised tokens holds their time. That can go
+        # once TRL hands on further keys of a batch (docs/upstream.md).
         prompt_mask = torch.cat(
             [rollout.prompt_mask.repeat_interleave(num_timesteps, dim=0), t.unsqueeze(1).expand_as(noised_samples)],
             dim=1,
