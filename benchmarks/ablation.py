@@ -15,15 +15,15 @@
 """
 The ablation of UDM-GRPO (https://huggingface.co/papers/2604.18518) on the world of shapes.
 
-Each setting differs in one thing from the first, which is the method itself, and is trained with several seeds by
-`examples/train_geneval.py`. Given again, the command continues with the runs that are not finished. In the output folder are
-then the runs, `results.json`, `table.md`, and `curves.png` with reward and KL divergence; the runs of the four corners have
-`diagnostics.png` too.
+The first setting is the method itself. Each other setting differs from it in one thing. `examples/train_geneval.py`
+trains each setting with several seeds. A second call of the command continues with the runs that are not finished. The
+output folder then holds the runs, `results.json`, `table.md`, and `curves.png` with reward and KL divergence. The runs
+of the four corners also have `diagnostics.png`.
 
     python benchmarks/ablation.py --output_dir outputs/ablation
 
-"Passes" is the cost of a step in forward passes of the network for one sample: those of the rollout, of the scoring by the
-reference and the old policy, and three for each row that is trained on, for its forward and backward pass.
+"Passes" is the cost of a step per sample, in forward passes of the network: those of the rollout, those that score
+with the reference and the old policy, and three for each training row, for its forward and backward pass.
 """
 
 import argparse
@@ -42,10 +42,10 @@ from tqdm.auto import tqdm
 
 
 ROOT = Path(__file__).parents[1]
-NUM_SAMPLES = 64  # a rollout, half of examples/configs/shapes.yaml
+NUM_SAMPLES = 64  # per rollout: half of those in examples/configs/shapes.yaml
 NUM_STEPS = 10  # of the time grid
 
-# As in examples/configs/shapes.yaml, which has the options that are not varied too
+# As in examples/configs/shapes.yaml, which also has the options that are not varied
 METHOD = {
     "action": "clean",
     "trajectory": "forward",
@@ -57,7 +57,7 @@ METHOD = {
     "num_iterations": 1,
     "epsilon": 1e-4,
 }
-# By group and name, the options that differ from the method's
+# For each group and name, the options that differ from the method's
 SETTINGS = {
     "corners": {
         "clean action, forward trajectory": {},
@@ -81,7 +81,7 @@ SETTINGS = {
         "4 updates a rollout, epsilon = 1e-3": {"num_iterations": 4, "epsilon": 1e-3},
         "4 updates a rollout, epsilon = 0.2": {"num_iterations": 4, "epsilon": 0.2},
     },
-    # Four times the method's, where the naive baseline collapses
+    # Four times the method's learning rate: there the naive baseline collapses
     "learning rate": {
         "clean action, forward trajectory, 1e-3": {"learning_rate": 1e-3},
         "intermediate action, backward trajectory, 1e-3": {
@@ -94,7 +94,7 @@ SETTINGS = {
 
 
 def count_passes(options: dict[str, Any]) -> float:
-    """Forward passes of a training step, a sample."""
+    """Returns the forward passes of a training step per sample."""
     rollout = NUM_STEPS * (1 if options["guidance_scale"] == 1.0 else 2)
     num_scorings = (options["beta"] != 0) + (options["num_iterations"] > 1)
     scoring = num_scorings * options["num_train_timesteps"]
@@ -102,7 +102,7 @@ def count_passes(options: dict[str, Any]) -> float:
 
 
 def run(options: dict[str, Any], seed: int, output_dir: Path, extra: list[str]) -> None:
-    """Train one setting with one seed, unless it is done."""
+    """Trains one setting with one seed, unless that has been done."""
     flags = ["--output_dir", str(output_dir), "--seed", str(seed)]
     flags += ["--per_device_train_batch_size", str(NUM_SAMPLES * options["num_train_timesteps"])]
     for name, value in options.items():
@@ -126,14 +126,15 @@ def run(options: dict[str, Any], seed: int, output_dir: Path, extra: list[str]) 
 
 
 def read(output_dir: Path) -> dict[str, Any]:
-    """Accuracy before and after, the curves, and the seconds of one run."""
+    """Reads the accuracy before and after, the curves, and the seconds of one run."""
     results = json.loads((output_dir / "results.json").read_text())
     logs = [log for log in json.loads((output_dir / "trainer_state.json").read_text())["log_history"] if "loss" in log]
     return {
         "before": results["before"]["overall"],
         "after": results["after"]["overall"],
         "seconds": results["seconds"],
-        # Pairs of step and value: a reward is logged with each rollout, a divergence where there is a reference
+        # Pairs of step and value. Not every step has a rollout with a reward, nor every run a reference with a
+        # divergence
         "reward": [(log["step"], log["reward"]) for log in logs if "reward" in log],
         "kl": [(log["step"], log["kl"]) for log in logs if "kl" in log],
     }
@@ -144,7 +145,7 @@ def spread(values: list[float]) -> str:
 
 
 def write_table(path: Path, results: dict[str, dict[str, Any]]) -> None:
-    """A row a setting: mean over the seeds, with the least and the greatest."""
+    """Writes one row for each setting: the mean over the seeds, with minimum and maximum."""
     lines = [
         "| setting | accuracy before | after | KL at the end | passes a step | seconds |",
         "|---|---|---|---|---|---|",
@@ -162,7 +163,7 @@ def write_table(path: Path, results: dict[str, dict[str, Any]]) -> None:
 
 
 def save_curves(path: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Reward above KL divergence, a column a group; the method in each."""
+    """Plots the reward above the KL divergence. Each group is a column, which also shows the method itself."""
     figure = Figure(figsize=(4.5 * len(results), 7))
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(results), sharex=True, sharey="row", squeeze=False)
@@ -186,10 +187,10 @@ def save_curves(path: Path, results: dict[str, dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the runs and the report go")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the runs and the report")
     parser.add_argument("--groups", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="what is varied")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 1, 2])
-    parser.add_argument("--max_steps", type=int, default=60, help="training steps of a run")
+    parser.add_argument("--max_steps", type=int, default=60, help="training steps per run")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="runs at a time, each with one thread")
     args, extra = parser.parse_known_args()
     groups = {group: SETTINGS[group] for group in dict.fromkeys(["corners", *args.groups])}
@@ -204,7 +205,7 @@ def main() -> None:
             if group == "corners":
                 options["diagnostics_steps"] = max(1, args.max_steps // 4)
             runs += [(options, seed, folder / str(seed)) for seed in args.seeds]
-    # Every setting has its first seed before any has its second
+    # All settings are trained with the first seed before any is trained with the second
     runs.sort(key=lambda arguments: args.seeds.index(arguments[1]))
     extra = ["--max_steps", str(args.max_steps), *extra]
     with ThreadPoolExecutor(args.num_workers) as pool:

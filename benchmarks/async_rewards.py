@@ -13,11 +13,12 @@
 # limitations under the License.
 
 """
-How much of the time of a reward function `async_rewards` hides behind the rollout.
+Measures how much of a reward function's time `async_rewards` hides behind the rollout.
 
-Draws generation batches of shapes in four micro-batches, with a reward function that waits as one on another machine would: for
-a micro-batch as long as that takes to draw, times `--ratio`. Nothing is scored (`beta` is 0). Prints the median seconds of a
-generation batch without the reward, with it, and with it beside the rollout, which take turns.
+Draws generation batches of shapes in four micro-batches. The reward function only waits, as for an answer of another
+machine: for each micro-batch `--ratio` times as long as its rollout takes. No log-probabilities are computed (`beta`
+is 0). Prints the median seconds of a generation batch without the reward, with it, and with it beside the rollout. The
+three cases alternate.
 
     python benchmarks/async_rewards.py
 """
@@ -26,41 +27,12 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 
 import torch
-from datasets import Dataset
-
-from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
-from trl_udm.worlds.shapes import CHECKPOINT_PATH
+from shapes_runs import build_trainer
 
 
 NUM_MICRO_BATCHES = 4
-PROMPTS = Dataset.from_dict({"prompt": ["a photo of a red circle", "a photo of a blue ring"]})
-
-
-def build_trainer(
-    output_dir: str, batch_size: int, reward_func: Callable, async_rewards: bool = False
-) -> UDMGRPOTrainer:
-    """A trainer whose generation batch has `batch_size` samples."""
-    args = UDMGRPOConfig(
-        output_dir,
-        num_generations=batch_size // 2,
-        per_device_train_batch_size=3 * batch_size,
-        rollout_batch_size=batch_size // NUM_MICRO_BATCHES,
-        async_rewards=async_rewards,
-        beta=0.0,
-        bf16=False,
-        report_to="none",
-    )
-    return UDMGRPOTrainer(URSAPipeline.from_pretrained(CHECKPOINT_PATH), reward_func, args, train_dataset=PROMPTS)
-
-
-def measure(function: Callable[[], object]) -> float:
-    """Seconds that `function` takes."""
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
 
 
 def main() -> None:
@@ -70,41 +42,52 @@ def main() -> None:
         "--ratio",
         type=float,
         default=1.0,
-        help="seconds of a call of the reward, over those of a micro-batch's rollout",
+        help="seconds of a call of the reward per second of a micro-batch's rollout",
     )
     parser.add_argument("--num_repeats", type=int, default=5)
     parser.add_argument("--num_threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.num_threads)
-    seconds_a_sample = 0.0
+    seconds_per_sample = 0.0
 
     def waiting(completions: list, **kwargs) -> list[float]:
-        time.sleep(seconds_a_sample * len(completions))
+        time.sleep(seconds_per_sample * len(completions))
         return [float(index) for index in range(len(completions))]
 
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {option: build_trainer(folder, args.batch_size, waiting, option) for option in (False, True)}
-        for trainer in trainers.values():
-            trainer.model.train()
+        trainers = {}
+        for async_rewards in (False, True):
+            trainers[async_rewards] = build_trainer(
+                folder,
+                waiting,
+                num_generations=args.batch_size // 2,
+                per_device_train_batch_size=3 * args.batch_size,
+                rollout_batch_size=args.batch_size // NUM_MICRO_BATCHES,
+                async_rewards=async_rewards,
+                beta=0.0,
+            )
+            trainers[async_rewards].model.train()
         rows = next(iter(trainers[False].get_train_dataloader()))
 
         def draw(async_rewards: bool) -> float:
-            return measure(lambda: trainers[async_rewards]._generate_and_score_completions(rows))
+            start = time.perf_counter()
+            trainers[async_rewards]._generate_and_score_completions(rows)
+            return time.perf_counter() - start
 
-        for option in (False, True):  # the first rewards are waited for
-            draw(option)
+        for async_rewards in (False, True):  # warm-up
+            draw(async_rewards)
         times = {"without": [], "with": [], "beside": []}
         for _ in range(args.num_repeats):
-            seconds_a_sample = 0.0
+            seconds_per_sample = 0.0
             times["without"].append(draw(False))
-            seconds_a_sample = args.ratio * statistics.median(times["without"]) / args.batch_size
+            seconds_per_sample = args.ratio * statistics.median(times["without"]) / args.batch_size
             times["with"].append(draw(False))
             times["beside"].append(draw(True))
-    without, along, beside = (statistics.median(values) for values in times.values())
+    without, after, beside = (statistics.median(values) for values in times.values())
     print("| without the reward | with it | with `async_rewards` | ratio | share hidden |")
     print("|---|---|---|---|---|")
-    hidden = (along - beside) / (along - without)
-    print(f"| {without:.2f} s | {along:.2f} s | {beside:.2f} s | {along / beside:.2f} | {hidden:.0%} |")
+    hidden = (after - beside) / (after - without)
+    print(f"| {without:.2f} s | {after:.2f} s | {beside:.2f} s | {after / beside:.2f} | {hidden:.0%} |")
 
 
 if __name__ == "__main__":

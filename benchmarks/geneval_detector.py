@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-Processor time of `Mask2FormerDetector`'s post-processing, beside a literal version of its rule, on random outputs.
+Compares the processor time of `Mask2FormerDetector`'s post-processing with that of a literal version of its rule.
 
-The literal version resizes the masks of all 100 candidates, whatever their scores. The outputs have the shapes of the
-real network's: 100 queries, 80 classes, square and wide images, 15 queries that are sure of a class.
+The literal version resizes the masks of all 100 candidates, whatever their scores. Both get random outputs in the
+shapes of the real network: 100 queries, 80 classes, square and wide images. 15 queries are sure of a class.
 
     python benchmarks/geneval_detector.py
 """
@@ -40,7 +40,7 @@ SIZES = (
 
 
 def make_outputs(padded_size: tuple[int, int], num_queries: int, generator: torch.Generator):
-    """Class logits and mask logits: each mask an ellipse, soft at its edge, of which every tenth is empty."""
+    """Returns class logits and mask logits. Masks are ellipses with soft edges. Every tenth mask is empty."""
     class_logits = 2 * torch.randn(num_queries, len(CLASS_NAMES) + 1, generator=generator)
     class_logits[:, -1] += 8
     for query in torch.randperm(num_queries, generator=generator)[:15].tolist():
@@ -64,7 +64,7 @@ def find_objects_literally(
     image_size: tuple[int, int],
     score_threshold: float,
 ) -> dict[str, list[Detection]]:
-    """The rule of `find_objects`, step by step, in the precision of what it is given."""
+    """Applies the rule of `find_objects` step by step, in the precision of its input."""
     candidates = []
     for query, logits in enumerate(class_logits.tolist()):
         exponentials = [math.exp(logit) for logit in logits]
@@ -94,7 +94,7 @@ def find_objects_literally(
 
 
 def largest_difference(first: dict[str, list[Detection]], second: dict[str, list[Detection]]) -> float:
-    """The largest difference of a score, a box's corner or a mask's pixel; infinite where the objects differ."""
+    """Returns the largest difference of scores, boxes and masks. It is infinite where the objects differ."""
     if {name: len(group) for name, group in first.items()} != {name: len(group) for name, group in second.items()}:
         return math.inf
     differences = [0.0]
@@ -113,7 +113,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.num_threads)
 
-    print(f"{args.num_outputs} outputs, {args.num_threads} threads, medians of an image")
+    print(f"{args.num_outputs} outputs, {args.num_threads} threads, medians per image")
     print(f"{'score_threshold':<16} {'objects':>8} {'ours (ms)':>10} {'literal (ms)':>13} {'difference':>11}")
     for score_threshold in (0.3, 0.0):
         num_objects, seconds, literal_seconds, differences = [], [], [], []

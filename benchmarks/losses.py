@@ -13,11 +13,11 @@
 # limitations under the License.
 
 """
-The losses that the trainer inherits from TRL, each with every way to scale rewards, at both levels: trained or refused?
+Tries each loss that the trainer inherits from TRL, with each way to scale rewards and at both levels.
 
-Each combination takes a few steps from the world of shapes, with several updates a rollout, clipping on both sides, the KL
-term and two weighted rewards, so that every branch of the loss counts. Prints a Markdown table: the gradient norm of the
-first step and the KL divergence after the last, or the error that refused the combination.
+Each combination trains on the world of shapes for a few steps. It has several updates per rollout, clipping on both
+sides, the KL term and two weighted rewards, so that every branch of the loss is used. Prints a Markdown table: the
+gradient norm of the first step and the KL divergence of the last step, or the error that refuses the combination.
 
     python benchmarks/losses.py
 """
@@ -30,20 +30,17 @@ import warnings
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
+from shapes_runs import build_trainer
 from tqdm.auto import tqdm
 from transformers import PrinterCallback
 from transformers.utils import logging as transformers_logging
 
-from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
-from trl_udm.worlds.shapes import CHECKPOINT_PATH
-
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 LEVELS = ("sequence", "token")
-# What is varied beside the loss and the level, one at a time
+# Options that are varied beside the loss and the level
 VARIANTS: dict[str, dict[str, Any]] = {
     "as they are": {},
     '`scale_rewards="batch"`': {"scale_rewards": "batch"},
@@ -53,7 +50,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "`entropy_coef=0.01`": {"entropy_coef": 0.01},
     "`top_entropy_quantile=0.5`": {"top_entropy_quantile": 0.5},
 }
-PROMPTS = Dataset.from_dict({"prompt": ["a photo of a red circle", "a photo of a blue ring"]})
 
 
 def redness(completions: list[Image.Image], **kwargs) -> list[float]:
@@ -65,9 +61,10 @@ def darkness(completions: list[Image.Image], **kwargs) -> list[float]:
 
 
 def train(output_dir: str, num_steps: int, **options: Any) -> str:
-    """What the table says of one combination that is not refused."""
-    args = UDMGRPOConfig(
+    """Trains one combination. Returns its cell of the table."""
+    trainer = build_trainer(
         output_dir,
+        [redness, darkness],
         num_generations=4,
         num_iterations=2,
         per_device_train_batch_size=8,
@@ -77,29 +74,20 @@ def train(output_dir: str, num_steps: int, **options: Any) -> str:
         learning_rate=1e-3,
         reward_weights=[1.0, 0.5],
         max_steps=num_steps,
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
         disable_tqdm=True,
         **options,
-    )
-    trainer = UDMGRPOTrainer(
-        URSAPipeline.from_pretrained(CHECKPOINT_PATH), [redness, darkness], args, train_dataset=PROMPTS
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]
     if not all(np.isfinite(parameter.detach().numpy()).all() for parameter in trainer.model.parameters()):
-        raise RuntimeError(f"{options} led to weights that are not finite.")
+        raise RuntimeError(f"Training with {options} gave weights that are not finite.")
     return f"{logs[0]['grad_norm']:.2g}, {logs[-1]['kl']:.2g}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_steps", type=int, default=3, help="training steps of a combination")
+    parser.add_argument("--num_steps", type=int, default=3, help="training steps of each combination")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
     transformers_logging.disable_progress_bar()
@@ -112,7 +100,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as output_dir:
         for variant, level, loss_type in tqdm(combinations, unit="combination"):
             options = {"loss_type": loss_type, "importance_sampling_level": level, **VARIANTS[variant]}
-            if loss_type == "cispo":  # where it bounds the weight of a log-probability
+            if loss_type == "cispo":  # there it bounds the weight of a log-probability
                 options["epsilon_high"] = 5.0
             try:
                 cells[variant, level, loss_type] = train(output_dir, args.num_steps, **options)

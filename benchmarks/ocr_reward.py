@@ -13,12 +13,12 @@
 # limitations under the License.
 
 """
-What `OCRReward` makes of rendered text, and its time and memory on the CPU.
+Measures the rewards of `OCRReward` on rendered text, and its time and memory on the CPU.
 
-The first table is about images of 512 x 512 pixels with one to three words, in 12 fonts in turn. The second is about
-single words of three to six random letters in small images, with the options that suit them. The third reads the clean
-images of the first. Every row runs in a process of its own; "memory" is how much the peak of the resident memory
-(`VmHWM`) grows from before the engines are made, and "CPU" the processor time, which other programs do not change.
+The first table is about images of 512 x 512 pixels with one to three words, in 12 alternating fonts. The second is
+about small images with a single word of three to six random letters, with options for such images. The third uses the
+clean images of the first. Every row runs in its own process. "memory" is the growth of the peak resident memory
+(`VmHWM`) since before the engines were made. "CPU" is the processor time, which does not depend on other programs.
 
     python benchmarks/ocr_reward.py
 """
@@ -63,7 +63,7 @@ POOLS = ((1, 1), (1, 2), (2, 1))  # engines, threads of each
 
 
 def load_font(index: int, size: int, text: str, max_width: float) -> ImageFont.FreeTypeFont:
-    """The font of an image, in a size at which the text fits."""
+    """Returns the font of an image, in a size that fits the text."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     font = ImageFont.truetype(folder / f"{FONTS[index % len(FONTS)]}.ttf", size)
     while font.getlength(text) > max_width:
@@ -87,7 +87,7 @@ def draw_color(rng: random.Random, low: int, high: int) -> tuple[int, int, int]:
 
 
 def render(condition: str, text: str, index: int, rng: random.Random) -> Image.Image:
-    """Draw a text, dark on light; on a busy background light with a dark outline, turned by up to 20 degrees."""
+    """Draws a dark text on a light background, or a light, outlined and rotated text on a busy background."""
     if condition == "no text":
         return draw_busy_background(rng) if index % 2 else Image.new("RGB", (SIZE, SIZE), draw_color(rng, 0, 255))
     busy = condition == "busy"
@@ -113,7 +113,7 @@ def render(condition: str, text: str, index: int, rng: random.Random) -> Image.I
 
 
 def make_samples(condition: str, num_images: int) -> tuple[list[Image.Image], list[str]]:
-    """Images of a condition and their targets. A wrong text shares no word with its target."""
+    """Returns images of a condition and their targets. A wrong text has no word in common with its target."""
     rng = random.Random(condition)
     images, targets = [], []
     for index in range(num_images):
@@ -125,7 +125,7 @@ def make_samples(condition: str, num_images: int) -> tuple[list[Image.Image], li
 
 
 def make_small_samples(height: int, width: int, size: int, num_images: int) -> tuple[list[Image.Image], list[str]]:
-    """Black words on white, half of them in upper case."""
+    """Returns images with black words on white, half of them in upper case, and the words."""
     rng = random.Random(0)
     images, targets = [], []
     for index in range(num_images):
@@ -143,17 +143,17 @@ def peak_resident_memory() -> int:
 
 
 def measure(options: dict[str, Any], images: list[Image.Image], targets: list[str]) -> dict[str, float]:
-    """Mean rewards, and time and memory an image."""
+    """Measures mean rewards, the time per image, and the memory."""
     before = peak_resident_memory()
     reward = OCRReward(**options)
     prompts = [""] * len(images)
     reward(prompts[:2], images[:2], target_text=targets[:2])  # loads the weights
 
-    recognised = []
+    recognized = []
     start, cpu_start = time.perf_counter(), time.process_time()
-    rewards = reward(prompts, images, target_text=targets, log_extra=lambda _, texts: recognised.extend(texts))
+    rewards = reward(prompts, images, target_text=targets, log_extra=lambda _, texts: recognized.extend(texts))
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
-    partial = [ocr_score(text, target, partial=True) for text, target in zip(recognised, targets, strict=True)]
+    partial = [ocr_score(text, target, partial=True) for text, target in zip(recognized, targets, strict=True)]
     return {
         "reward": sum(rewards) / len(images),
         "partial": sum(partial) / len(images),
@@ -166,7 +166,7 @@ def measure(options: dict[str, Any], images: list[Image.Image], targets: list[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_images", type=int, default=48, help="of each condition")
+    parser.add_argument("--num_images", type=int, default=48, help="images of each condition")
     parser.add_argument("--num_small_images", type=int, default=240)
     args = parser.parse_args()
     context = multiprocessing.get_context("spawn")

@@ -13,12 +13,12 @@
 # limitations under the License.
 
 """
-A reward that can be hacked, on the world of shapes, and the alarm that notices.
+Trains on a reward that can be hacked, in the world of shapes, and shows the alarm of `GuardrailCallback`.
 
-The reward is an image's colorfulness (Hasler and Süsstrunk, 2003, equation 3 of https://doi.org/10.1117/12.477378), which
-says nothing about the prompt: the policy learns to paint more and stronger colours than were asked for. The strict GenEval
-accuracy is only watched, and `GuardrailCallback` compares the two. In the output folder are then `alarms.json` and
-`curves.png`.
+The reward is an image's colorfulness (Hasler and Süsstrunk, 2003, equation 3 of https://doi.org/10.1117/12.477378). It
+does not depend on the prompt: the policy learns to paint more and stronger colors than the prompt asks for. The strict
+GenEval accuracy has weight 0. `GuardrailCallback` compares it with the reward. Writes `alarms.json` and `curves.png`
+to the output folder.
 
     python benchmarks/reward_hacking.py --output_dir outputs/reward-hacking
 """
@@ -31,10 +31,10 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
+from shapes_runs import build_trainer
 
-from trl_udm import GenEvalReward, GuardrailCallback, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
+from trl_udm import GenEvalReward, GuardrailCallback
 from trl_udm.data.geneval import geneval_dataset
-from trl_udm.worlds.shapes import CHECKPOINT_PATH
 from trl_udm.worlds.shapes.detector import ShapesColorClassifier, ShapesDetector
 from trl_udm.worlds.shapes.prompts import TRAIN_NUM_PROMPTS, balance_metadata, split_metadata
 from trl_udm.worlds.shapes.world import CLASS_NAMES
@@ -50,7 +50,7 @@ SHOWN = {
 
 
 def colorfulness(completions: list[Image.Image], **kwargs) -> list[float]:
-    """Spread and strength of the opponent colours, over 255."""
+    """Spread and strength of the opponent colors, divided by 255."""
     rewards = []
     for image in completions:
         red, green, blue = np.moveaxis(np.asarray(image.convert("RGB"), dtype=np.float64), -1, 0)
@@ -82,9 +82,10 @@ def main() -> None:
     args = parser.parse_args()
 
     rows, _ = split_metadata()
-    detector, color_classifier = ShapesDetector(), ShapesColorClassifier()
-    training_args = UDMGRPOConfig(
-        str(args.output_dir),
+    trainer = build_trainer(
+        args.output_dir,
+        [colorfulness, GenEvalReward(ShapesDetector(), ShapesColorClassifier(), mode="official")],
+        train_dataset=geneval_dataset(balance_metadata(rows, TRAIN_NUM_PROMPTS), CLASS_NAMES),
         num_generations=8,
         per_device_train_batch_size=192,  # 8 prompts x 8 samples x 3 timesteps
         num_inference_steps_eval=10,
@@ -93,18 +94,6 @@ def main() -> None:
         reward_weights=[1.0, 0.0],
         max_steps=args.max_steps,
         seed=args.seed,
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-    )
-    trainer = UDMGRPOTrainer(
-        URSAPipeline.from_pretrained(CHECKPOINT_PATH),
-        reward_funcs=[colorfulness, GenEvalReward(detector, color_classifier, mode="official")],
-        args=training_args,
-        train_dataset=geneval_dataset(balance_metadata(rows, TRAIN_NUM_PROMPTS), CLASS_NAMES),
     )
     guardrail = GuardrailCallback(watched=WATCHED, window=10)
     trainer.add_callback(guardrail)
@@ -116,7 +105,7 @@ def main() -> None:
     for name, label in SHOWN.items():
         first, last = (np.mean([log[name] for log in part]) for part in (logs[:5], logs[-5:]))
         print(f"{label}: {first:.3f} -> {last:.3f}")
-    print(f"alarms at step: {guardrail.alarms}")
+    print(f"steps of the alarms: {guardrail.alarms}")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@
 # limitations under the License.
 
 """
-Kills a run on shapes with SIGKILL at random moments, goes on from its last whole checkpoint each time, and compares what it
-ends with, bit by bit, with a run that nobody killed.
+Kills a run on shapes with SIGKILL at random moments, and resumes it from its last whole checkpoint each time. Compares
+its outcome bit by bit with that of a run that was not killed.
 
     python benchmarks/survival.py --output_dir outputs/survival
 
-A checkpoint is saved every step, so that many kills come in the middle of one. The run has two updates a rollout and an
-average of the weights. After the last kill it is left to finish. `results.json` then has what each kill hit.
+The run saves a checkpoint at every step, so that many kills hit the saving. It has two updates per rollout and an
+average of the weights. After the last kill it may finish. `results.json` then lists what each kill hit.
 """
 
 import argparse
@@ -34,20 +34,22 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from shapes_runs import build_trainer
 
-from trl_udm import EMACallback, GenEvalReward, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
+from trl_udm import GenEvalReward
 from trl_udm.trainer.checkpoint import find_checkpoints, is_whole
-from trl_udm.worlds.shapes import CHECKPOINT_PATH
 from trl_udm.worlds.shapes.detector import ShapesColorClassifier, ShapesDetector
 from trl_udm.worlds.shapes.prompts import split_metadata
 
 
 def train(output_dir: Path, lora: bool, num_steps: int) -> None:
-    """Train from the last whole checkpoint, where there is one, and save all that the run ends with."""
+    """Trains from the last whole checkpoint, if there is one, and saves the outcome."""
     torch.set_num_threads(1)
-    prompts = Dataset.from_list([{**row} for row in split_metadata()[0][:12]])
-    args = UDMGRPOConfig(
-        str(output_dir),
+    trainer = build_trainer(
+        output_dir,
+        GenEvalReward(ShapesDetector(), ShapesColorClassifier(), mode="dense"),
+        train_dataset=Dataset.from_list([{**row} for row in split_metadata()[0][:12]]),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear") if lora else None,
         num_generations=4,
         num_train_timesteps=1,
         per_device_train_batch_size=8,
@@ -56,33 +58,23 @@ def train(output_dir: Path, lora: bool, num_steps: int) -> None:
         num_inference_steps_eval=4,
         learning_rate=1e-3,
         max_steps=num_steps,
+        ema_decay=0.9,
+        save_strategy="steps",
         save_steps=1,
         save_total_limit=2,
         logging_steps=3,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
         disable_tqdm=True,
-    )
-    ema = EMACallback(decay=0.9)
-    trainer = UDMGRPOTrainer(
-        URSAPipeline.from_pretrained(CHECKPOINT_PATH),
-        GenEvalReward(ShapesDetector(), ShapesColorClassifier(), mode="dense"),
-        args,
-        train_dataset=prompts,
-        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear") if lora else None,
-        callbacks=[ema],
     )
     trainer.train(resume_from_checkpoint=any(map(is_whole, find_checkpoints(output_dir))))
     (last,) = [folder for folder in find_checkpoints(output_dir) if folder.endswith(f"-{num_steps}")]
     outcome = {
         "weights": trainer.model.state_dict(),
         "optimizer": torch.load(Path(last) / "optimizer.pt", weights_only=True),
-        "average": ema.ema.shadow_params,
+        "average": trainer.ema.shadow_params,
         "metrics": [
             {name: value for name, value in log.items() if "step_time" not in name and "profiling" not in name}
             for log in trainer.state.log_history
-            if "loss" in log  # the summary at the end has timings
+            if "loss" in log  # not the summary at the end, which has timings
         ],
         "next random numbers": torch.rand(8),
     }
@@ -90,7 +82,7 @@ def train(output_dir: Path, lora: bool, num_steps: int) -> None:
 
 
 def is_equal(first: object, second: object) -> bool:
-    """Bit by bit."""
+    """Whether two outcomes are equal bit by bit."""
     if isinstance(first, torch.Tensor):
         return torch.equal(first, second)
     if isinstance(first, dict):
@@ -101,14 +93,14 @@ def is_equal(first: object, second: object) -> bool:
 
 
 def describe(output_dir: Path) -> tuple[int, bool]:
-    """Steps in the last whole checkpoint, and whether a torn one lies beside it."""
+    """Returns the step of the last whole checkpoint, and whether there is a torn one."""
     checkpoints = find_checkpoints(output_dir)
     whole = [int(folder.rsplit("-", 1)[1]) for folder in checkpoints if is_whole(folder)]
     return max(whole, default=0), len(whole) < len(checkpoints)
 
 
 def survive(output_dir: Path, lora: bool, num_kills: int, num_steps: int, seed: int) -> dict[str, object]:
-    """One run unbroken, one killed `num_kills` times, and their comparison."""
+    """Compares an unbroken run with one that is killed `num_kills` times."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trl_udm.trainer.udm_grpo_trainer", "trl_udm.pipelines.pipeline_ursa", "peft"])
     shutil.rmtree(output_dir, ignore_errors=True)
@@ -124,7 +116,7 @@ def survive(output_dir: Path, lora: bool, num_kills: int, num_steps: int, seed: 
     seconds = time.monotonic() - started
     assert unbroken.exitcode == 0
 
-    # A whole run takes `seconds`, of which a good part passes before the first step; most kills are to hit a step
+    # A good part of `seconds` passes before the first step. Most kills should hit a step
     draw, kills = random.Random(seed), []
     while len(kills) < num_kills:
         before, _ = describe(output_dir / "killed")
@@ -135,7 +127,7 @@ def survive(output_dir: Path, lora: bool, num_kills: int, num_steps: int, seed: 
         if process.exitcode is not None:
             if process.exitcode != 0:
                 return {"kills": kills, "equal": False, "exit code of a resumed run": process.exitcode}
-            # It finished before its kill: the next one begins anew
+            # The run finished before its kill: the next one starts from the beginning
             if not is_equal(
                 *(torch.load(output_dir / name / "outcome.pth", weights_only=True) for name in ("unbroken", "killed"))
             ):
@@ -161,10 +153,10 @@ def survive(output_dir: Path, lora: bool, num_kills: int, num_steps: int, seed: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="where the runs and results.json go")
-    parser.add_argument("--num_kills", type=int, default=25, help="kills of each kind of run")
+    parser.add_argument("--num_kills", type=int, default=25, help="kills per kind of run")
     parser.add_argument("--num_steps", type=int, default=20, help="training steps of a run")
     parser.add_argument("--kinds", nargs="+", choices=["full", "lora"], default=["full", "lora"])
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     results = {
@@ -174,8 +166,8 @@ def main() -> None:
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=2))
     for kind, result in results.items():
         print(
-            f"{kind}: {len(result['kills'])} kills, {result.get('in a checkpoint')} of them in a checkpoint; equal to the "
-            f"unbroken run: {result['equal']}"
+            f"{kind}: {len(result['kills'])} kills, {result.get('in a checkpoint')} of them in a checkpoint; equal to "
+            f"the unbroken run: {result['equal']}"
         )
     if not all(result["equal"] for result in results.values()):
         raise SystemExit(1)

@@ -13,11 +13,11 @@
 # limitations under the License.
 
 """
-Measures how often this library's GenEval agrees with GenEval's own, image by image.
+Measures for how many images this library's GenEval agrees with GenEval's own.
 
-Takes the results that GenEval's `evaluate_images.py` wrote (https://github.com/djghosh13/geneval) and the folder of
-images that it read, judges every image again with `Mask2FormerDetector` and `CLIPColorClassifier`, and prints a table
-by tag. Both apply the same rule, so what differs is the detector.
+Takes the results that GenEval's `evaluate_images.py` wrote (https://github.com/djghosh13/geneval), and the folder of
+images that it read. Judges every image again with `Mask2FormerDetector` and `CLIPColorClassifier`. Prints a table by
+tag. Both apply the same rule, so only the detectors differ.
 
     python scripts/compare_geneval_detectors.py --results results.jsonl --images_dir images --output agreement.json
 """
@@ -36,7 +36,7 @@ from trl_udm.rewards.mask2former import Mask2FormerDetector
 
 
 def load_results(path: Path) -> list[dict[str, Any]]:
-    """Reads GenEval's results, one JSON object a line, with the metadata as JSON in it."""
+    """Reads GenEval's results: one JSON object per line, in which the metadata is JSON text."""
     results = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         result = json.loads(line)
@@ -50,13 +50,13 @@ def load_results(path: Path) -> list[dict[str, Any]]:
 
 
 def judge(results: list[dict[str, Any]], images_dir: Path, reward: GenEvalReward, batch_size: int) -> list[bool]:
-    """Judges the images, `<images_dir>/<prompt's number>/samples/<image's number>.png` in GenEval's layout."""
+    """Judges the images `<images_dir>/<number of the prompt>/samples/<number of the image>.png`."""
     correct = []
     for start in range(0, len(results), batch_size):
         batch = results[start : start + batch_size]
         images = []
         for result in batch:
-            # The results may come from another machine: only the end of the path is GenEval's
+            # The results may come from another machine. Only the end of the path is the same here
             with Image.open(images_dir.joinpath(*Path(result["filename"]).parts[-3:])) as image:
                 images.append(image.convert("RGB"))
         metadata = [result["metadata"] for result in batch]
@@ -67,8 +67,8 @@ def judge(results: list[dict[str, Any]], images_dir: Path, reward: GenEvalReward
     return correct
 
 
-def summarise(results: list[dict[str, Any]], correct: list[bool]) -> dict[str, dict[str, float]]:
-    """Counts by tag, and over all images, who of GenEval and of us calls an image correct."""
+def summarize(results: list[dict[str, Any]], correct: list[bool]) -> dict[str, dict[str, float]]:
+    """Counts, by tag and over all images, which images GenEval and this library call correct."""
     summary = {}
     for tag in (*TAGS, "all"):
         pairs = [
@@ -102,11 +102,11 @@ def main(argv: list[str]) -> dict[str, dict[str, float]]:
     parser.add_argument(
         "--results", type=Path, required=True, help="JSON lines written by GenEval's evaluate_images.py"
     )
-    parser.add_argument("--images_dir", type=Path, required=True, help="the folder that it read")
+    parser.add_argument("--images_dir", type=Path, required=True, help="folder of the images that it read")
     parser.add_argument("--output", type=Path, help="JSON file for the summary and the images judged differently")
     parser.add_argument("--detector", default="facebook/mask2former-swin-small-coco-instance")
     parser.add_argument("--color_classifier", default="openai/clip-vit-large-patch14")
-    parser.add_argument("--device", help="by default the accelerator, where there is one")
+    parser.add_argument("--device", help="by default the accelerator, if there is one")
     parser.add_argument("--batch_size", type=int, default=8)
     args = parser.parse_args(argv)
 
@@ -116,7 +116,7 @@ def main(argv: list[str]) -> dict[str, dict[str, float]]:
         CLIPColorClassifier(args.color_classifier, device=args.device),
     )
     correct = judge(results, args.images_dir, reward, args.batch_size)
-    summary = summarise(results, correct)
+    summary = summarize(results, correct)
     print(format_table(summary))
     if args.output is not None:
         differing = [

@@ -13,13 +13,13 @@
 # limitations under the License.
 
 """
-Converts HPS v2 or v2.1 from its authors' open_clip file to a folder that `HPSv2Reward` reads.
+Converts HPS v2 or v2.1 from its authors' open_clip file to a folder that `HPSv2Reward` loads.
 
     hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir .
     python scripts/convert_hpsv2.py HPS_v2.1_compressed.pt hpsv2.1
 
-HPS v2 is a fine-tune of `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`, from which the configuration, the tokenizer and the
-image processor are taken. No code in the file is executed.
+HPS v2 is a fine-tuned `laion/CLIP-ViT-H-14-laion2B-s32B-b79K`. The configuration, the tokenizer and the image
+processor are those of that model. No code in the file is executed.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import torch
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 
-# Beginnings of names in open_clip, and what they are in transformers.
+# From prefixes of names in open_clip to those in transformers.
 PREFIXES = {
     "visual.conv1.": "vision_model.embeddings.patch_embedding.",
     "visual.class_embedding": "vision_model.embeddings.class_embedding",
@@ -45,7 +45,7 @@ PREFIXES = {
     "text_projection": "text_projection.weight",
 }
 
-# The same for the parts of a block.
+# The same for parts of a block.
 BLOCK_PARTS = {
     ".ln_1.": ".layer_norm1.",
     ".attn.": ".self_attn.",
@@ -57,10 +57,11 @@ BLOCK_PARTS = {
 
 def convert_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    Rename the weights of open_clip's `CLIP` to those of transformers' `CLIPModel`.
+    Renames the weights of open_clip's `CLIP` to those of transformers' `CLIPModel`.
 
-    open_clip holds an attention's query, key and value projections in one matrix, and applies the last projection of
-    each tower from the right, where transformers has a linear layer. A name that is not known stays as it is.
+    open_clip has one matrix for the query, key and value projections of an attention; transformers has three.
+    open_clip multiplies by the last projection of each tower from the right; transformers has a linear layer, whose
+    weight is the transpose. Unknown names stay as they are.
     """
     converted = {}
     for name, tensor in state_dict.items():
@@ -83,7 +84,7 @@ def convert_state_dict(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.T
 
 def convert(checkpoint: Path, output_dir: Path, base_model: str) -> None:
     """
-    Convert a file.
+    Converts a file.
 
     Args:
         checkpoint (`Path`):
@@ -91,11 +92,11 @@ def convert(checkpoint: Path, output_dir: Path, base_model: str) -> None:
         output_dir (`Path`):
             The folder to write.
         base_model (`str`):
-            The transformers model that was fine-tuned.
+            The model of transformers that was fine-tuned.
 
     Raises:
-        `UnpicklingError`: If the file holds code to run.
-        `ValueError`: If its weights are not under `"state_dict"`, or not those of `base_model`'s architecture.
+        UnpicklingError: If the file holds code to run.
+        ValueError: If its weights are not under `"state_dict"`, or do not fit the architecture of `base_model`.
     """
     content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     if "state_dict" not in content:
@@ -115,13 +116,13 @@ def convert(checkpoint: Path, output_dir: Path, base_model: str) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Convert HPS v2 from open_clip to transformers.")
+    parser = argparse.ArgumentParser(description="Converts HPS v2 from open_clip to transformers.")
     parser.add_argument("checkpoint", type=Path, help="The authors' file, as HPS_v2.1_compressed.pt.")
     parser.add_argument("output_dir", type=Path, help="The folder to write.")
     parser.add_argument(
         "--base_model",
         default="laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        help="The transformers model that was fine-tuned, on the Hub or in a folder.",
+        help="The model of transformers that was fine-tuned: a Hub repository or a folder.",
     )
     arguments = parser.parse_args(args)
     convert(arguments.checkpoint, arguments.output_dir, arguments.base_model)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the training scripts of the embedded worlds share: a VQ image tokenizer and a small URSA, trained on rendered scenes."""
+"""Shared code of the worlds' training scripts: trains a VQ image tokenizer and a small URSA on rendered scenes."""
 
 import argparse
 import json
@@ -43,25 +43,25 @@ from trl_udm.schedulers.scheduling_kinetic_optimal import KineticOptimalSchedule
 @dataclass
 class World:
     """
-    What makes a world.
+    Description of a world.
 
     Args:
         sample_captioned_images (`Callable`):
             Draws images and captions, given their number, the share of wrong captions and a `random.Random`.
         build_autoencoder (`Callable`):
-            Makes the image tokenizer, untrained.
+            Builds the untrained image tokenizer.
         tokenizer (`PreTrainedTokenizerFast`):
             Text tokenizer, from [`build_tokenizer`].
         max_prompt_length (`int`):
-            Text tokens a prompt.
+            Maximum number of text tokens in a prompt.
         image_size (`tuple[int, int]`):
             Height and width in pixels.
         training_shift (`float`):
-            Shift of the times that the network is trained at: the larger, the noisier.
+            Shift of the times at which the network is trained. A larger shift means more noise.
         description (`str`):
-            Of the script.
+            Description of the script.
         num_steps (`int`):
-            Default number of steps of the network.
+            Default number of training steps of the network.
         caption_error (`float`):
             Default share of wrong captions.
     """
@@ -83,7 +83,7 @@ def to_tensor(images) -> torch.Tensor:
 
 
 def farthest_points(points: torch.Tensor, num_points: int) -> torch.Tensor:
-    """Picks points one after another, each the farthest from those before."""
+    """Picks points one by one. Each is the point farthest from those picked before."""
     picked = [0]
     nearest = points @ points[0]
     while len(picked) < num_points:
@@ -94,9 +94,10 @@ def farthest_points(points: torch.Tensor, num_points: int) -> torch.Tensor:
 
 def train_autoencoder(world: World, output_dir: Path, num_steps: int, batch_size: int, seed: int) -> AutoencoderVQ:
     """
-    Trains the tokenizer: first without codes, then with a codebook started from the latents it uses. Latents are looked
-    up by direction only (codes of norm 1), so the largest inner product is the nearest code; codes that go unused are
-    moved onto latents that lie far from theirs.
+    Trains the image tokenizer: first without codes, then with a codebook that is initialized with latents.
+
+    Codes have norm 1, and only the direction of a latent counts. So the nearest code is the one with the largest inner
+    product. Unused codes are moved onto latents that are far from all codes.
     """
     path = output_dir / "vae"
     if path.exists():
@@ -116,7 +117,7 @@ def train_autoencoder(world: World, output_dir: Path, num_steps: int, batch_size
         latents = functional.normalize(autoencoder.encode(images).latents.permute(0, 2, 3, 1), dim=-1)  # (B, h, w, d)
         codes, quantization_loss = latents, torch.zeros(())
         if step < num_warmup_steps:
-            # Noise draws latents that decode alike together, and the others apart
+            # Noise pulls latents together whose images are alike, and pushes others apart
             codes = functional.normalize(latents + 0.15 * torch.randn_like(latents), dim=-1)
         else:
             flat = latents.detach().flatten(0, 2)
@@ -137,11 +138,7 @@ def train_autoencoder(world: World, output_dir: Path, num_steps: int, batch_size
             codes = latents + (quantized - latents).detach()
         decoded = autoencoder.decoder(autoencoder.post_quant_conv(codes.permute(0, 3, 1, 2)))
         reconstruction_loss = functional.mse_loss(decoded, images)
-        optimizer.zero_grad()
-        (reconstruction_loss + 0.1 * quantization_loss).backward()
-        torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        update(autoencoder, reconstruction_loss + 0.1 * quantization_loss, optimizer, schedule)
         if (step + 1) % 100 == 0:
             print(
                 f"vq {step + 1}/{num_steps} mse {reconstruction_loss.item():.5f} "
@@ -157,7 +154,7 @@ def train_autoencoder(world: World, output_dir: Path, num_steps: int, batch_size
 def build_token_dataset(
     world: World, output_dir: Path, autoencoder: AutoencoderVQ, num_images: int, caption_error: float, seed: int
 ):
-    """Encodes scenes once: the network then trains on token ids."""
+    """Encodes all scenes once. The network then trains on token ids."""
     tokens_path, captions_path = output_dir / "tokens.safetensors", output_dir / "captions.json"
     if not captions_path.exists():
         rng = random.Random(seed + 1)
@@ -172,7 +169,7 @@ def build_token_dataset(
 
 
 def build_tokenizer(words: set[str], pre_tokenizer: PreTokenizer) -> PreTrainedTokenizerFast:
-    """One token a word."""
+    """Builds a tokenizer with one token per word."""
     vocabulary = {word: index for index, word in enumerate(["<pad>", "<eos>", "<bov>", "<unk>", *sorted(words)])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizer
@@ -189,8 +186,10 @@ def build_tokenizer(words: set[str], pre_tokenizer: PreTokenizer) -> PreTrainedT
 
 def build_scheduler(autoencoder: AutoencoderVQ) -> KineticOptimalScheduler:
     """
-    The path of URSA but for a larger alpha, which noises the early steps more: over the 10 steps of a rollout, what and
-    where the objects are is decided in the first half, and how their outlines run in the second.
+    Builds a scheduler with the path of URSA, but with a larger alpha, which makes the early steps noisier.
+
+    In the first half of a rollout's 10 steps the model decides which objects the image shows and where. In the second
+    half it decides their outlines.
     """
     scheduler = KineticOptimalScheduler(alpha=1.5, c=3.0, shift=2.0)
     scheduler.set_codebook(autoencoder.codebook.detach())
@@ -216,10 +215,26 @@ def build_network(text_vocab_size: int, autoencoder: AutoencoderVQ) -> URSAForIm
     return URSAForImageGeneration(config)
 
 
+def build_optimizer(network: torch.nn.Module, num_steps: int) -> tuple[torch.optim.Optimizer, OneCycleLR]:
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.02)
+    return optimizer, OneCycleLR(optimizer, max_lr=2e-3, total_steps=num_steps, pct_start=0.05)
+
+
+def update(
+    network: torch.nn.Module, loss: torch.Tensor, optimizer: torch.optim.Optimizer, schedule: OneCycleLR
+) -> None:
+    """Takes one optimizer step, with the norm of the gradient clipped to 1."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+
+
 def load_training_state(
     output_dir: Path, network: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: OneCycleLR
 ) -> int:
-    """Continues from what [`save_training_state`] left, where there is something. Returns the number of steps done."""
+    """Loads what [`save_training_state`] saved, if it exists. Returns the number of steps that were done."""
     path = output_dir / "network.pt"
     if not path.exists():
         return 0
@@ -233,7 +248,7 @@ def load_training_state(
 def save_training_state(
     output_dir: Path, step: int, network: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: OneCycleLR
 ):
-    """Saves what a training continues from."""
+    """Saves the state from which a training can continue."""
     state = {
         "network": network.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -254,7 +269,7 @@ def train_network(
     seed: int,
     bf16: bool,
 ):
-    """Cross-entropy of the clean tokens given tokens noised to a random time (design of URSA), prompts dropped at 5 %."""
+    """Trains with the cross-entropy of the clean tokens given noised ones, as URSA. Drops 5 % of the prompts."""
     torch.manual_seed(seed)
     network, scheduler = pipeline.transformer.train(), pipeline.scheduler
     if bf16:
@@ -263,8 +278,7 @@ def train_network(
     latent_shape = pipeline.latent_shape(*world.image_size)
     prompt_ids, prompt_mask = pipeline.encode_prompt(captions)
     empty_ids, empty_mask = pipeline.encode_prompt([""])
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.02)
-    schedule = OneCycleLR(optimizer, max_lr=2e-3, total_steps=num_steps, pct_start=0.05)
+    optimizer, schedule = build_optimizer(network, num_steps)
     first_step = load_training_state(output_dir, network, optimizer, schedule)
     start, losses = time.perf_counter(), []
     for step in range(first_step, num_steps):
@@ -279,11 +293,7 @@ def train_network(
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = pipeline.denoise(ids, mask, noised_samples, latent_shape)  # (B, N, V)
         loss = functional.cross_entropy(logits.float().flatten(0, 1), clean_samples.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        update(network, loss, optimizer, schedule)
         losses.append(loss.item())
         if (step + 1) % 50 == 0:
             elapsed = time.perf_counter() - start
@@ -297,11 +307,13 @@ def main(world: World):
     parser = argparse.ArgumentParser(
         description=world.description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output_dir", type=Path, required=True, help="Where the checkpoint goes.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder of the checkpoint.")
     parser.add_argument("--num_vq_steps", type=int, default=1200, help="Steps of the tokenizer.")
-    parser.add_argument("--num_images", type=int, default=65536, help="Scenes that the network is trained on.")
+    parser.add_argument(
+        "--num_images", type=int, default=65536, help="Number of scenes on which the network is trained."
+    )
     parser.add_argument("--num_steps", type=int, default=world.num_steps, help="Steps of the network.")
-    parser.add_argument("--batch_size", type=int, default=128, help="Scenes a step of the network.")
+    parser.add_argument("--batch_size", type=int, default=128, help="Scenes per step of the network.")
     parser.add_argument("--caption_error", type=float, default=world.caption_error, help="Share of wrong captions.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of everything.")
     parser.add_argument("--bf16", action="store_true", help="Train the network in bfloat16, on CPUs that have it.")

@@ -13,12 +13,13 @@
 # limitations under the License.
 
 """
-Trains the embedded world of sums: a small BERT that denoises written-out sums, some of them wrong.
+Trains the model of the embedded world of sums: a small BERT that denoises sums with their working. Some of them are
+wrong.
 
     python scripts/train_arithmetic.py --output_dir arithmetic_checkpoint
 
-The numbers that are written down slip now and then, so the model works out sums in the right form and often gets them wrong.
-Only training problems are seen. Given again, the command continues from its last checkpoint.
+Each number in the working is sometimes wrong. So the model learns the form of the working, and its sums are often
+wrong. It sees only training problems. A second call of the command continues from its last checkpoint.
 """
 
 import argparse
@@ -27,25 +28,24 @@ import time
 from pathlib import Path
 
 import torch
-from embedded_world import load_training_state, save_training_state
+from embedded_world import build_optimizer, load_training_state, save_training_state, update
 from tokenizers import Regex, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from torch.nn import functional
-from torch.optim.lr_scheduler import OneCycleLR
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from trl_udm import TextUDMPipeline, UniformDDIMScheduler
 from trl_udm.worlds.sums.problems import MAX_COMPLETION_LENGTH, split_problems, sum_reward, work_out
 
 
-# A message is its text: there is one speaker, and "=" ends the prompt
+# Only the text of a message counts: there is one speaker, and "=" ends the prompt
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def build_pipeline() -> TextUDMPipeline:
-    """One token a character, and an untrained network."""
+    """Builds a tokenizer with one token per character, and an untrained network."""
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *"0123456789+="])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = Split(Regex("."), behavior="isolated")
@@ -76,7 +76,7 @@ def build_pipeline() -> TextUDMPipeline:
 
 
 def build_batch(pipeline: TextUDMPipeline, num_samples: int, slip_rate: float, rng: random.Random, problems):
-    """Prompts and their masks (B, T), and clean samples (B, N): the working, the end, and padding."""
+    """Returns prompts and their masks (B, T), and clean samples (B, N): the working, the end token, and padding."""
     prompts, workings = [], []
     for problem in rng.choices(problems, k=num_samples):
         first, second = map(int, problem["prompt"].removesuffix("=").split("+"))
@@ -89,13 +89,12 @@ def build_batch(pipeline: TextUDMPipeline, num_samples: int, slip_rate: float, r
 
 
 def train(pipeline: TextUDMPipeline, args: argparse.Namespace):
-    """Cross-entropy of the clean tokens given tokens noised to a uniform time."""
+    """Trains with the cross-entropy of the clean tokens given tokens that are noised to a uniform time."""
     network = pipeline.transformer.train()
     if args.bf16:
         network.set_attn_implementation("eager")  # the backward pass of SDPA is slow in bfloat16 on CPUs
     problems, eval_problems = split_problems()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, betas=(0.9, 0.98), weight_decay=0.02)
-    schedule = OneCycleLR(optimizer, max_lr=2e-3, total_steps=args.num_steps, pct_start=0.05)
+    optimizer, schedule = build_optimizer(network, args.num_steps)
     first_step = load_training_state(args.output_dir, network, optimizer, schedule)
     start, losses = time.perf_counter(), []
     for step in range(first_step, args.num_steps):
@@ -108,11 +107,7 @@ def train(pipeline: TextUDMPipeline, args: argparse.Namespace):
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             logits = pipeline.denoise(prompt_ids, prompt_mask, noised_samples, pipeline.latent_shape())  # (B, N, V)
         loss = functional.cross_entropy(logits.float().flatten(0, 1), clean_samples.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        update(network, loss, optimizer, schedule)
         losses.append(loss.item())
         if (step + 1) % 250 == 0:
             save_training_state(args.output_dir, step + 1, network, optimizer, schedule)
@@ -130,10 +125,10 @@ def train(pipeline: TextUDMPipeline, args: argparse.Namespace):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="Where the checkpoint goes.")
-    parser.add_argument("--num_steps", type=int, default=3000, help="Steps.")
-    parser.add_argument("--batch_size", type=int, default=256, help="Sums a step.")
-    parser.add_argument("--slip_rate", type=float, default=0.22, help="Chance that a number is written down wrongly.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder of the checkpoint.")
+    parser.add_argument("--num_steps", type=int, default=3000, help="Training steps.")
+    parser.add_argument("--batch_size", type=int, default=256, help="Sums per step.")
+    parser.add_argument("--slip_rate", type=float, default=0.22, help="Probability that a number is wrong.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of everything.")
     parser.add_argument("--bf16", action="store_true", help="Train in bfloat16, on CPUs that have it.")
     args = parser.parse_args()

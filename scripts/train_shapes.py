@@ -13,13 +13,14 @@
 # limitations under the License.
 
 """
-Trains the embedded world's checkpoint: a VQ image tokenizer and a small URSA on rendered, imperfectly captioned scenes.
+Trains the model of the embedded world of shapes: a VQ image tokenizer and a small URSA, on rendered scenes with
+captions.
 
     python scripts/train_shapes.py --output_dir shapes_checkpoint
 
-A share of the captions makes one mistake of meaning (a wrong class, colour, count or side), so the model draws well but
-obeys its prompt only about two times in three, which is what reinforcement learning is then asked to mend. Given again,
-the command keeps a finished tokenizer and continues the network's training from its last checkpoint.
+Some captions have one mistake: a wrong class, color, count or side. So the model draws well, but follows only about
+two of three prompts. Reinforcement learning then has this to correct. A second call of the command keeps a finished
+tokenizer, and continues the network's training from its last checkpoint.
 """
 
 import random
@@ -38,7 +39,7 @@ METADATA = {tag: all_metadata(tag) for tag in TAGS}
 def sample_captioned_images(num_images: int, caption_error: float, rng: random.Random):
     images, captions = [], []
     for _ in range(num_images):
-        # The hardest kind comes three times as often
+        # The hardest kind is drawn three times as often as each other kind
         metadata = rng.choice(METADATA[rng.choice([*TAGS, "position", "position"])])
         shown = corrupt(metadata, rng) if rng.random() < caption_error else metadata
         images.append(render(sample_scene(shown, rng)))
@@ -69,7 +70,8 @@ if __name__ == "__main__":
             tokenizer=build_tokenizer(words, Whitespace()),
             max_prompt_length=10,
             image_size=(IMAGE_SIZE, IMAGE_SIZE),
-            # What an object is shows through the noise from t = 0.3 on: two times in three, the prompt is needed to tell
+            # From t = 0.3 on, the noised tokens show what an object is. Two thirds of the training times are earlier,
+            # so that the network has to use the prompt
             training_shift=5.0,
             description=__doc__,
             num_steps=4000,

@@ -13,13 +13,14 @@
 # limitations under the License.
 
 """
-Trains the embedded world of words: a VQ image tokenizer and a small URSA on written, imperfectly captioned words.
+Trains the model of the embedded world of words: a VQ image tokenizer and a small URSA, on images of words with
+captions.
 
     python scripts/train_words.py --output_dir words_checkpoint
 
-The words mean nothing, so the model learns to write letter by letter. A share of them is misspelt, so it writes clearly
-but often something else than it was asked for. Given again, the command keeps a finished tokenizer and continues the
-network's training from its last checkpoint.
+The words are random letters, so the model learns to write letter by letter. Some images show a misspelled word. So the
+model writes clearly, but often not what the prompt asks for. A second call of the command keeps a finished tokenizer,
+and continues the network's training from its last checkpoint.
 """
 
 import random

@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import copy
 import functools
 import json
 import os
@@ -23,13 +24,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
+from transformers import TrainerCallback
 from trl.trainer.utils import get_callable_name
 
-from trl_udm import URSAPipeline
+from trl_udm import TextUDMPipeline, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
 from trl_udm.evaluation import evaluate, generate_images, score_images, summarize
+from trl_udm.evaluation.comparison import train_and_compare, train_and_compare_texts
 from trl_udm.evaluation.images import get_reward_name
 from trl_udm.evaluation.report import save_curves
+from trl_udm.worlds.sums import CHECKPOINT_PATH
+from trl_udm.worlds.sums.problems import split_problems, sum_reward
 
 
 ROWS = [
@@ -136,10 +142,10 @@ def test_the_report_holds_settings_table_and_grid(pipeline, tmp_path):
     mean = np.mean([row["score"] for row in results["closeness"] if row["tag"] == "long"])
     assert re.search(rf"\| long \| {mean:.3f} \| .* \| 1 \| 3 \|", tables)
     with Image.open(tmp_path / "samples.png") as grid:
-        assert grid.size == (2 * 164, 212)  # a column a tag, as many rows as each has prompts
+        assert grid.size == (2 * 164, 212)  # a column for each tag, with up to two prompts
 
 
-def test_scores_are_made_anew_where_images_or_settings_have_changed(pipeline, tmp_path):
+def test_prompts_are_scored_again_where_images_or_settings_have_changed(pipeline, tmp_path):
     scored = []
 
     def brightness(prompts, completions, **columns):
@@ -227,6 +233,71 @@ def test_rows_of_one_prompt_are_one_prompt(pipeline):
     assert summary["low"] == 0.5 and summary["high"] == 1.0
 
 
+class ModeCallback(TrainerCallback):
+    """Whether the model is in training mode when the training begins, which is after the first evaluation."""
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.is_training = model.training
+
+
+def build_trainer(pipeline, reward_func, rows, output_dir, **options):
+    args = UDMGRPOConfig(
+        str(output_dir),
+        num_generations=2,
+        num_train_timesteps=1,
+        per_device_train_batch_size=4,
+        num_inference_steps=3,
+        num_inference_steps_eval=3,
+        max_steps=1,
+        logging_steps=1,
+        bf16=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        **options,
+    )
+    dataset = Dataset.from_list(rows)
+    trainer = UDMGRPOTrainer(pipeline, reward_func, args, train_dataset=dataset, eval_dataset=dataset)
+    trainer.model.train()
+    return trainer
+
+
+def test_images_are_compared_in_evaluation_mode_and_the_mode_is_restored(pipeline, tmp_path):
+    # `SETTINGS` has the size of the images
+    options = {"pipeline_kwargs": {name: SETTINGS[name] for name in ("height", "width")}}
+    pipeline = URSAPipeline(**copy.deepcopy(pipeline.components), max_prompt_length=8)
+    trainer, modes, callback = build_trainer(pipeline, closeness, ROWS, tmp_path, **options), [], ModeCallback()
+    trainer.add_callback(callback)
+
+    def watched_closeness(**columns):
+        modes.append(trainer.model.training)
+        return closeness(**columns)
+
+    results = train_and_compare(trainer, watched_closeness, ROWS, num_images_per_prompt=1)
+    assert len(modes) > 0 and not any(modes)
+    assert callback.is_training and trainer.model.training
+    assert results["metric"] == "watched_closeness" and set(results["before"]) == {"short", "long", "overall"}
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert (tmp_path / "reward_curve.png").exists() and (tmp_path / "samples.png").exists()
+
+
+@pytest.mark.parametrize("num_shown", [0, 2])
+def test_texts_are_compared_with_the_same_seed(tmp_path, num_shown):
+    rows, callback = split_problems()[1][:4], ModeCallback()
+    # A learning rate of 0: with the same seed, the second evaluation is equal to the first
+    trainer = build_trainer(
+        TextUDMPipeline.from_pretrained(CHECKPOINT_PATH), sum_reward, rows, tmp_path, learning_rate=0.0
+    )
+    trainer.add_callback(callback)
+    results = train_and_compare_texts(trainer, num_shown)
+    assert callback.is_training and trainer.model.training
+    assert results["before"] == results["after"]
+    assert [row["prompt"] for row in results.get("completions", [])] == [row["prompt"] for row in rows[:num_shown]]
+    assert all(row["before"] == row["after"] for row in results.get("completions", []))
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert (tmp_path / "reward_curve.png").exists()
+
+
 def test_two_processes_draw_and_score_what_one_does(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path / "pipeline")
     code = f"""
@@ -251,7 +322,7 @@ summaries = evaluate([closeness], {str(tmp_path / "two")!r}, pipeline, ROWS, **S
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-def test_overwriting_draws_anew_and_leaves_other_files(pipeline, tmp_path):
+def test_overwriting_draws_again_and_leaves_other_files(pipeline, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "metadata.jsonl").write_text("mine, too")

@@ -24,7 +24,7 @@ from . import load_example
 def test_the_example_trains_on_pickscore_and_leaves_its_results(tmp_path, oracle_dir, capsys):
     save_tiny_clip(tmp_path / "clip")
     (tmp_path / "train.txt").write_text("a red cat\na blue dog\n")
-    (tmp_path / "test.txt").write_text("a green cow\na grey fox\na pink pig\n")
+    (tmp_path / "test.txt").write_text("a green cow\na gray fox\na pink pig\n")
     argv = ["--dataset_name", str(tmp_path / "train.txt"), "--eval_dataset_name", str(tmp_path / "test.txt")]
     argv += ["--pickscore_model", str(tmp_path / "clip"), "--pickscore_processor", str(tmp_path / "clip")]
     argv += ["--model_name_or_path", str(oracle_dir / "tiny-ursa"), "--dtype", "float32", "--max_steps", "1"]
