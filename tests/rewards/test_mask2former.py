@@ -313,7 +313,7 @@ def test_script_counts_by_tag():
     results = [
         {"tag": tag, "correct": theirs} for tag, theirs in (("colors", True), ("counting", False), ("colors", False))
     ]
-    summary = script.summarise(results, correct=[True, True, False])
+    summary = script.summarize(results, correct=[True, True, False])
     assert list(summary) == ["counting", "colors", "all"]
     assert [row["agreement"] for row in summary.values()] == [0.0, 1.0, 2 / 3]
     assert (summary["all"]["both"], summary["all"]["ours_only"], summary["all"]["neither"]) == (1, 1, 1)

@@ -33,7 +33,7 @@ from rapidocr.utils.process_img import ResizeImgError
 from torch import nn
 from trl.trainer.utils import get_callable_name
 
-from trl_udm.rewards.ocr import OCRReward, extract_target, join_recognised, ocr_score
+from trl_udm.rewards.ocr import OCRReward, extract_target, join_recognized, ocr_score
 
 
 RENDERS = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "ocr_reward.py"))
@@ -47,13 +47,13 @@ PAIRS = json.loads(ORACLE.read_text(encoding="utf-8"))["pairs"]
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair["recognised [text, confidence]"] != "RAISE"])
 def test_score_matches_the_reference(pair):
     target = extract_target(pair["prompt"])
-    recognised = join_recognised(pair["recognised [text, confidence]"] or [])
+    recognized = join_recognized(pair["recognised [text, confidence]"] or [])
     assert target == pair["target"]
-    assert ocr_score(recognised, target) == pair["reward"]
+    assert ocr_score(recognized, target) == pair["reward"]
 
 
 @pytest.mark.parametrize(
-    ("recognised", "target", "score"),
+    ("recognized", "target", "score"),
     [
         ("", "abcd", 0.0),
         ("abd", "abcd", 0.75),  # deleted
@@ -62,12 +62,12 @@ def test_score_matches_the_reference(pair):
         ("bacd", "abcd", 0.5),  # swapped letters are two edits
     ],
 )
-def test_score_counts_edits(recognised, target, score):
-    assert ocr_score(recognised, target) == score
+def test_score_counts_edits(recognized, target, score):
+    assert ocr_score(recognized, target) == score
 
 
 @pytest.mark.parametrize(
-    ("recognised", "target"),
+    ("recognized", "target"),
     [
         ("A B C D", "ab cd"),
         ("New\u00a0York\n24\u3000\t7", "new york 24 7"),
@@ -79,12 +79,12 @@ def test_score_counts_edits(recognised, target, score):
         ("“Hello„ 5″", '"hello" 5"'),
     ],
 )
-def test_case_white_space_and_forms_of_a_character_make_no_difference(recognised, target):
-    assert ocr_score(recognised, target) == ocr_score(target, recognised) == 1
+def test_case_white_space_and_forms_of_a_character_make_no_difference(recognized, target):
+    assert ocr_score(recognized, target) == ocr_score(target, recognized) == 1
 
 
 @pytest.mark.parametrize(
-    ("recognised", "target", "paper", "partial"),
+    ("recognized", "target", "paper", "partial"),
     [
         ("OPEN HELL0 OPEN", "Hello", 0.0, 0.8),
         ("HEXLLO", "Hello", 0.8, 0.8),  # a part of the target's length would need two edits
@@ -93,28 +93,28 @@ def test_case_white_space_and_forms_of_a_character_make_no_difference(recognised
         ("XYZ", "Hello", 0.0, 0.0),
     ],
 )
-def test_partial_score_ignores_the_text_around(recognised, target, paper, partial):
-    assert ocr_score(recognised, target) == paper
-    assert ocr_score(recognised, target, partial=True) == partial
+def test_partial_score_ignores_the_text_around(recognized, target, paper, partial):
+    assert ocr_score(recognized, target) == paper
+    assert ocr_score(recognized, target, partial=True) == partial
 
 
 def test_partial_score_is_that_of_the_closest_part():
     rng = random.Random(0)
     for _ in range(200):
-        recognised, target = ("".join(rng.choices("abc", k=rng.randint(1, 12))) for _ in range(2))
+        recognized, target = ("".join(rng.choices("abc", k=rng.randint(1, 12))) for _ in range(2))
         # row[j] is the least distance of the part of the target read so far to a text that ends at j.
-        row = [0] * (len(recognised) + 1)
+        row = [0] * (len(recognized) + 1)
         for i, target_character in enumerate(target, start=1):
             previous, row = row, [i]
-            for j, character in enumerate(recognised):
+            for j, character in enumerate(recognized):
                 row.append(min(previous[j] + (character != target_character), previous[j + 1] + 1, row[j] + 1))
-        score = ocr_score(recognised, target, partial=True)
+        score = ocr_score(recognized, target, partial=True)
         assert score == 1 - min(row) / len(target)
-        assert score >= ocr_score(recognised, target)
+        assert score >= ocr_score(recognized, target)
 
 
 def test_lines_without_confidence_are_ignored():
-    assert join_recognised([("New", 0.9), ("Old", 0.0), ("York", 0.1)]) == "NewYork"
+    assert join_recognized([("New", 0.9), ("Old", 0.0), ("York", 0.1)]) == "NewYork"
 
 
 @pytest.mark.parametrize(

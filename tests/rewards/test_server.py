@@ -38,11 +38,11 @@ from PIL import Image
 from torch import nn
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from trl_udm.rewards import wire
 from trl_udm.rewards.loading import load_reward
-from trl_udm.rewards.remote import RemoteReward
+from trl_udm.rewards.remote import RemoteReward, wire
 from trl_udm.rewards.remote.server import create_app, serve
 from trl_udm.rewards.remote.wire import RequestError, pack_request, unpack_request
+from trl_udm.worlds import WORLDS
 from trl_udm.worlds.shapes.prompts import corrupt, sample_scene, split_metadata
 from trl_udm.worlds.shapes.world import render
 
@@ -144,7 +144,7 @@ def reward_shapes(server, num_images, log=None, **options):
     prompts, images, columns = shapes_batch(num_images)
     log_metric = None if log is None else lambda name, value: log.append((name, value))
     if server is None:
-        return load_reward("shapes")(prompts, images, log_metric=log_metric, **columns)
+        return WORLDS["shapes"].make_reward()(prompts, images, log_metric=log_metric, **columns)
     return asyncio.run(RemoteReward(server.url, TOKEN, **options)(prompts, images, log_metric=log_metric, **columns))
 
 
@@ -555,7 +555,7 @@ def test_a_reward_that_cannot_be_loaded_stops_the_server():
 def test_other_machines_are_not_served_without_a_token(host):
     message = f"`host` must be a loopback address where there is no token, got '{host}'. Set `token`"
     with pytest.raises(ValueError, match=re.escape(message)):
-        serve(lambda: load_reward("shapes"), host=host)
+        serve(WORLDS["shapes"].make_reward, host=host)
 
 
 @pytest.mark.parametrize("token", ["", "two words", "line\n", "é"])
@@ -575,17 +575,17 @@ def test_a_limit_that_is_not_positive_is_refused(name):
 
 
 def test_rewards_are_made_with_their_options():
-    assert load_reward("shapes", {"mode": "dense"}).__name__ == "geneval_reward"
+    assert load_reward("ocr", {"partial": True}).__name__ == "ocr_partial_reward"
     assert load_reward("tests.rewards.served_rewards:Constant", {"value": 0.1}).value == 0.1
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("geneva", "`name` must be one of ('geneval', 'shapes', 'ocr', "),
+        ("geneva", "`name` must be one of ('geneval', 'ocr', "),
         (
             "tests.rewards.served_rewards:make_reward",
-            "`options` must be empty for tests.rewards.served_rewards:make_reward, which is not a class, got {'a': 1}.",
+            "`options` must be empty for tests.rewards.served_rewards:make_reward, which is not a class, got {'a': 1}",
         ),
     ],
 )
@@ -632,6 +632,6 @@ def test_completions_that_are_no_rgb_images_are_refused(completions, message):
 )
 def test_a_missing_extra_is_named(monkeypatch, missing, module):
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, f"trl_udm.rewards.{module}")
+    monkeypatch.delitem(sys.modules, f"trl_udm.rewards.remote.{module}")
     with pytest.raises(ImportError, match=r"Run `pip install trl-udm\[server\]`."):
-        importlib.import_module(f"trl_udm.rewards.{module}")
+        importlib.import_module(f"trl_udm.rewards.remote.{module}")

@@ -58,7 +58,7 @@ def test_images_of_another_size_are_refused():
 
 
 @pytest.mark.parametrize("tag", TAGS)
-def test_scenes_fulfil_their_prompt_and_corrupted_ones_do_not(tag):
+def test_scenes_show_their_prompt_and_corrupted_ones_do_not(tag):
     rng = random.Random(0)
     reward = GenEvalReward(ShapesDetector(), ShapesColorClassifier(), mode="official")
     rows = [rng.choice(all_metadata(tag)) for _ in range(40)]

@@ -57,7 +57,7 @@ def test_training_and_evaluation_words_are_apart():
     assert split_words() == (train, evaluation)
 
 
-def test_misspelt_words_keep_their_length_and_a_third_of_their_letters():
+def test_misspelled_words_keep_their_length_and_a_third_of_their_letters():
     rng = random.Random(0)
     kept = []
     for _ in range(2000):

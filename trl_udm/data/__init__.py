@@ -12,4 +12,4 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Prompt datasets."""
+"""Prompt datasets: generators and loaders of checked rows."""

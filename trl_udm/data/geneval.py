@@ -26,10 +26,10 @@ from ..rewards.geneval import CLASS_NAMES, COLORS, RELATIONS, TAGS, check_metada
 
 COUNT_WORDS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
-# Flow-GRPO's shares (https://huggingface.co/papers/2505.05470): the worse the base model, the more prompts
+# Flow-GRPO's shares (https://huggingface.co/papers/2505.05470): more prompts where the base model is worse
 TAG_WEIGHTS = {"single_object": 0, "two_object": 1, "counting": 5, "colors": 1, "position": 7, "color_attr": 3}
 
-# A clause has keys of its own, and a position is a pair of a relation and an index: Arrow has no plain type for either
+# Clauses have different keys, and a position is a pair of a string and an integer: Arrow has no plain type for either
 GENEVAL_FEATURES = Features(
     {"prompt": Value("string"), "tag": Value("string"), "include": List(Json()), "exclude": List(Json())}
 )
@@ -37,7 +37,7 @@ GENEVAL_FEATURES = Features(
 _OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 _SINGLES = [(name,) for name in CLASS_NAMES]
 _PAIRS = list(itertools.permutations(CLASS_NAMES, 2))
-# Each kind's choices of classes, and of what its clauses say of them beside; the benchmark gives persons no color
+# For each kind, the choices of classes, and of the other keys of their clauses. The benchmark gives persons no color
 _CHOICES = {
     "single_object": (_SINGLES, [({},)]),
     "two_object": (_PAIRS, [({}, {})]),
@@ -53,19 +53,19 @@ _CHOICES = {
 
 def geneval_prompt(include: Sequence[Mapping[str, Any]]) -> str:
     """
-    Phrases a row's metadata as the benchmark does: "an" before any of a, e, i, o and u, a plural in "s", or in "es"
-    after an s, and the object with a position first.
+    Phrases a row's metadata as the benchmark does: with "an" before a, e, i, o and u, with a plural in "s", or in "es"
+    after an s, and with the object that has a position first.
 
     Args:
         include (`Sequence[Mapping[str, Any]]`):
-            What the image must show, as [`~trl_udm.rewards.geneval.check_metadata`] wants it, with counts in
-            `[1, 10]`.
+            The objects that the image must show, in the format of [`~trl_udm.rewards.geneval.check_metadata`], with
+            counts in `[1, 10]`.
 
     Returns:
         `str`: The prompt.
 
     Raises:
-        ValueError: If a count has no word.
+        ValueError: If a count is out of its range.
 
     Example:
 
@@ -102,26 +102,27 @@ def generate_geneval_prompts(
     """
     Draws training prompts of the six kinds, as the benchmark phrases its evaluation prompts.
 
-    Objects are drawn from `CLASS_NAMES`, two of a prompt always differ, counts are two to four, two colors of a prompt
-    always differ, and persons have no color. There are 80 such prompts of `single_object`, 6,320 of `two_object`, 240
-    of `counting`, 790 of `colors`, 25,280 of `position` and 554,580 of `color_attr`. A kind's prompts are all
-    different until none is left; then each comes again.
+    Objects are drawn from `CLASS_NAMES`. The two objects of a prompt differ, and so do its two colors. Counts are two
+    to four, and persons have no color. There are 80 such prompts of `single_object`, 6,320 of `two_object`, 240 of
+    `counting`, 790 of `colors`, 25,280 of `position` and 554,580 of `color_attr`. The prompts of a kind are all
+    different until none is left. Then they are repeated.
 
     Args:
         num_prompts (`int`):
             Number of prompts.
         tag_weights (`Mapping[str, float]`, *optional*, defaults to `TAG_WEIGHTS`):
-            Share of each kind, in any unit; a kind that is left out gets none. By default that of Flow-GRPO
-            (https://huggingface.co/papers/2505.05470), where `single_object` gets none: the benchmark evaluates on all
-            of its prompts. `dict.fromkeys(TAGS, 1)` gives every kind the same share.
+            Share of each kind, in any unit. A kind that is left out has none. By default the shares of Flow-GRPO
+            (https://huggingface.co/papers/2505.05470), where `single_object` has none, because the benchmark evaluates
+            all of its prompts. `dict.fromkeys(TAGS, 1)` makes all shares equal.
         exclude (`Iterable[str | Mapping[str, Any]]`, *optional*):
-            Prompts, or rows of GenEval metadata, that must not be drawn, nor any that means the same: "a cow and a
-            bench" is left out with "a bench and a cow", and "a cow left of a bench" with "a bench right of a cow".
+            Prompts, or rows of GenEval metadata, that must not be drawn. Prompts of the same meaning are not drawn
+            either: "a cow and a bench" excludes "a bench and a cow", and "a cow left of a bench" excludes "a bench
+            right of a cow".
         seed (`int`, *optional*, defaults to `0`):
             Seed of the choice and the order.
 
     Returns:
-        [`~datasets.Dataset`]: With the columns `prompt`, `tag`, `include` and `exclude`, the kinds mixed.
+        [`~datasets.Dataset`]: With the columns `prompt`, `tag`, `include` and `exclude`. The kinds are mixed.
 
     Raises:
         ValueError: If `num_prompts` is not positive, `tag_weights` names another kind, is negative or all zero, or
@@ -151,13 +152,13 @@ def generate_geneval_prompts(
         texts = [item] if isinstance(item, str) else [item["prompt"], geneval_prompt(item["include"])]
         excluded.update(" ".join(text.lower().split()) for text in texts)
 
-    # Rounding the shares' running sum, the counts add up to `num_prompts`
+    # The running sum of the shares is rounded, so the counts add up to `num_prompts`
     ends = [round(num_prompts * weight / sum(weights)) for weight in itertools.accumulate(weights)]
     rows = []
     for tag, (start, end) in zip(TAGS, itertools.pairwise([0, *ends]), strict=True):
         choices_of_names, choices_of_details = _CHOICES[tag]
         num_choices = len(choices_of_names) * len(choices_of_details)
-        # Enough of them, since an excluded prompt rules out itself and its mirror image only
+        # These are enough, because an excluded prompt excludes only itself and its mirror image
         num_drawn = min(num_choices, end - start + 2 * len(excluded))
         of_tag = []
         for choice in random.Random(f"{seed} {tag}").sample(range(num_choices), num_drawn):
@@ -181,7 +182,7 @@ def generate_geneval_prompts(
 
 
 def _mirror(include: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same meaning with its clauses the other way round."""
+    """Swaps the clauses without a change of meaning."""
     *others, last = include
     if "position" not in last:
         return [last, *others]
@@ -195,17 +196,17 @@ def check_row(row: Mapping[str, Any], class_names: Sequence[str], index: int) ->
 
     Args:
         row (`Mapping[str, Any]`):
-            With `prompt`, `tag`, `include` and, where objects are forbidden, `exclude`.
+            A row with `prompt`, `tag`, `include` and optionally `exclude`.
         class_names (`Sequence[str]`):
             The classes that the detector knows.
         index (`int`):
-            The row's number, for the message.
+            The row's number, for the message of an error.
 
     Returns:
         `dict[str, Any]`: The columns.
 
     Raises:
-        ValueError: If the row is malformed; the message names the row and the field.
+        ValueError: If the row is malformed. The message names the row and the field.
     """
     check_metadata(row, class_names, index)
     if not isinstance(row.get("prompt"), str):
@@ -224,7 +225,7 @@ def geneval_dataset(rows: Iterable[Mapping[str, Any]], class_names: Sequence[str
 
     Args:
         rows (`Iterable[Mapping[str, Any]]`):
-            Each with `prompt`, `tag`, `include` and, where objects are forbidden, `exclude`.
+            Rows with `prompt`, `tag`, `include` and optionally `exclude`.
         class_names (`Sequence[str]`, *optional*, defaults to `CLASS_NAMES`):
             The classes that the detector knows.
 
@@ -232,7 +233,7 @@ def geneval_dataset(rows: Iterable[Mapping[str, Any]], class_names: Sequence[str
         [`~datasets.Dataset`]: With the columns `prompt`, `tag`, `include` and `exclude`.
 
     Raises:
-        ValueError: If a row is malformed; the message names the row and the field.
+        ValueError: If a row is malformed. The message names the row and the field.
     """
     return Dataset.from_list(
         [check_row(row, class_names, index) for index, row in enumerate(rows)], features=GENEVAL_FEATURES

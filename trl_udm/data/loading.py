@@ -47,21 +47,21 @@ def load_prompts(
     | `"geneval"` | `prompt`, `tag`, `include`, `exclude` | by [`~trl_udm.rewards.geneval.check_metadata`] |
     | `"ocr"` | `prompt`, `target_text` | a string that is not blank; if absent or `None`, the prompt's quoted part |
 
-    The columns have the same types whatever the source, so that datasets of several tasks can be joined by
-    `datasets.concatenate_datasets`: a column that a row's task does not have is then `None`.
+    The columns have the same types for every source, so that `datasets.concatenate_datasets` can join datasets of
+    several tasks. In the joined dataset, a column that a row's task does not have is `None`.
 
     Args:
         path_or_name (`str` or `Path`):
-            A file: `.txt` (a prompt a line), `.jsonl` (a row a line), `.json`, `.csv` or `.parquet`. Otherwise the
-            name of a dataset on the Hub, or a folder.
+            A file: `.txt` (a prompt a line), `.jsonl` (a row a line), `.json`, `.csv` or `.parquet`. Otherwise a
+            dataset on the Hub, or a folder.
         task (`str`, *optional*):
             `"geneval"`, `"ocr"` or `None`.
         split (`str`, *optional*, defaults to `"train"`):
             The split. A file has only `"train"`, and slices of it such as `"train[:100]"`.
         streaming (`bool`, *optional*, defaults to `False`):
-            Whether to read rows, and check them, only as they are asked for.
+            Whether to read and check each row only when it is needed.
         prompt_column (`str`, *optional*, defaults to `"prompt"`):
-            The column that holds the prompts.
+            The column of the prompts.
         class_names (`Sequence[str]`, *optional*, defaults to `CLASS_NAMES`):
             The classes that the detector knows, for `task="geneval"`.
         kwargs (`dict[str, Any]`, *optional*):
@@ -71,8 +71,8 @@ def load_prompts(
         [`~datasets.Dataset`] or, if `streaming`, [`~datasets.IterableDataset`].
 
     Raises:
-        ValueError: If `task` is none of these, or a row is malformed. The message names the row (counted from 0, as in
-            `dataset[index]`), the field and the reason. If `streaming`, it comes when the row is reached.
+        ValueError: If there is no such task, or a row is malformed. The message names the row (counted from 0, as in
+        `dataset[index]`), the field and the reason. With `streaming`, it is raised when the row is read.
 
     Example:
 
@@ -91,7 +91,7 @@ def load_prompts(
     source = str(path_or_name)
     suffix = Path(source).suffix
     if suffix in (".txt", ".jsonl"):
-        # JSON lines are parsed below: the JSON builder guesses the types, and its errors name no row of a long file
+        # JSON lines are parsed below, because the JSON builder guesses the types, and its errors do not name the row
         column = prompt_column if suffix == ".txt" else "line"
         text_options = {"features": Features({column: Value("string")}), "encoding": "utf-8-sig"}
         dataset = load_dataset("text", data_files=source, split=split, streaming=streaming, **text_options, **kwargs)

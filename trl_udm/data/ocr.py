@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Prompts that ask for a written text: a generator of training prompts."""
+"""Prompts that quote a text to be written: a generator of training prompts."""
 
 import itertools
 import random
@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from datasets import Dataset, Features, Value
 
-from ..rewards.ocr import extract_target, normalise_text
+from ..rewards.ocr import extract_target, normalize_text
 
 
 OCR_FEATURES = Features({"prompt": Value("string"), "target_text": Value("string")})
@@ -145,17 +145,17 @@ def generate_ocr_prompts(
     Draws training prompts that quote a text to be written, such as 'A neon sign that says "Quiet Harbor" by
     candlelight'.
 
-    A prompt is a text in one of 2,400 templates. Texts are all different until none is left, and then come again in
-    other templates.
+    A prompt is a text in one of 2,400 templates. The texts are all different until none is left. Then they are
+    repeated in other templates.
 
     Args:
         num_prompts (`int`):
             Number of prompts.
         texts (`Sequence[str]`, *optional*):
-            Texts to ask for, without double quotes. By default 23,594 of one to five words, some with a number.
+            Texts to quote, without double quotes. By default 23,594 texts of one to five words, some with a number.
         exclude (`Iterable[str | Mapping[str, str]]`, *optional*):
-            Prompts, or rows with `prompt` and `target_text`, whose texts must not be asked for, in whatever form the
-            [`OCRReward`] takes for the same.
+            Prompts, or rows with `prompt` and `target_text`, whose texts must not be quoted. Texts that are equal for
+            [`OCRReward`] are not quoted either.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the choice and the order. A longer dataset begins with the shorter one of the same seed.
 
@@ -190,8 +190,8 @@ def generate_ocr_prompts(
     excluded = set()
     for item in exclude:
         target = extract_target(item) if isinstance(item, str) else item["target_text"]
-        excluded.add(normalise_text(target))
-    texts = [text for text in dict.fromkeys(texts) if normalise_text(text) not in excluded]
+        excluded.add(normalize_text(target))
+    texts = [text for text in dict.fromkeys(texts) if normalize_text(text) not in excluded]
     templates = list(itertools.product(_SURFACES, _VERBS, _SETTINGS))
     if not 1 <= num_prompts <= len(texts) * len(templates):
         raise ValueError(

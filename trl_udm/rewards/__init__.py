@@ -12,4 +12,4 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Reward functions in TRL's contract, one file a reward."""
+"""Reward functions in TRL's form, `f(prompts, completions, **columns)`: one file a reward."""

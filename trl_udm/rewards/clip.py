@@ -13,14 +13,14 @@
 # limitations under the License.
 
 r"""
-Rewards from models of the CLIP family: how well does the image fit its prompt, and which image would people prefer?
+Rewards from models of the CLIP family: agreement of image and prompt, and human preference.
 
 All of them compare an image x with its prompt c by the cosine of their features f(x) and g(c),
 
 $$ \cos(x, c) = \frac{\langle f(x), g(c) \rangle}{\lVert f(x) \rVert \, \lVert g(c) \rVert}, $$
 
-and differ in the weights and in the scale of the score. [`CLIPReward`] does the work, and each reward states its one
-difference.
+and differ in the weights and in the scale of the score. [`CLIPReward`] computes the cosine. Each other class states
+its one difference.
 """
 
 import math
@@ -42,23 +42,24 @@ def load_clip(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessorPil]:
     """
-    Load a CLIP model with its tokenizer and image processor, which does not need torchvision.
+    Load a CLIP model with its tokenizer and its Pillow image processor. torchvision is not needed.
 
     Args:
         model_name_or_path (`str`):
             A [`~transformers.CLIPModel`] on the Hub or in a folder.
         processor_name_or_path (`str`):
-            Where its tokenizer and image processor are.
+            Repository or folder of its tokenizer and image processor.
         device (`str` or `torch.device`, *optional*):
-            By default the one that Accelerate gives to this process.
+            By default the device that Accelerate assigns to this process.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            Type of the weights.
+            Dtype of the weights.
 
     Returns:
-        `tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessorPil]`: The three, the model on its device.
+        `tuple[CLIPModel, CLIPTokenizer, CLIPImageProcessorPil]`: The model on its device, the tokenizer and the image
+        processor.
 
     Raises:
-        `ValueError`: If the weights lack a parameter, or the tokenizer is another model's.
+        ValueError: If the weights lack a parameter, or the tokenizer belongs to another model.
     """
     model, info = CLIPModel.from_pretrained(model_name_or_path, dtype=dtype, output_loading_info=True)
     # transformers leaves missing parameters random, with a warning at most.
@@ -73,7 +74,8 @@ def load_clip(
     vocab_size = model.config.text_config.vocab_size
     if len(tokenizer) != vocab_size:
         raise ValueError(
-            f"The tokenizer in {processor_name_or_path!r} must have the model's {vocab_size} tokens, got {len(tokenizer)}."
+            f"The tokenizer in {processor_name_or_path!r} must have the model's {vocab_size} tokens, "
+            f"got {len(tokenizer)}."
         )
     image_processor = CLIPImageProcessorPil.from_pretrained(processor_name_or_path)
     return model.eval().to(device if device is not None else PartialState().device), tokenizer, image_processor
@@ -84,29 +86,28 @@ class CLIPReward:
     The cosine of an image and its prompt under any CLIP model of transformers, as a reward function for
     [`UDMGRPOTrainer`].
 
-    The weights are loaded, and moved to the device, when the reward is first called. The features of a prompt are kept
-    for the next time it comes. A prompt longer than the model reads (77 tokens, the two around it included) is cut at
-    its end, as the authors of all these models do. Images go through the Pillow image processor, so that torchvision
-    is not needed.
+    The weights are loaded when the reward is first called. The features of a prompt are cached. A prompt of more than
+    77 tokens, counting the two special tokens around it, is truncated, as the authors of all these models do.
+    torchvision is not needed.
 
     Args:
         model_name_or_path (`str`):
             A [`~transformers.CLIPModel`] on the Hub or in a folder.
         processor_name_or_path (`str`, *optional*):
-            Where its tokenizer and image processor are. By default with the model.
+            Repository or folder of its tokenizer and image processor. By default `model_name_or_path`.
         prefix (`str`, *optional*, defaults to `""`):
-            Put before each prompt.
-        batch_size (`int`, *optional*, defaults to 32):
-            Number of images that go through the model at a time.
-        text_cache_size (`int`, *optional*, defaults to 4096):
-            Number of prompts whose features are kept on the device, 16 MiB of them for a ViT-H.
+            Text that is put before each prompt.
+        batch_size (`int`, *optional*, defaults to `32`):
+            Number of images that the model processes at a time.
+        text_cache_size (`int`, *optional*, defaults to `4096`):
+            Number of prompts whose features are cached on the device. With a ViT-H, 4096 take 16 MiB.
         device (`str` or `torch.device`, *optional*):
-            By default the one that Accelerate gives to this process.
+            By default the device that Accelerate assigns to this process.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            Type of the weights. The cosine is computed in float32 whatever it is.
+            Dtype of the weights. The cosine is always computed in float32.
 
     Raises:
-        `ValueError`: If `batch_size` or `text_cache_size` is out of range.
+        ValueError: If `batch_size` or `text_cache_size` is out of range.
 
     Example:
 
@@ -155,16 +156,16 @@ class CLIPReward:
             prompts (`list[str]`):
                 What each image should show.
             completions (`list[Image.Image]` or `torch.Tensor` of shape `(B, 3, H, W)` and dtype `torch.uint8`):
-                The generated images. The two forms give the same rewards.
+                The generated images. Both forms are rewarded alike.
             columns (`dict[str, Any]`):
-                Whatever else the trainer passes; not used.
+                Other arguments of the trainer. They are not used.
 
         Returns:
             `list[float]`: A reward for each image.
 
         Raises:
-            `ValueError`: If a tensor of images has another shape or type, if there are not as many images as prompts,
-            if the checkpoint lacks a weight or its tokenizer is another model's, or if a score is not finite.
+            ValueError: If a tensor of images has another shape or dtype, if the numbers of images and prompts differ,
+            if the checkpoint lacks a weight, if its tokenizer belongs to another model, or if a score is not finite.
         """
         completions = as_pil_images(completions, len(prompts))
 
@@ -180,8 +181,8 @@ class CLIPReward:
         for prompt, reward in zip(prompts, rewards, strict=True):
             if not math.isfinite(reward):
                 raise ValueError(
-                    f"The score of an image for {prompt!r} must be finite, got {reward}. If the weights are sound, use "
-                    f"`dtype=torch.float32` (it is {self.dtype})."
+                    f"The score of an image for {prompt!r} must be finite, got {reward}. If the weights are sound, "
+                    f"use `dtype=torch.float32` (it is {self.dtype})."
                 )
         return rewards
 
@@ -197,7 +198,7 @@ class CLIPReward:
         return functional.normalize(features.float(), dim=-1)  # (B, D)
 
     def _prepare_image(self, image: Image.Image) -> Image.Image:
-        """Change an image before the image processor resizes its shorter edge and crops the center."""
+        """Prepare an image for the image processor, which resizes its shorter edge and crops the center."""
         return image
 
     def _encode_prompts(self, prompts: list[str]) -> torch.Tensor:
@@ -220,13 +221,13 @@ class CLIPReward:
         return features
 
     def _score(self, cosines: torch.Tensor) -> torch.Tensor:
-        """Turn the cosines, a float32 tensor of shape `(B,)`, into scores of the same shape."""
+        """Turn cosines into scores, both float32 tensors of shape `(B,)`."""
         return cosines
 
 
 class PickScoreReward(CLIPReward):
     r"""
-    PickScore (https://huggingface.co/papers/2305.01569): which of two images would people pick for the prompt?
+    PickScore (https://huggingface.co/papers/2305.01569): which of two images people would pick for the prompt.
 
     The score is the cosine times the model's own scale, \\( s = e^{\mathrm{logit\_scale}} \cos(x, c) \\), or about
     100 cos(x, c). The reward is s / 26, as in UDM-GRPO (https://huggingface.co/papers/2604.18518).
@@ -235,10 +236,10 @@ class PickScoreReward(CLIPReward):
         model_name_or_path (`str`, *optional*, defaults to `"yuvalkirstain/PickScore_v1"`):
             The weights.
         processor_name_or_path (`str`, *optional*, defaults to `"laion/CLIP-ViT-H-14-laion2B-s32B-b79K"`):
-            The tokenizer and image processor, which the authors take from the model that they started from.
+            The tokenizer and image processor, which are those of the model that the authors started from.
         normalize (`bool`, *optional*, defaults to `True`):
-            Whether to divide the score by 26, under the name `pickscore_reward`. `False` gives s itself, which is what
-            papers report, under the name `pickscore`.
+            Whether to divide the score by 26. The reward is then named `pickscore_reward`. Otherwise it is s, which is
+            what papers report, and is named `pickscore`.
         kwargs (`dict[str, Any]`):
             The other arguments of [`CLIPReward`].
 
@@ -271,20 +272,20 @@ class PickScoreReward(CLIPReward):
 
 class CLIPScoreReward(CLIPReward):
     r"""
-    CLIPScore (https://huggingface.co/papers/2104.08718): does the prompt describe the image?
+    CLIPScore (https://huggingface.co/papers/2104.08718): how well the prompt describes the image.
 
-    The score is \\( 2.5 \max(\cos(x, c), 0) \\). The defaults are the paper's, which measures captions of photographs:
-    a ViT-B/32, and a prefix that makes a sentence of the caption. Work on image generation often takes
-    `"openai/clip-vit-large-patch14"` and `prefix=""` instead, and reports 100 cos(x, c), which is 40 times this score:
-    compare no figures before these agree.
+    The score is \\( 2.5 \max(\cos(x, c), 0) \\). The defaults are those of the paper, which measures captions of
+    photographs: a ViT-B/32, and a prefix that makes a sentence of the caption. Work on image generation often uses
+    `"openai/clip-vit-large-patch14"` and `prefix=""` instead, and reports 100 cos(x, c), which is 40 times this score.
+    Compare figures only where all three agree.
 
     Args:
         model_name_or_path (`str`, *optional*, defaults to `"openai/clip-vit-base-patch32"`):
             The weights.
         processor_name_or_path (`str`, *optional*):
-            Where its tokenizer and image processor are. By default with the model.
+            Repository or folder of its tokenizer and image processor. By default `model_name_or_path`.
         prefix (`str`, *optional*, defaults to `"A photo depicts "`):
-            Put before each prompt.
+            Text that is put before each prompt.
         kwargs (`dict[str, Any]`):
             The other arguments of [`CLIPReward`].
 
@@ -315,12 +316,13 @@ class CLIPScoreReward(CLIPReward):
 
 class HPSv2Reward(CLIPReward):
     """
-    HPS v2 and v2.1 (https://huggingface.co/papers/2306.09341): which image would people prefer for the prompt?
+    HPS v2 and v2.1 (https://huggingface.co/papers/2306.09341): which image people would prefer for the prompt.
 
-    The score is the cosine; tables of the benchmark show it times 100. The difference is in the image: one that is not
-    square is not cropped but resized whole and centered on black, as the authors do.
+    The score is the cosine. Tables of the benchmark show it times 100. An image that is not square is not cropped: it
+    is resized and centered on a black square, as the authors do.
 
-    The authors' file is for open_clip. `scripts/convert_hpsv2.py` makes the folder that is read here.
+    The authors' file is in the format of open_clip. `scripts/convert_hpsv2.py` converts it to the folder that is read
+    here.
 
     Args:
         model_name_or_path (`str`):

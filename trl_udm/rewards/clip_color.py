@@ -31,9 +31,9 @@ class CLIPColorClassifier:
     r"""
     Names the color of objects by zero-shot classification, for [`GenEvalReward`].
 
-    An object is what its mask shows on a gray background, cropped to its box. Its color is the one whose text
-    embedding has the largest inner product with the embedding of the crop. A color's text embedding is the mean of the
-    unit embeddings of three captions that name the color, brought to unit length again.
+    An object is cropped to its box, with gray outside of its mask. Its color is the one whose text embedding has the
+    largest inner product with the embedding of the crop. A color's text embedding is the mean of the unit embeddings
+    of three captions that name the color, normalized again.
 
     The weights are loaded on first use. Images are processed without torchvision.
 
@@ -41,9 +41,9 @@ class CLIPColorClassifier:
         model_name_or_path (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
             A CLIP model with its tokenizer and image processor. The default is the benchmark's.
         device (`str` or `torch.device`, *optional*):
-            Where the classifier runs. By default the device of this process, as Accelerate assigns it.
+            Device of the classifier. By default the device that Accelerate assigns to this process.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            Type of the weights.
+            Dtype of the weights.
 
     Example:
 
@@ -79,16 +79,17 @@ class CLIPColorClassifier:
             image (`Image.Image`):
                 The image.
             detections (`list[Detection]`):
-                Objects in it, all of one class. They go through CLIP together, which GenEval's `MAX_OBJECTS` bounds.
+                Objects in it, all of one class. CLIP processes them in one batch: GenEval's `MAX_OBJECTS` bounds their
+                number.
             class_name (`str`):
                 Their class.
 
         Returns:
-            `list[str]`: For each detection one of `COLORS`.
+            `list[str]`: One of `COLORS` for each detection.
 
         Raises:
-            `ValueError`: If the weights lack some of the model's parameters, if the tokenizer is another model's, if a
-            mask has another size than the image, or if an embedding is not finite.
+            ValueError: If the weights lack some of the model's parameters, if the tokenizer belongs to another model,
+            if a mask has another size than the image, or if an embedding is not finite.
         """
         if not detections:
             return []
@@ -123,11 +124,11 @@ class CLIPColorClassifier:
 
 def crop_object(image: Image.Image, detection: Detection) -> Image.Image:
     """
-    Show an object alone: gray outside of its mask, cropped to its box.
+    Crop an image to the box of an object, with gray outside of the object's mask.
 
-    The box is rounded to whole pixels and cut to the image. One that covers no pixel then, because it is thinner than
-    half a pixel or lies outside, is widened to the nearest: a detector's degenerate box says little about a color, but
-    is no reason to end a training run. [`Mask2FormerDetector`] returns none.
+    The box is rounded to whole pixels and clipped to the image. If it then covers no pixel, because it is thinner than
+    half a pixel or lies outside of the image, it is widened to the nearest pixel: a degenerate box is no reason to
+    stop a training run. [`Mask2FormerDetector`] returns no such box.
 
     Args:
         image (`Image.Image`):
@@ -139,7 +140,7 @@ def crop_object(image: Image.Image, detection: Detection) -> Image.Image:
         `Image.Image`: The crop, in RGB, of at least one pixel.
 
     Raises:
-        `ValueError`: If the mask has another size than the image.
+        ValueError: If the mask has another size than the image.
     """
     image = image.convert("RGB")
     if detection.mask is not None:

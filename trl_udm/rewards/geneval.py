@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-The GenEval reward: does the image show the objects, counts, colors and positions that the prompt asks for?
+The GenEval reward: whether the image shows the objects, counts, colors and positions that the prompt asks for.
 
 The benchmark is described in https://huggingface.co/papers/2310.11513. A detector finds the objects in an image, a
-color classifier names their colors, and a row of metadata says what should be found. The functions of this module come
+color classifier names their colors, and a row of metadata says what should be found. The functions of this module are
 in the order in which they are applied: [`check_metadata`], [`keep_detections`], then [`evaluate`] or
 [`evaluate_reward`].
 """
@@ -67,11 +67,11 @@ class Detection:
 
     Args:
         box (`tuple[float, float, float, float]`):
-            Corners `(x1, y1, x2, y2)` in pixels, y growing downwards.
+            Corners `(x1, y1, x2, y2)` in pixels. The y axis points down.
         score (`float`):
             Confidence, in `[0, 1]`.
         mask (`np.ndarray` of shape `(height, width)` and dtype `bool`, *optional*):
-            The object's pixels, for color classifiers that look at nothing else.
+            The object's pixels, for color classifiers that need them.
     """
 
     box: Box
@@ -83,8 +83,9 @@ class Detector(Protocol):
     """
     Finds objects in images.
 
-    `class_names` are the classes that it knows, in GenEval's order. Called with a list of images, it returns for each
-    of them a dict from class name to detections, in any order and with any score: [`keep_detections`] selects.
+    `class_names` are the classes that it knows, in GenEval's order. Called with a list of images, it returns a dict
+    from class name to detections for each image. The detections may have any order and any score: [`keep_detections`]
+    selects.
     """
 
     class_names: Sequence[str]
@@ -101,15 +102,15 @@ class ColorClassifier(Protocol):
 @dataclass(frozen=True)
 class Verdict:
     """
-    What a rule says of an image.
+    The result of a rule for an image.
 
     Args:
         correct (`bool`):
             Whether every requirement is met.
         reward (`float`):
-            1.0 or 0.0 by [`evaluate`]; the partial credit, at most 1.0, by [`evaluate_reward`].
+            From [`evaluate`], 1.0 or 0.0. From [`evaluate_reward`], the partial credit, at most 1.0.
         reason (`str`):
-            What is not met, one requirement a line; empty if `correct`.
+            The requirements that are not met, one a line. Empty if `correct`.
     """
 
     correct: bool
@@ -119,8 +120,8 @@ class Verdict:
 
 def check_metadata(row: dict[str, Any], class_names: Sequence[str], index: int) -> None:
     """
-    Refuse a row of metadata that does not follow GenEval's format. A key whose value is `None` counts as absent, since
-    `datasets` fills rows up in this way.
+    Refuse a row of metadata that does not follow GenEval's format. A key whose value is `None` counts as absent,
+    because `datasets` fills missing keys with `None`.
 
     Args:
         row (`dict[str, Any]`):
@@ -131,7 +132,7 @@ def check_metadata(row: dict[str, Any], class_names: Sequence[str], index: int) 
             The row's number, for the message.
 
     Raises:
-        `ValueError`: If a field is missing or breaks its rule. The message names the row, the field, the rule and the
+        ValueError: If a field is missing or breaks its rule. The message names the row, the field, the rule and the
         value.
 
     Example:
@@ -190,7 +191,7 @@ def compute_iou(box_a: Box, box_b: Box) -> float:
             Corners of the other box.
 
     Returns:
-        `float`: The ratio, in `[0, 1]`; 0.0 if both boxes are empty.
+        `float`: The ratio, in `[0, 1]`. It is 0.0 if both boxes are empty.
     """
 
     def area(x1: float, y1: float, x2: float, y2: float) -> float:
@@ -205,8 +206,8 @@ def keep_detections(
     detected: dict[str, list[Detection]], tag: str, nms_threshold: float = NMS_THRESHOLD
 ) -> dict[str, list[Detection]]:
     """
-    Select the detections that count: by class, those above the score threshold (a higher one for counting), the best
-    `MAX_OBJECTS` of them, by falling score.
+    Select the detections that count. In each class these are the best `MAX_OBJECTS` above the score threshold, which
+    is higher for counting, by falling score.
 
     Args:
         detected (`dict[str, list[Detection]]`):
@@ -215,10 +216,10 @@ def keep_detections(
             The row's tag.
         nms_threshold (`float`, *optional*, defaults to `1.0`):
             Drop a detection whose overlap with a better one of its class, by [`compute_iou`], reaches this value. The
-            benchmark's 1.0 drops none, not even a box found twice.
+            benchmark's 1.0 drops none, not even a box that is found twice.
 
     Returns:
-        `dict[str, list[Detection]]`: The selected detections; classes without any are left out.
+        `dict[str, list[Detection]]`: The selected detections. Classes without any are left out.
     """
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
     kept = {}
@@ -237,7 +238,7 @@ def keep_detections(
 
 def relative_position(box_a: Box, box_b: Box) -> set[str]:
     """
-    Say where box A lies as seen from box B.
+    Return the relations in which box A stands to box B.
 
     The offset between the centers is first shortened, along each axis, by `POSITION_THRESHOLD` times the sum of the
     two boxes' sides. A relation holds if what remains along its axis is more than half of the length of the whole
@@ -274,11 +275,11 @@ def evaluate(
     color_classifier: ColorClassifier | None = None,
 ) -> Verdict:
     """
-    Apply the benchmark's rule, which is what accuracy on GenEval means.
+    Apply the benchmark's rule, whose mean is the accuracy on GenEval.
 
-    Of each `include` clause's class, the `count` best detections must exist, all have the `color`, and all stand in
-    the `position` to each of the target clause's. Further ones are ignored, unless an `exclude` clause forbids `count`
-    or more.
+    For each `include` clause, the `count` best detections of its class must exist, must all have the `color`, and must
+    all stand in the `position` to each detection of the target clause. Further detections are ignored, unless an
+    `exclude` clause forbids `count` or more.
 
     Args:
         image (`Image.Image`):
@@ -308,12 +309,12 @@ def evaluate_reward(
     color_classifier: ColorClassifier | None = None,
 ) -> Verdict:
     """
-    Apply the training rule, which gives partial credit and wants exact counts.
+    Apply the training rule, which gives partial credit and requires exact counts.
 
-    A requirement that n objects be there, or have a color, scores 1 - |n - found| / n, which is below 0 for more than
-    2n. A position scores 1 or 0. Where the count is wrong, color and position are not looked at and score 0 together;
-    where a color is wrong, the position is left out. The reward is the mean of the scores. `exclude` clauses have no
-    say: an image that shows a forbidden object can be correct here and wrong by [`evaluate`].
+    The requirement that n objects exist, or have a color, scores 1 - |n - found| / n, which is below 0 for more than
+    2n. A position scores 1 or 0. If the count is wrong, color and position are not checked and score 0 together. If a
+    color is wrong, the position is left out. The reward is the mean of the scores. `exclude` clauses are ignored: an
+    image that shows a forbidden object can be correct here and wrong by [`evaluate`].
 
     Args:
         image (`Image.Image`):
@@ -340,8 +341,8 @@ def _check_include(
     exact: bool,
 ) -> tuple[list[float], list[str]]:
     """
-    Return the scores of all requirements, and for each clause that fails the reason. The two rules differ only in what
-    is taken for found: all detections of the class (`exact`), or no more than asked for.
+    Return the scores of all requirements, and the reason for each clause that fails. The two rules differ only in the
+    detections that count as found: all of the class (`exact`), or no more than the clause asks for.
     """
     scores, reasons = [], []
     groups = []
@@ -405,9 +406,9 @@ class GenEvalReward:
     """
     GenEval as a reward function for [`UDMGRPOTrainer`].
 
-    The metadata comes from the dataset's columns `tag`, `include` and `exclude`. All rows are checked before any
-    detection. A row whose `include` is `None` has no reward: GenEval does not apply to it, as in a dataset of several
-    tasks. The accuracy by tag is logged as `geneval/<tag>`, by the benchmark's rule in both modes.
+    The metadata is in the dataset's columns `tag`, `include` and `exclude`. All rows are checked before any detection.
+    A row whose `include` is `None` has no reward, for datasets of several tasks. The accuracy by tag is logged as
+    `geneval/<tag>`, by the benchmark's rule in both modes.
 
     Args:
         detector ([`Detector`]):
@@ -415,14 +416,14 @@ class GenEvalReward:
         color_classifier ([`ColorClassifier`], *optional*):
             Names their colors. Needed if a row asks for a color.
         mode (`str`, *optional*, defaults to `"official"`):
-            `"official"` rewards 1.0 or 0.0 by [`evaluate`], under the name `geneval_accuracy`; `"dense"` gives the
-            partial credit of [`evaluate_reward`], under the name `geneval_reward`.
+            `"official"` rewards with 1.0 or 0.0 by [`evaluate`], under the name `geneval_accuracy`. `"dense"` rewards
+            with the partial credit of [`evaluate_reward`], under the name `geneval_reward`.
         clamp (`bool`, *optional*, defaults to `True`):
-            Whether the rewards of mode `"dense"` are clamped to `[0, 1]`. Else an image with too many objects is
-            rewarded below 0, by -14.0 where one is asked for and `MAX_OBJECTS` are found.
+            Whether the rewards of mode `"dense"` are clamped to `[0, 1]`. Otherwise an image with too many objects has
+            a reward below 0: -14.0 if one object is asked for and `MAX_OBJECTS` are found.
 
     Raises:
-        `ValueError`: If `mode` is neither.
+        ValueError: If `mode` is neither of the two.
 
     Example:
 
@@ -481,21 +482,21 @@ class GenEvalReward:
             completions (`list[Image.Image]` or `torch.Tensor` of shape `(B, 3, H, W)` and dtype `torch.uint8`):
                 The generated images.
             tag (`list[str | None]`):
-                The kind of each row, one of `TAGS`.
+                The kind of each prompt, one of `TAGS`.
             include (`list[list[dict[str, Any]] | None]`):
-                What each image must show; `None` where GenEval does not apply.
+                What each image must show. `None` where GenEval does not apply.
             exclude (`list[list[dict[str, Any]] | None]`, *optional*):
                 What each image must not show.
             log_metric (`Callable[[str, float], None]`, *optional*):
                 The trainer's logging function.
             columns (`dict[str, Any]`):
-                Whatever else the trainer passes; not used.
+                Other arguments of the trainer. They are not used.
 
         Returns:
-            `list[float | None]`: A reward for each image, `None` where `include` is.
+            `list[float | None]`: A reward for each image, or `None` where `include` is `None`.
 
         Raises:
-            `ValueError`: If `completions` is a tensor of another shape or dtype, if a row's metadata is malformed or
+            ValueError: If `completions` is a tensor of another shape or dtype, if a row's metadata is malformed or
             asks for a color without a color classifier, or if the detector or the color classifier returns the wrong
             number of results.
         """

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The images that a reward is given."""
+"""The check of the images that a reward scores."""
 
 import torch
 from PIL import Image
@@ -20,20 +20,20 @@ from PIL import Image
 
 def as_pil_images(completions: list[Image.Image] | torch.Tensor, num_prompts: int) -> list[Image.Image]:
     """
-    Check completions, and bring them into one form.
+    Check completions, and return them as PIL images.
 
     Args:
         completions (`list[Image.Image]` or `torch.Tensor` of shape `(B, 3, H, W)` and dtype `torch.uint8`):
             Images.
         num_prompts (`int`):
-            How many there must be.
+            Number of images that there must be.
 
     Returns:
         `list[Image.Image]`: The images. Those of a tensor are RGB.
 
     Raises:
-        `TypeError`: If a list holds something else.
-        `ValueError`: If a tensor has another shape or type, or there is not one image a prompt.
+        TypeError: If a list contains anything but PIL images.
+        ValueError: If a tensor has another shape or dtype, or the number of images is not `num_prompts`.
     """
     rule = "`completions` must be PIL images or a torch.uint8 tensor of shape (B, 3, H, W)"
     if isinstance(completions, torch.Tensor):

@@ -21,15 +21,25 @@ from typing import Any
 from PIL import Image
 
 
+_CLASSES = {
+    "ocr": "trl_udm.rewards.ocr:OCRReward",
+    "pickscore": "trl_udm.rewards.clip:PickScoreReward",
+    "clipscore": "trl_udm.rewards.clip:CLIPScoreReward",
+    "hpsv2": "trl_udm.rewards.clip:HPSv2Reward",
+}
+
+REWARD_NAMES = ("geneval", *_CLASSES)
+"""The names that [`load_reward`] knows, beside any `"module:attribute"`."""
+
+
 def load_reward(name: str, options: dict[str, Any] | None = None) -> Callable:
     """
     Make a reward, and call it once so that its weights are loaded.
 
     Args:
         name (`str`):
-            `"geneval"`, `"ocr"`, `"pickscore"`, `"clipscore"`, `"hpsv2"`, `"shapes"` and `"words"` (GenEval and OCR in the
-            embedded worlds), or the `"module:attribute"` of a reward function, or of a class of which one is made. Those
-            are not called.
+            One of `REWARD_NAMES`, or the `"module:attribute"` of a reward function or of a reward's class. Those of a
+            module are not called.
         options (`dict[str, Any]`, *optional*):
             Arguments of the reward's constructor.
 
@@ -37,23 +47,18 @@ def load_reward(name: str, options: dict[str, Any] | None = None) -> Callable:
         `Callable`: The reward.
 
     Raises:
-        `ValueError`: If there is no such reward, or if `options` are given for a function.
+        ValueError: If there is no such reward, or if `options` are given for a function.
 
     Example:
 
     ```python
-    >>> reward = load_reward("shapes", {"mode": "dense"})
+    >>> reward = load_reward("ocr", {"partial": True})
     >>> reward.__name__
-    'geneval_reward'
+    'ocr_partial_reward'
     ```
     """
     options = options or {}
     image = Image.new("RGB", (64, 64))
-    if name == "shapes":
-        from ..shapes.detector import ShapesColorClassifier, ShapesDetector
-        from .geneval import GenEvalReward
-
-        return GenEvalReward(ShapesDetector(), ShapesColorClassifier(), **options)
     if name == "geneval":
         from .clip_color import CLIPColorClassifier
         from .geneval import Detection, GenEvalReward
@@ -64,24 +69,14 @@ def load_reward(name: str, options: dict[str, Any] | None = None) -> Callable:
         reward.color_classifier(image, [Detection(box=(0, 0, 64, 64), score=1.0)], "dog")
         return reward
 
-    if name == "words":
-        options = {"detect_text": False, **options}
-    classes = {
-        "ocr": "trl_udm.rewards.ocr:OCRReward",
-        "pickscore": "trl_udm.rewards.clip:PickScoreReward",
-        "clipscore": "trl_udm.rewards.clip:CLIPScoreReward",
-        "hpsv2": "trl_udm.rewards.clip:HPSv2Reward",
-        "words": "trl_udm.rewards.ocr:OCRReward",
-    }
-    module_name, separator, attribute = classes.get(name, name).partition(":")
+    module_name, separator, attribute = _CLASSES.get(name, name).partition(":")
     if not separator:
-        names = ("geneval", "shapes", *classes, "module:attribute")
-        raise ValueError(f"`name` must be one of {names}, got {name!r}.")
+        raise ValueError(f"`name` must be one of {(*REWARD_NAMES, 'module:attribute')}, got {name!r}.")
     reward = getattr(importlib.import_module(module_name), attribute)
     if isinstance(reward, type):
         reward = reward(**options)
     elif options:
         raise ValueError(f"`options` must be empty for {name}, which is not a class, got {options}.")
-    if name in classes:
+    if name in _CLASSES:
         reward(prompts=['the word "hello"'], completions=[image])
     return reward

@@ -15,10 +15,10 @@
 """
 GenEval's detector on transformers' Mask2Former (https://huggingface.co/papers/2112.01527).
 
-The benchmark's own detector is mmdet's Mask2Former with a Swin-S backbone. transformers has the architecture, but its
-`post_process_instance_segmentation` drops what scores below 0.5, resizes the masks to 384 x 384 and lets no two
-objects overlap, and its image processor stretches images to multiples of 32. So both ends are written here as mmdet
-has them.
+The benchmark's own detector is mmdet's Mask2Former with a Swin-S backbone. transformers has the architecture. But its
+`post_process_instance_segmentation` drops scores below 0.5, resizes the masks to 384 x 384 and lets no two objects
+overlap, and its image processor stretches images to multiples of 32. So the pre- and post-processing are written here,
+as in mmdet.
 """
 
 import numpy as np
@@ -51,22 +51,22 @@ class Mask2FormerDetector:
         model_name_or_path (`str`, *optional*, defaults to `"facebook/mask2former-swin-small-coco-instance"`):
             A Mask2Former for instance segmentation with 80 classes in COCO's order.
         device (`str` or `torch.device`, *optional*):
-            Where the detector runs. By default the device of this process, as Accelerate assigns it.
+            Device of the detector. By default the device that Accelerate assigns to this process.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-            Type of the weights. The post-processing is in float32 always.
+            Dtype of the weights. The post-processing is always in float32.
         batch_size (`int`, *optional*, defaults to `8`):
-            Images at a time, at most. Only images of the same padded size share a batch: the network does not tell
-            padding from content, so more of it would let an image's detections depend on the other images.
+            Images at a time, at most. Only images of the same padded size share a batch: the network cannot tell
+            padding from content, so an image's detections would otherwise depend on the other images.
         score_threshold (`float`, *optional*, defaults to `0.3`):
-            Lowest score that is returned. GenEval looks at no detection whose score is not above 0.3, so the default
-            changes nothing for it. A lower value only costs time, see [`find_objects`]; a higher one hides objects.
+            Lowest score that is returned. GenEval ignores detections with a score of 0.3 or less, so the default makes
+            no difference to it. A lower value only costs time, see [`find_objects`]. A higher one hides objects.
         shortest_edge (`int`, *optional*, defaults to `800`):
-            Images are resized, with their aspect ratio, until the shorter edge has this length,
+            Length of the shorter edge to which images are resized. The aspect ratio is kept.
         longest_edge (`int`, *optional*, defaults to `1333`):
-            or until the longer edge has this one, whichever comes first.
+            Bound of the longer edge. An image that would exceed it is resized to this length of the longer edge.
 
     Raises:
-        `ValueError`: If `batch_size` is not positive.
+        ValueError: If `batch_size` is not positive.
 
     Example:
 
@@ -112,13 +112,13 @@ class Mask2FormerDetector:
                 The images, of any sizes.
 
         Returns:
-            `list[dict[str, list[Detection]]]`: For each image the detections of each class, with masks, in the image's
-            own pixels. Classes without any are left out.
+            `list[dict[str, list[Detection]]]`: For each image, the detections of each class, with masks, in pixels of
+            the image. Classes without detections are left out.
 
         Raises:
-            `ImportError`: If SciPy is missing.
-            `ValueError`: If the weights lack some of the model's parameters, if the model has other than 80 classes,
-            or if its outputs are not finite.
+            ImportError: If SciPy is missing.
+            ValueError: If the weights lack some of the model's parameters, if the number of classes is not 80, or if
+            the outputs are not finite.
         """
         if self.model is None:
             self._load_model()
@@ -193,16 +193,16 @@ def find_objects(
     score_threshold: float = THRESHOLD,
 ) -> dict[str, list[Detection]]:
     r"""
-    Read one image's objects from Mask2Former's outputs, as mmdet does for GenEval.
+    Extract the objects of one image from Mask2Former's outputs, as mmdet does for GenEval.
 
     A candidate is a query q with a class c. Its class probability \\( p \\) is the softmax over the classes and "no
-    object"; the `MAX_CANDIDATES` most probable candidates are kept, however many are of one query or one class. The
-    query's mask logits m are upsampled to the padded input, cut to the resized image and resized to the image, both
-    times bilinearly. The mask is m > 0, and the score is \\( p \cdot \mathrm{mean}_{m > 0}\, \sigma(m) \\). Masks may
-    overlap. The box is that of the mask, its far corner exclusive; a candidate with an empty mask is no object.
+    object". The `MAX_CANDIDATES` most probable candidates are kept, whatever their queries and classes. The query's
+    mask logits m are upsampled to the padded input, cropped to the resized image and resized to the image, both times
+    bilinearly. The mask is m > 0, and the score is \\( p \cdot \mathrm{mean}_{m > 0}\, \sigma(m) \\). Masks may
+    overlap. The box is that of the mask, and its far corner is exclusive. A candidate with an empty mask is dropped.
 
-    No score exceeds its class probability, so candidates whose class probability is below `score_threshold` are
-    dropped before their masks are upsampled, which is where the time goes.
+    No score exceeds its class probability. So candidates whose class probability is below `score_threshold` are
+    dropped before their masks are upsampled, which takes most of the time.
 
     Args:
         class_logits (`torch.Tensor` of shape `(num_queries, num_classes + 1)`):
@@ -212,7 +212,7 @@ def find_objects(
         padded_size (`tuple[int, int]`):
             Height and width of the network's input.
         resized_size (`tuple[int, int]`):
-            Height and width of the part of it which is not padding.
+            Height and width of the input without the padding.
         image_size (`tuple[int, int]`):
             Height and width of the image.
         score_threshold (`float`, *optional*, defaults to `0.3`):

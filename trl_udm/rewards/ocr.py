@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-The OCR reward: does the image show the text that the prompt quotes?
+The OCR reward: whether the image shows the text that the prompt quotes.
 
-An engine reads the image, and [`ocr_score`] compares what it read with the target. The functions of this module come
-in the order in which [`OCRReward`] applies them.
+An engine reads the image, and [`ocr_score`] compares the recognized text with the target. The functions of this module
+are in the order in which [`OCRReward`] applies them.
 """
 
 import queue
@@ -33,23 +33,23 @@ from PIL import Image
 from .images import as_pil_images
 
 
-# Typographic quotes, primes and accents that stand for the straight ones.
+# Typographic quotes, primes and accents, which count as straight quotes.
 QUOTES = str.maketrans(dict.fromkeys("‘’‚‛′´`", "'") | dict.fromkeys("“”„‟″", '"'))
 
 
 def extract_target(prompt: str) -> str:
     """
-    Return the text that a prompt asks to be written: its first quoted part.
+    Return the first quoted part of a prompt, which is the text that the image should show.
 
     Args:
         prompt (`str`):
             A prompt with the target in straight (`"..."`) or typographic (`“...”`) double quotes.
 
     Returns:
-        `str`: The text between the quotes, as it stands.
+        `str`: The text between the quotes, unchanged.
 
     Raises:
-        `ValueError`: If the prompt quotes no text, or an empty one.
+        ValueError: If the prompt quotes no text, or an empty one.
 
     Example:
 
@@ -62,18 +62,18 @@ def extract_target(prompt: str) -> str:
     if match is None:
         raise ValueError(f"`prompt` must have its target text in double quotes, got {prompt!r}.")
     target = match[match.lastindex]
-    if not normalise_text(target):
+    if not normalize_text(target):
         raise ValueError(f"`prompt` must quote a target text that is not empty, got {prompt!r}.")
     return target
 
 
-def join_recognised(lines: Iterable[tuple[str, float]]) -> str:
+def join_recognized(lines: Iterable[tuple[str, float]]) -> str:
     """
-    Join what an OCR engine recognised into one text.
+    Join the lines that an OCR engine recognized into one text.
 
     Args:
         lines (`Iterable[tuple[str, float]]`):
-            The recognised texts in the engine's reading order, each with its confidence in `[0, 1]`.
+            The recognized texts in the engine's reading order, each with its confidence in `[0, 1]`.
 
     Returns:
         `str`: The texts of positive confidence, joined without a separator.
@@ -81,23 +81,23 @@ def join_recognised(lines: Iterable[tuple[str, float]]) -> str:
     return "".join(text for text, confidence in lines if confidence > 0)
 
 
-def ocr_score(recognised_text: str, target_text: str, partial: bool = False) -> float:
+def ocr_score(recognized_text: str, target_text: str, partial: bool = False) -> float:
     r"""
-    Score a recognised text against the target, without regard to case, white space, the form of the quotes, and the
-    variants of a character that Unicode calls compatible (NFKC).
+    Score a recognized text against the target. Case, white space, the form of the quotes, and variants of a character
+    that Unicode calls compatible (NFKC) make no difference.
 
     The score is \\( 1 - \min(\mathrm{distance}, n) / n \\), where n is the length of the target and the distance is
     the number of characters to insert, delete or replace. As in UDM-GRPO (https://huggingface.co/papers/2604.18518),
-    the distance is to all that was recognised, except that the score is 1 wherever the target is a substring: text
-    around the target costs nothing, until a character of the target is wrong. With `partial`, the distance is to the
-    part of the recognised text that is closest to the target, so that text around it never costs anything, and the
-    score is never lower.
+    the distance is that to the whole recognized text, and the score is 1 wherever the target is a substring. So text
+    around the target costs nothing until a character of the target is wrong. With `partial`, the distance is that to
+    the part of the recognized text that is closest to the target. Text around the target then never costs anything,
+    and the score is never lower.
 
     Args:
-        recognised_text (`str`):
-            What was read in the image.
+        recognized_text (`str`):
+            The text that was recognized in the image.
         target_text (`str`):
-            What the image should say.
+            The text that the image should show.
         partial (`bool`, *optional*, defaults to `False`):
             Whether to compare with the closest part only.
 
@@ -105,8 +105,8 @@ def ocr_score(recognised_text: str, target_text: str, partial: bool = False) -> 
         `float`: The score, in `[0, 1]`.
 
     Raises:
-        `ImportError`: If RapidFuzz is missing.
-        `ValueError`: If the target is empty.
+        ImportError: If RapidFuzz is missing.
+        ValueError: If the target is empty.
 
     Example:
 
@@ -122,66 +122,66 @@ def ocr_score(recognised_text: str, target_text: str, partial: bool = False) -> 
     except ImportError as error:
         raise ImportError("`ocr_score` needs RapidFuzz: `pip install trl-udm[ocr]`.") from error
 
-    recognised, target = normalise_text(recognised_text), normalise_text(target_text)
+    recognized, target = normalize_text(recognized_text), normalize_text(target_text)
     if not target:
         raise ValueError(f"`target_text` must have a character other than white space, got {target_text!r}.")
-    if target in recognised:
+    if target in recognized:
         return 1.0
-    parts = [recognised]
+    parts = [recognized]
     if partial:
-        # A part of twice the target's length or more is as far from it as no text at all.
-        starts, lengths = range(len(recognised)), range(1, 2 * len(target))
-        parts += {recognised[start : start + length] for start in starts for length in lengths}
+        # A part of twice the target's length or more is at least as far from the target as no text at all.
+        starts, lengths = range(len(recognized)), range(1, 2 * len(target))
+        parts += {recognized[start : start + length] for start in starts for length in lengths}
     distance = min(Levenshtein.distance(part, target) for part in parts)
     return 1 - min(distance, len(target)) / len(target)
 
 
-def normalise_text(text: str) -> str:
+def normalize_text(text: str) -> str:
     """
-    Bring a text into the form in which texts are compared: lower case, no white space, straight quotes, NFKC.
+    Normalize a text for comparison: lower case, no white space, straight quotes, NFKC.
 
     Args:
         text (`str`):
             Any text.
 
     Returns:
-        `str`: Its form.
+        `str`: The normalized text.
     """
-    # Quotes first: NFKC takes some of them apart into a space and an accent.
+    # Quotes first: NFKC splits some of them into a space and an accent.
     return "".join(unicodedata.normalize("NFKC", text.translate(QUOTES)).lower().split())
 
 
 class OCRReward:
     """
-    Does the image show the text that its prompt asks for? A reward function for [`UDMGRPOTrainer`].
+    Whether the image shows the text that its prompt asks for, as a reward function for [`UDMGRPOTrainer`].
 
-    RapidOCR (https://github.com/RapidAI/RapidOCR) reads the images on the CPU, with the PP-OCR models in its wheel:
-    nothing is downloaded. [`ocr_score`] is the reward. The target of a row is what the dataset's column `target_text`
-    holds, and the reward does not apply to rows where that is `None`. Without the column it is the quoted part of the
+    RapidOCR (https://github.com/RapidAI/RapidOCR) reads the images on the CPU, with the PP-OCR models in its wheel.
+    Nothing is downloaded. The reward is [`ocr_score`]. The target of a row is in the dataset's column `target_text`.
+    The reward does not apply to rows where it is `None`. Without the column, the target is the quoted part of the
     prompt. All targets are checked before any image is read.
 
-    The share of images whose reward is 1 is logged as `ocr/exact`, and what was read goes into the table of
-    completions as `recognised_text`.
+    The share of images whose reward is 1 is logged as `ocr/exact`. The recognized texts are the column
+    `recognised_text` of the table of completions.
 
     Args:
         partial (`bool`, *optional*, defaults to `False`):
-            Whether to score the closest part of the recognised text only, see [`ocr_score`]. The reward is named
-            `ocr_partial_reward` then, else `ocr_reward`.
+            Whether to score only the closest part of the recognized text, see [`ocr_score`]. The reward is then named
+            `ocr_partial_reward`, otherwise `ocr_reward`.
         detect_text (`bool`, *optional*, defaults to `True`):
-            Whether to look for lines of text in the image. `False` takes the whole image for one line, which saves a
-            third of the time for small images that hold nothing else, such as a word in 32 x 96 pixels. The line must
-            fill the height.
-        min_confidence (`float`, *optional*, defaults to 0.5):
-            Lines that the engine is less sure of, in `[0, 1]`, are dropped.
-        num_engines (`int`, *optional*, defaults to 1):
-            Number of images that are read at a time, each by an engine of its own, of about 170 MiB. Raise it to the
+            Whether to look for lines of text in the image. With `False`, the whole image is one line of text. That
+            saves a third of the time for small images that show nothing else, such as a word in 32 x 96 pixels. The
+            line must fill the height.
+        min_confidence (`float`, *optional*, defaults to `0.5`):
+            Lowest confidence of the engine, in `[0, 1]`, with which a line counts.
+        num_engines (`int`, *optional*, defaults to `1`):
+            Number of images that are read at a time. Each has an engine of its own, of about 170 MiB. Raise it to the
             number of cores that this process may use.
-        num_threads (`int`, *optional*, defaults to 1):
-            Number of threads of each engine, which gain less than as many engines.
+        num_threads (`int`, *optional*, defaults to `1`):
+            Number of threads of each engine. More engines gain more than more threads.
 
     Raises:
-        `ImportError`: If RapidOCR is missing.
-        `ValueError`: If an option is out of range.
+        ImportError: If RapidOCR is missing.
+        ValueError: If an option is out of range.
 
     Example:
 
@@ -224,7 +224,7 @@ class OCRReward:
             "Global.log_level": "error",
             "Global.text_score": 0.0,  # the engine has such a minimum too, but only for lines that it detects
             "Global.use_det": detect_text,
-            "Global.use_cls": False,  # turns lines that it takes for upside down, some of them wrongly
+            "Global.use_cls": False,  # the check for lines that are upside down is sometimes wrong
             # By default an image is enlarged to 736 pixels before lines are detected, and a line padded to 320. That
             # takes twice the time and reads no better, down to letters of 9 pixels.
             "Det.limit_side_len": 64,
@@ -250,32 +250,32 @@ class OCRReward:
 
         Args:
             prompts (`list[str]`):
-                The prompts, which quote the target unless `target_text` is given.
+                The prompts. They quote the targets if there is no `target_text`.
             completions (`list[Image.Image]` or `torch.Tensor` of shape `(B, 3, H, W)` and dtype `torch.uint8`):
-                The generated images. What is transparent is read on white.
+                The generated images. Transparent parts are read on white.
             target_text (`list[str | None]`, *optional*):
-                What each image should say; `None` where the reward does not apply.
+                The text that each image should show. `None` where the reward does not apply.
             log_metric (`Callable[[str, float], None]`, *optional*):
                 The trainer's logging function.
             log_extra (`Callable[[str, list], None]`, *optional*):
                 The trainer's function for columns of the table of completions.
             columns (`dict[str, Any]`):
-                Whatever else the trainer passes; not used.
+                Other arguments of the trainer. They are not used.
 
         Returns:
             `list[float | None]`: A reward in `[0, 1]` for each image, or `None` where there is no target.
 
         Raises:
-            `TypeError`: If the completions are not images.
-            `ValueError`: If a tensor of images has another shape or type, there are not as many images as prompts, or
-            a target is missing or empty.
+            TypeError: If the completions are not images.
+            ValueError: If a tensor of images has another shape or dtype, if the numbers of images and prompts differ,
+            or if a target is missing or empty.
         """
         completions = as_pil_images(completions, len(prompts))
 
         if target_text is None:
             target_text = [extract_target(prompt) for prompt in prompts]
         for prompt, target in zip(prompts, target_text, strict=True):
-            if target is not None and not (isinstance(target, str) and normalise_text(target)):
+            if target is not None and not (isinstance(target, str) and normalize_text(target)):
                 raise ValueError(
                     f"`target_text` of {prompt!r} must be `None` or a text with a character other than white space, "
                     f"got {target!r}."
@@ -285,15 +285,15 @@ class OCRReward:
             return None if target is None else self._read(image)
 
         with ThreadPoolExecutor(self.num_engines) as pool:
-            recognised_texts = list(pool.map(read, completions, target_text))
+            recognized_texts = list(pool.map(read, completions, target_text))
 
         rewards = []
-        for recognised, target in zip(recognised_texts, target_text, strict=True):
-            rewards.append(None if target is None else ocr_score(recognised, target, self.partial))
+        for recognized, target in zip(recognized_texts, target_text, strict=True):
+            rewards.append(None if target is None else ocr_score(recognized, target, self.partial))
             if log_metric is not None and target is not None:
                 log_metric("ocr/exact", float(rewards[-1] == 1))
         if log_extra is not None:
-            log_extra("recognised_text", recognised_texts)
+            log_extra("recognised_text", recognized_texts)
         return rewards
 
     def _read(self, image: Image.Image) -> str:
@@ -308,4 +308,4 @@ class OCRReward:
         finally:
             self._engines.put(engine)
         lines = zip(output.txts or (), output.scores or (), strict=True)
-        return join_recognised(line for line in lines if line[1] >= self.min_confidence)
+        return join_recognized(line for line in lines if line[1] >= self.min_confidence)

@@ -12,4 +12,90 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Embedded worlds: a renderer or problems, prompts, and a small trained checkpoint each."""
+"""
+Embedded worlds: small tasks with prompts, a reward that measures the model's output, and a trained checkpoint.
+
+A world is a folder here and a line in `WORLDS`. The folder's `__init__.py` has `CHECKPOINT_PATH`. Its `benchmark.py`
+has `PROMPT_OPTIONS`, `make_reward` and `load_eval_rows`. Nothing of a world is imported before it is used.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class World:
+    """
+    A registered world.
+
+    Args:
+        name (`str`):
+            The name of its folder, and of its model and its benchmark on the command line.
+        modality (`str`):
+            What its model generates: `"image"` or `"text"`.
+
+    Example:
+
+    ```python
+    >>> from trl_udm.worlds import WORLDS
+
+    >>> reward = WORLDS["shapes"].make_reward(mode="dense")
+    >>> reward.__name__
+    'geneval_reward'
+    ```
+    """
+
+    name: str
+    modality: Literal["image", "text"]
+
+    @property
+    def checkpoint_path(self) -> Path:
+        """`Path`: Folder of the shipped pipeline."""
+        return import_module(f"{__name__}.{self.name}").CHECKPOINT_PATH
+
+    @property
+    def prompt_options(self) -> dict[str, Any]:
+        """`dict[str, Any]`: Options of [`~trl_udm.data.loading.load_prompts`] for a file of prompts of this world."""
+        return self._import_benchmark().PROMPT_OPTIONS
+
+    def make_reward(self, **options: Any) -> Callable[..., list[float | None]]:
+        """
+        Makes the reward.
+
+        Args:
+            options (`dict[str, Any]`):
+                Options of the reward's constructor.
+
+        Returns:
+            `Callable`: A reward function in TRL's contract.
+        """
+        return self._import_benchmark().make_reward(**options)
+
+    def load_eval_rows(self) -> list[dict[str, Any]]:
+        """
+        Lists the evaluation prompts, which are never trained on.
+
+        Returns:
+            `list[dict]`: Rows with `prompt` and the columns that the reward needs.
+        """
+        return self._import_benchmark().load_eval_rows()
+
+    def _import_benchmark(self) -> Any:
+        return import_module(f"{__name__}.{self.name}.benchmark")
+
+
+WORLDS = {
+    world.name: world
+    for world in (
+        World("shapes", modality="image"),
+        World("sums", modality="text"),
+        World("words", modality="image"),
+    )
+}
+"""All worlds by name."""
+
+IMAGE_WORLDS = {name: world for name, world in WORLDS.items() if world.modality == "image"}
+"""The worlds whose models draw."""

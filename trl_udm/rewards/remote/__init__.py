@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Rewards behind a server: the client, the server, and what goes over the wire."""
+"""Rewards that another process computes: the client, the server, and the format of their messages."""
 
 from .client import RemoteReward
 

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A reward that is computed by `trl-udm serve-reward`, see [`trl_udm.rewards.remote.server`]."""
+"""The client of `trl-udm serve-reward`: a reward that [`trl_udm.rewards.remote.server`] computes."""
 
 import asyncio
 import functools
@@ -34,7 +34,7 @@ from .wire import MEDIA_TYPE, REWARDS_PATH, TOKEN_VARIABLE, check_token, pack_re
 RETRIED_STATUS_CODES = (408, 502, 503, 504)
 MAX_DELAY = 30.0
 
-# Takes 30 ms, which every call would spend again
+# Creating it takes 30 ms, so calls share it
 _ssl_context = functools.cache(httpx2.create_ssl_context)
 
 
@@ -42,37 +42,37 @@ class RemoteReward:
     """
     A reward server, or several of them, as a reward function for [`UDMGRPOTrainer`].
 
-    A batch is split into requests, which go to the servers in turn and side by side. Where a server does not answer in
-    time, or says that it is busy, the next one is asked. When all have been asked, the client waits and begins anew:
-    0.5 s, then twice as long each time up to 30 s, a random half more or less, and no less than the servers ask for. What
-    is wrong with the request, or with the reward, is raised at once.
+    A batch is split into requests, which are sent to the servers in turn and at the same time. If a server does not
+    answer in time, or is busy, the request goes to the next one. After all servers, the client waits and starts over.
+    It waits 0.5 s, then twice as long each time up to 30 s, each time a random share of up to a half more or less, and
+    at least as long as the servers ask for. An error of the request, or of the reward, is raised at once.
 
-    The dataset's columns are sent along; `completion_ids` and `trainer_state` are not. What the reward logs comes back
-    and is logged here.
+    The dataset's columns are sent, but not `completion_ids` and `trainer_state`. What the served reward logs is logged
+    here.
 
     Args:
         urls (`str` or `list[str]`):
             The servers, such as `"http://127.0.0.1:8765"`.
         token (`str`, *optional*):
-            The servers' token. By default the environment variable `TRL_UDM_REWARD_TOKEN`, if it is set. It travels as
-            it is: use `https` or a tunnel where others can listen.
+            The servers' token. By default the environment variable `TRL_UDM_REWARD_TOKEN`, if it is set. It is sent
+            without encryption: use `https` or a tunnel where others can listen.
         columns (`list[str]`, *optional*):
             Dataset columns to send. By default all.
         max_batch_size (`int`, *optional*, defaults to `16`):
-            Most images a request.
+            Largest number of images in a request.
         max_connections (`int`, *optional*, defaults to `8`):
-            Requests at a time.
+            Number of requests at a time.
         timeout (`float`, *optional*, defaults to `120.0`):
-            Seconds to wait for an answer, which includes the request's time in the server's queue.
+            Seconds to wait for an answer, including the time in the server's queue.
         connect_timeout (`float`, *optional*, defaults to `5.0`):
             Seconds to wait for a connection.
         max_retries (`int`, *optional*, defaults to `6`):
-            How often all servers are asked again.
+            Number of times that all servers are tried again.
         name (`str`, *optional*, defaults to `"remote_reward"`):
             Name in the logs.
 
     Raises:
-        `ValueError`: If a URL or the token is not one, or a number is out of its range.
+        ValueError: If a URL or the token is malformed, or a number is out of its range.
 
     Example:
 
@@ -122,8 +122,8 @@ class RemoteReward:
         self.connect_timeout = connect_timeout
         self.max_retries = max_retries
         self.__name__ = name
-        # Its own, unseeded: processes with one seed would ask the same server at the same time, and drawing from the
-        # global one would change the training
+        # A generator of its own, without a seed: processes with the same seed would all ask the same server, and
+        # drawing from the global generator would change the training
         self._random = random.Random()
         self._turns = itertools.count(self._random.randrange(len(self.urls)))
 
@@ -160,8 +160,8 @@ class RemoteReward:
             `list[float | None]`: A reward for each image.
 
         Raises:
-            `ValueError`: If the completions are no RGB images, or if a column is missing or cannot be sent.
-            `RuntimeError`: If no server answered, or one refused the request or failed. The message says what each said.
+            ValueError: If the completions are not RGB images, or if a column is missing or cannot be sent.
+            RuntimeError: If no server answered, or if one refused the request or failed. The message has each answer.
         """
         completions = as_pil_images(completions, len(prompts))
         if self.columns is not None:
@@ -241,7 +241,7 @@ class RemoteReward:
             if num_retries < self.max_retries:
                 await asyncio.sleep(delay)
         raise RuntimeError(
-            f"No reward server rewarded {len(prompts)} images ({len(body)} bytes) within `timeout` = {self.timeout} s and "
-            f"`max_retries` = {self.max_retries}: "
+            f"No reward server rewarded {len(prompts)} images ({len(body)} bytes) within `timeout` = {self.timeout} s "
+            f"and `max_retries` = {self.max_retries}: "
             + "; ".join(f"{url} answered last {answer}" for url, answer in answers.items())
         )

@@ -13,10 +13,10 @@
 # limitations under the License.
 
 """
-A reward behind HTTP: on another machine, in another environment, or on a GPU that several training processes share.
+The server of a reward: on another machine, in another environment, or on a GPU that several training processes share.
 
-[`create_app`] is the server, [`serve`] runs it. The other side is
-[`~trl_udm.rewards.remote.RemoteReward`], and what goes over the wire is in [`trl_udm.rewards.remote.wire`].
+[`create_app`] makes the server and [`serve`] runs it. The client is [`~trl_udm.rewards.remote.RemoteReward`]. The
+format of the messages is in [`trl_udm.rewards.remote.wire`].
 """
 
 import asyncio
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Refusal(HTTPException):
-    """An answer that is known before the request's body has been read."""
+    """A refusal before the request's body has been read."""
 
 
 def create_app(
@@ -65,8 +65,8 @@ def create_app(
     """
     Make the server's application.
 
-    `GET /health` answers as long as the process lives, `GET /ready` once the reward is loaded, and both without a token.
-    `POST /v1/rewards` rewards a batch. What is wrong is said as `{"error": text}` in JSON:
+    `GET /health` answers as long as the process lives, and `GET /ready` once the reward is loaded. Neither needs a
+    token. `POST /v1/rewards` rewards a batch. The body of an error is `{"error": text}` in JSON:
 
     | status | reason |
     |---|---|
@@ -74,39 +74,39 @@ def create_app(
     | 401 | the bearer token is missing or wrong |
     | 408 | the body did not arrive in time |
     | 413 | the body, the batch or an image is too large |
-    | 415 | the body is not declared as `application/msgpack` |
-    | 422 | the request does not have the protocol's fields, or an image is no RGB PNG |
+    | 415 | the content type is not `application/msgpack` |
+    | 422 | the request does not have the protocol's fields, or an image is not an RGB PNG |
     | 500 | the reward raised, or did not return a finite number or `None` for each image |
-    | 503 | the reward is still being loaded, or too many requests wait; with `Retry-After` |
+    | 503 | the reward is still being loaded, or too many requests wait. The answer has `Retry-After` |
 
-    A request waits in line before its body is read, so that no more than `max_concurrency + 1` bodies are in memory:
-    those being rewarded, and the next. Of a body that is refused unread, `max_body_bytes` are received and dropped, then
-    the connection is closed.
+    A request waits for its turn before its body is read. So at most `max_concurrency + 1` bodies are in memory: those
+    that are being rewarded, and the next. If a request is refused before its body is read, up to `max_body_bytes` of
+    the body are received and dropped, and then the connection is closed.
 
     Args:
         loading (`concurrent.futures.Future`):
-            Of the reward, a synchronous or asynchronous function in TRL's contract. Called with `prompts`, `completions`
-            (RGB images), `log_metric`, `log_extra` and the dataset's columns.
+            Its result is the reward, a synchronous or asynchronous function in TRL's form. It is called with
+            `prompts`, `completions` (RGB images), `log_metric`, `log_extra` and the dataset's columns.
         token (`str`, *optional*):
-            What clients must send as `Authorization: Bearer <token>`.
+            The token that clients must send as `Authorization: Bearer <token>`.
         max_batch_size (`int`, *optional*, defaults to `64`):
-            Most images a request.
+            Largest number of images in a request.
         max_body_bytes (`int`, *optional*, defaults to `67108864`):
-            Longest body. Reading stops there.
+            Largest size of a body. Reading stops there.
         max_pixels (`int`, *optional*, defaults to `4194304`):
-            Most pixels an image.
+            Largest number of pixels of an image.
         max_concurrency (`int`, *optional*, defaults to `1`):
-            Calls of the reward at a time, each in a thread. More than one asks for a reward that is safe in threads.
+            Number of calls of the reward at a time, each in a thread. More than one needs a thread-safe reward.
         max_queue (`int`, *optional*, defaults to `256`):
-            Requests that wait for their turn.
+            Largest number of requests that wait for their turn.
         body_timeout (`float`, *optional*, defaults to `30.0`):
-            Seconds for a body to arrive, from the request's turn on.
+            Seconds for a body to arrive, counted from the request's turn.
 
     Returns:
         `FastAPI`: The application.
 
     Raises:
-        `ValueError`: If a limit is not positive, or if the token is empty or not of visible ASCII characters.
+        ValueError: If a limit is not positive, or if the token is empty or not of visible ASCII characters.
     """
     for name, value in (
         ("max_batch_size", max_batch_size),
@@ -133,10 +133,10 @@ def create_app(
 
     @app.exception_handler(_Refusal)
     async def refuse(request: Request, error: _Refusal) -> JSONResponse:
-        # Clients send all before they listen, and would lose the answer if the connection were closed meanwhile. So what
-        # they send is read and dropped for a while.
+        # Clients send the whole body before they read the answer. They would lose the answer if the connection were
+        # closed earlier, so the body is received and dropped up to a limit
         num_bytes = 0
-        # Starlette raises a RuntimeError where the body has been read to its end
+        # Starlette raises a RuntimeError if the body has already been read to its end
         with contextlib.suppress(TimeoutError, ClientDisconnect, RuntimeError):
             async with asyncio.timeout(body_timeout):
                 async for chunk in request.stream():
@@ -167,7 +167,7 @@ def create_app(
         if request.headers.get("Content-Type") != MEDIA_TYPE:
             raise _Refusal(415, f"The body must be declared as {MEDIA_TYPE}.")
         too_long = _Refusal(413, f"The body must have at most {max_body_bytes} bytes.")
-        if int(request.headers.get("Content-Length", 0)) > max_body_bytes:  # the HTTP parser has seen to the digits
+        if int(request.headers.get("Content-Length", 0)) > max_body_bytes:  # the HTTP parser has checked the digits
             raise too_long
         check_ready()
         if num_requests >= max_concurrency + max_queue:
@@ -195,7 +195,7 @@ def create_app(
                     if await request.is_disconnected():
                         raise ClientDisconnect
                     answer = await asyncio.to_thread(_call, loading.result(), prompts, images, columns)
-        except ClientDisconnect as error:  # nobody will read this
+        except ClientDisconnect as error:  # nobody will read this answer
             raise HTTPException(400, "The client has gone.") from error
         finally:
             num_requests -= 1
@@ -220,7 +220,7 @@ def _call(reward: Callable, prompts: list[str], images: list[Image.Image], colum
         if len(rewards) != len(prompts):
             raise ValueError(f"A reward must return one number an image, got {len(rewards)} for {len(prompts)}.")
         return pack_response([None if value is None else float(value) for value in rewards], metrics, extras)
-    except Exception as error:  # the reward is anyone's code; the client raises what it is told here
+    except Exception as error:  # the reward may be any code, and the client raises this error
         logger.exception("The reward failed on %d images.", len(images))
         raise HTTPException(500, f"The reward failed: {type(error).__name__}: {error}") from error
 
@@ -229,31 +229,31 @@ def serve(
     load: Callable[[], Callable], host: str = "127.0.0.1", port: int = 8765, token: str | None = None, **limits: Any
 ) -> None:
     """
-    Run a reward server until it is stopped. The reward is loaded meanwhile; if that fails, the server stops.
+    Run a reward server until it is stopped. The reward is loaded in a thread. If that fails, the server stops.
 
     Args:
         load (`Callable[[], Callable]`):
-            Makes the reward.
+            A function that makes the reward.
         host (`str`, *optional*, defaults to `"127.0.0.1"`):
             Address to listen on.
         port (`int`, *optional*, defaults to `8765`):
-            Port to listen on. 0 takes a free one.
+            Port to listen on. 0 chooses a free port.
         token (`str`, *optional*):
-            As in [`create_app`]. Needed if other machines can reach `host`.
+            As in [`create_app`]. It is required if other machines can reach `host`.
         limits (`dict[str, Any]`):
             The other arguments of [`create_app`].
 
     Raises:
-        `ValueError`: If `host` can be reached from other machines and there is no token, or from [`create_app`].
+        ValueError: If other machines can reach `host` and there is no token, or as in [`create_app`].
     """
     try:
         is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name, which may stand for anything
+    except ValueError:  # a host name may stand for any address
         is_loopback = False
     if token is None and not is_loopback:
         raise ValueError(
-            f"`host` must be a loopback address where there is no token, got {host!r}. Set `token`, by the environment "
-            "variable TRL_UDM_REWARD_TOKEN or `--token_file` on the command line."
+            f"`host` must be a loopback address where there is no token, got {host!r}. Set `token`: on the command "
+            "line, by the environment variable TRL_UDM_REWARD_TOKEN or by `--token_file`."
         )
     loading = Future()
     app = create_app(loading, token, **limits)
@@ -270,4 +270,4 @@ def serve(
     threading.Thread(target=load_in_background, daemon=True).start()
     server.run()
     if loading.done():
-        loading.result()  # raises what stopped the server
+        loading.result()  # raises the error that stopped the server

@@ -13,18 +13,18 @@
 # limitations under the License.
 
 """
-What the reward server and its client say to each other, in both directions.
+The messages between the reward server and its client.
 
-A request is `POST /v1/rewards` with a MessagePack map of four fields,
+A request is `POST /v1/rewards` with a MessagePack map of four fields:
 
     {"version": 1, "prompts": [str, ...], "images": [PNG file, ...], "columns": {str: [value, ...], ...}}
 
-whose lists are all of the batch's length, and the answer is
+All lists have the length of the batch. The answer is
 
     {"rewards": [float or nil, ...], "metrics": [[str, float], ...], "extras": [[str, [value, ...]], ...]}
 
-with the calls of `log_metric` and `log_extra` that the reward made. Values are what JSON has: nothing in a message can
-name a class or be executed. Images are RGB, and PNG keeps every pixel.
+with the arguments of the reward's calls of `log_metric` and `log_extra`. Values have the types of JSON: nothing in a
+message can name a class or be executed. Images are RGB, and PNG is lossless.
 """
 
 import io
@@ -46,27 +46,27 @@ MEDIA_TYPE = "application/msgpack"
 TOKEN_VARIABLE = "TRL_UDM_REWARD_TOKEN"
 """Environment variable from which the command `trl-udm serve-reward` and the client read the token."""
 
-# Whatever of a request is not the content of an image. One byte of it can become an object of 64 bytes or more, so it is
-# limited apart from the body.
+# The part of a request that is not the content of images. One byte of it can become an object of 64 bytes or more, so
+# it has a limit of its own, lower than that of the body.
 MAX_METADATA_BYTES = 4 * 1024 * 1024
-# MessagePack allocates a list when it reads its length, before its members.
+# MessagePack allocates a list as soon as it has read the length.
 MAX_LIST_LENGTH = 16_384
 MAX_DEPTH = 32
 
-# MessagePack's first byte of a binary of 8, 16 or 32 bits length
+# The first byte of a MessagePack binary whose length has 8, 16 or 32 bits
 _BINARY = (0xC4, 0xC5, 0xC6)
 _RESERVED_COLUMNS = {"prompts", "completions", "log_metric", "log_extra"}
 
 
 class RequestError(Exception):
     """
-    A request that the server refuses.
+    Raised for a request that the server refuses.
 
     Args:
         status_code (`int`):
             The HTTP status of the answer.
         message (`str`):
-            Its text.
+            The text of the answer.
     """
 
     def __init__(self, status_code: int, message: str):
@@ -83,7 +83,7 @@ def check_token(token: str) -> None:
             The token.
 
     Raises:
-        `ValueError`: If it is empty or not of visible ASCII characters.
+        ValueError: If it is empty or has other characters than visible ASCII.
     """
     if not token or not all("!" <= character <= "~" for character in token):
         raise ValueError("`token` must be of visible ASCII characters, at least one, got something else.")
@@ -97,7 +97,7 @@ def pack_request(prompts: list[str], images: list[Image.Image], columns: dict[st
         prompts (`list[str]`):
             The prompts.
         images (`list[Image.Image]`):
-            An RGB image for each.
+            An RGB image for each prompt.
         columns (`dict[str, list[Any]]`):
             The dataset's columns, with a JSON-like value for each prompt.
 
@@ -105,7 +105,7 @@ def pack_request(prompts: list[str], images: list[Image.Image], columns: dict[st
         `bytes`: The body.
 
     Raises:
-        `ValueError`: If an image is not RGB, or if a column holds what JSON does not have.
+        ValueError: If an image is not RGB, or if a value of a column has no type of JSON.
     """
     for name, values in columns.items():
         if not _is_json_like(values):
@@ -129,22 +129,22 @@ def unpack_request(
     body: bytes, max_batch_size: int, max_pixels: int
 ) -> tuple[list[str], list[Image.Image], dict[str, list[Any]]]:
     """
-    Read a request that anyone may have written.
+    Read a request, which may be malicious.
 
     Args:
         body (`bytes`):
             The body.
         max_batch_size (`int`):
-            Most images a request.
+            Largest number of images in a request.
         max_pixels (`int`):
-            Most pixels an image. An image says how many it has before it is decoded.
+            Largest number of pixels of an image. It is checked before the image is decoded.
 
     Returns:
         `tuple[list[str], list[Image.Image], dict[str, list[Any]]]`: Prompts, images and columns.
 
     Raises:
-        `RequestError`: With 400 if the body is not MessagePack, 413 if there are too many images, pixels or other data,
-        and 422 if anything else is not as the protocol has it.
+        RequestError: If the request is refused. The status is 400 if the body is not MessagePack, 413 if there are too
+        many images, pixels or other data, and 422 if anything else breaks the protocol.
     """
     try:
         num_metadata_bytes = _count_metadata_bytes(body, max_batch_size)
@@ -194,7 +194,7 @@ def pack_response(
         `bytes`: The body.
 
     Raises:
-        `ValueError`: If a reward is infinite or NaN.
+        ValueError: If a reward is infinite or NaN.
     """
     for index, reward in enumerate(rewards):
         if reward is not None and not math.isfinite(reward):
@@ -212,13 +212,13 @@ def unpack_response(
         body (`bytes`):
             The body.
         num_images (`int`):
-            How many rewards are expected.
+            Number of rewards that are expected.
 
     Returns:
-        `tuple`: What was given to [`pack_response`].
+        `tuple`: The arguments of [`pack_response`].
 
     Raises:
-        `ValueError`: If the body is no answer for so many images.
+        ValueError: If the body is not an answer for this number of images.
     """
     try:
         message = msgpack.unpackb(body)
@@ -231,7 +231,7 @@ def unpack_response(
 
 
 def _count_metadata_bytes(body: bytes, max_batch_size: int) -> int:
-    """Size of all that is not the content of an image, found without making an object of any of it."""
+    """Count the bytes that are not the content of images, without unpacking them."""
     unpacker = msgpack.Unpacker(max_buffer_size=len(body))
     unpacker.feed(body)
     if unpacker.read_map_header() != 4:
@@ -275,10 +275,10 @@ def _decode_image(file: bytes, index: int, max_pixels: int) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise RequestError(413, f"{too_large}. {error}") from error
-    except Exception as error:  # Pillow has no class of its own for a broken file
+    except Exception as error:  # Pillow raises many classes for a broken file
         message = f"`images[{index}]` must be a readable PNG file, got one that begins with {file[:8]!r}"
         raise RequestError(422, f"{message} ({type(error).__name__}).") from error
     if image.mode != "RGB":
         raise RequestError(422, f"`images[{index}]` must be an RGB image, got mode {image.mode!r}.")
-    # A new image, without the up to 64 MiB of text chunks that Pillow has unpacked into the old one
+    # A new image, without the text chunks of up to 64 MiB that Pillow has unpacked into the old one
     return Image.frombytes("RGB", image.size, pixels)

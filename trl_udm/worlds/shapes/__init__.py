@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The embedded world: coloured shapes on 32 x 32 pixels, small enough for a CPU."""
+"""The world of shapes: colored shapes on 32 x 32 pixels, drawn by a model that is small enough for a CPU."""
 
 from pathlib import Path
 

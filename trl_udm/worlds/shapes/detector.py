@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Finds the world's objects in decoded images, by what was drawn and not by what was asked for."""
+"""Finds the objects in a decoded image from its pixels alone, without the prompt."""
 
 import numpy as np
 from PIL import Image
@@ -20,8 +20,8 @@ from PIL import Image
 
 try:
     from scipy import ndimage
-except ImportError as error:
-    raise ImportError("`ShapesDetector` needs SciPy: `pip install trl-udm[geneval]`.") from error
+except ImportError:
+    ndimage = None
 
 from ...rewards.geneval import Detection
 from .world import BACKGROUND, CLASS_NAMES, COLORS, IMAGE_SIZE, class_mask
@@ -29,27 +29,34 @@ from .world import BACKGROUND, CLASS_NAMES, COLORS, IMAGE_SIZE, class_mask
 
 class ShapesDetector:
     """
-    A GenEval detector for the world: connected regions that differ from the background, named after the class whose
-    outline, stretched to the region's box, overlaps it most.
+    A GenEval detector for the world. It finds connected regions that differ from the background. A region has the
+    class whose outline, stretched to the region's box, overlaps it most.
 
-    With o the overlap (intersection over union) times the box's shorter side over its longer, the score is 1 − (1 − o)², so that GenEval's thresholds 0.3 and, for
-    counting, 0.9 stand at overlaps of 0.16 and 0.68.
+    Let o be the overlap (intersection over union) times the ratio of the box's shorter side to its longer. The score
+    is 1 − (1 − o)². GenEval's thresholds 0.3 and, for counting, 0.9 are then at o = 0.16 and o = 0.68.
 
     Args:
         threshold (`int`, *optional*, defaults to `60`):
-            Least contrast of an object: distance to the background's colour, summed over the channels, in `[0, 765]`.
+            Least contrast of an object: distance to the background's color, summed over the channels, in `[0, 765]`.
         min_area (`int`, *optional*, defaults to `12`):
             Least area of an object in pixels.
+
+    Raises:
+        ImportError: If SciPy is missing.
     """
 
     class_names = CLASS_NAMES
 
     def __init__(self, threshold: int = 60, min_area: int = 12):
+        if ndimage is None:
+            raise ImportError("`ShapesDetector` needs SciPy: `pip install trl-udm[geneval]`.")
         self.threshold = threshold
         self.min_area = min_area
 
     def __call__(self, images: list[Image.Image]) -> list[dict[str, list[Detection]]]:
         """
+        Detects objects.
+
         Args:
             images (`list[PIL.Image.Image]`):
                 RGB images of 32 x 32 pixels.
@@ -85,20 +92,22 @@ class ShapesDetector:
 
 
 class ShapesColorClassifier:
-    """Names the world's colour that is nearest to the mean colour of a detection's pixels."""
+    """Names the color of the world that is nearest to the mean color of a detection's pixels."""
 
     def __call__(self, image: Image.Image, detections: list[Detection], class_name: str) -> list[str]:
         """
+        Names colors.
+
         Args:
             image (`PIL.Image.Image`):
                 The image.
             detections (`list[Detection]`):
                 Detections with masks.
             class_name (`str`):
-                Their class, which does not matter here.
+                Their class, which makes no difference here.
 
         Returns:
-            `list[str]`: A colour for each.
+            `list[str]`: A color for each.
         """
         pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
         names, palette = list(COLORS), np.asarray(list(COLORS.values()), dtype=np.float32)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Prompts of the world with GenEval metadata, and scenes that fulfil them."""
+"""Prompts of the world with GenEval metadata, and scenes that show what they say."""
 
 import itertools
 import random
@@ -49,7 +49,7 @@ def _plural(class_name: str) -> str:
 
 def all_metadata(tag: str) -> list[dict[str, Any]]:
     """
-    Every prompt of one GenEval kind, in GenEval's metadata format.
+    Lists every prompt of one GenEval kind, in GenEval's metadata format.
 
     Args:
         tag (`str`):
@@ -57,6 +57,9 @@ def all_metadata(tag: str) -> list[dict[str, Any]]:
 
     Returns:
         `list[dict]`: Each with `tag`, `include`, `exclude` and `prompt`.
+
+    Raises:
+        ValueError: If there is no such kind.
     """
     rows = []
     if tag == "single_object":
@@ -95,14 +98,14 @@ def all_metadata(tag: str) -> list[dict[str, Any]]:
 
 def sample_scene(metadata: dict[str, Any], rng: random.Random) -> list[ShapesObject]:
     """
-    Draws a scene that fulfils a prompt and holds nothing else. Objects stand in reading order, one a quadrant, unless the
-    prompt says where they are.
+    Draws a scene that shows what a prompt says and nothing else. The objects are in reading order, one in each
+    quadrant, unless the prompt says where they are.
 
     Args:
         metadata (`dict`):
             A row of [`all_metadata`].
         rng (`random.Random`):
-            Source of what the prompt leaves open.
+            Source of the choices that the prompt leaves open.
 
     Returns:
         `list[ShapesObject]`: At most four objects.
@@ -122,7 +125,7 @@ def sample_scene(metadata: dict[str, Any], rng: random.Random) -> list[ShapesObj
 
 def corrupt(metadata: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     """
-    Makes one mistake of meaning: what a careless caption would say of another scene.
+    Makes one mistake of meaning, as in a careless caption.
 
     Args:
         metadata (`dict`):
@@ -131,7 +134,7 @@ def corrupt(metadata: dict[str, Any], rng: random.Random) -> dict[str, Any]:
             Source of the choice.
 
     Returns:
-        `dict`: The metadata of another prompt of the same kind with a wrong class, colour, count or side.
+        `dict`: The metadata of another prompt of the same kind with a wrong class, color, count or side.
     """
     include = [dict(clause) for clause in metadata["include"]]
     tag = metadata["tag"]
@@ -150,7 +153,7 @@ def corrupt(metadata: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 def split_metadata(num_eval_prompts: int = 20, seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """
-    Disjoint training and evaluation prompts of all six kinds.
+    Splits the prompts of all six kinds into disjoint training and evaluation prompts.
 
     Args:
         num_eval_prompts (`int`, *optional*, defaults to `20`):
@@ -173,13 +176,13 @@ def split_metadata(num_eval_prompts: int = 20, seed: int = 0) -> tuple[list[dict
 
 def balance_metadata(rows: list[dict[str, Any]], num_prompts: dict[str, int]) -> list[dict[str, Any]]:
     """
-    Gives each kind its weight: some have four prompts, others hundreds.
+    Repeats or drops rows so that each kind has its share. Some kinds have four prompts, others hundreds.
 
     Args:
         rows (`list[dict]`):
             Rows of [`split_metadata`].
         num_prompts (`dict[str, int]`):
-            Rows of each kind. A kind's rows are repeated as often as needed, and those beyond are left out.
+            Number of rows of each kind. A kind's rows are repeated in order until there are enough.
 
     Returns:
         `list[dict]`: The rows, kind by kind.

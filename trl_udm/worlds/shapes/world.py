@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The world itself: its classes and colours, what a scene is, and how it is drawn."""
+"""The classes and colors of the world, its scenes, and how they are drawn."""
 
 import functools
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ COLORS = {
 BACKGROUND = (240, 240, 240)
 IMAGE_SIZE = 32  # pixels
 CELL_SIZE = 4  # pixels a token covers
-OBJECT_SIZE = 10  # pixels, centred in a box of 3 x 3 cells
+OBJECT_SIZE = 10  # pixels, centered in a box of 3 x 3 cells
 _SUPERSAMPLING = 8
 
 
@@ -62,7 +62,7 @@ class ShapesObject:
 @functools.cache
 def class_mask(class_name: str, size: int = OBJECT_SIZE) -> np.ndarray:
     """
-    Coverage of a class's outline over its bounding box, which renderer and detector share.
+    Computes how much of each pixel of its bounding box a class covers. The renderer and the detector share it.
 
     Args:
         class_name (`str`):
@@ -72,6 +72,9 @@ def class_mask(class_name: str, size: int = OBJECT_SIZE) -> np.ndarray:
 
     Returns:
         `np.ndarray` of shape `(size, size)`: float32 in `[0, 1]`.
+
+    Raises:
+        ValueError: If there is no such class.
     """
     side = size * _SUPERSAMPLING
     canvas = Image.new("L", (side, side))

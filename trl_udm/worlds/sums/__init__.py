@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The embedded world of sums: a text model small enough for a CPU, and the reward that checks its answers."""
+"""The world of sums: additions worked out in text, by a model that is small enough for a CPU."""
 
 from pathlib import Path
 

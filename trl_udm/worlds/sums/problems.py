@@ -22,7 +22,7 @@ MAX_COMPLETION_LENGTH = 12
 
 def work_out(first: int, second: int, slip_rate: float = 0.0, rng: random.Random | None = None) -> str:
     """
-    Writes out a sum as the model does: the tens, plus the units, equals the result.
+    Writes out a sum as the model does: the sum of the tens, the sum of the units, and the result.
 
     Args:
         first (`int`):
@@ -30,7 +30,7 @@ def work_out(first: int, second: int, slip_rate: float = 0.0, rng: random.Random
         second (`int`):
             The second number, below 100.
         slip_rate (`float`, *optional*, defaults to `0.0`):
-            Chance that a number that is written down is wrong by 1 or 10, and is carried on wrongly.
+            Probability that a written number is wrong by 1 or 10. What follows is computed from the wrong number.
         rng (`random.Random`, *optional*):
             Source of the slips.
 
@@ -52,18 +52,21 @@ def split_problems(
     num_train: int = 8000, num_eval: int = 400, seed: int = 0
 ) -> tuple[list[dict[str, str | int]], list[dict[str, str | int]]]:
     """
-    Training and evaluation problems, apart from one another.
+    Splits all problems into disjoint training and evaluation problems.
 
     Args:
         num_train (`int`, *optional*, defaults to `8000`):
-            Training problems.
+            Number of training problems.
         num_eval (`int`, *optional*, defaults to `400`):
-            Evaluation problems; with the others, at most the 10,000 that there are.
+            Number of evaluation problems. There are 10,000 problems in all.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the split.
 
     Returns:
         `tuple[list[dict], list[dict]]`: Rows with `prompt`, such as `"17+45="`, and `answer`.
+
+    Raises:
+        ValueError: If there are not enough problems.
     """
     if num_train + num_eval > 10000:
         raise ValueError(
@@ -78,7 +81,7 @@ def split_problems(
 
 def sum_reward(completions: list[str], answer: list[int], **kwargs) -> list[float]:
     """
-    Reward of the embedded world: 1 where what stands after the last "=" is the sum, else 0.
+    Rewards a working with 1 if the text after its last "=" is the sum, else with 0.
 
     Args:
         completions (`list[str]`):
@@ -87,7 +90,7 @@ def sum_reward(completions: list[str], answer: list[int], **kwargs) -> list[floa
             The sums.
 
     Returns:
-        `list[float]`: A reward a completion.
+        `list[float]`: A reward for each completion.
     """
     return [
         float(completion.rpartition("=")[2] == str(total))

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The embedded world of written words on 96 x 32 pixels, small enough for a CPU."""
+"""The world of words: a word written on 96 x 32 pixels, by a model that is small enough for a CPU."""
 
 from pathlib import Path
 

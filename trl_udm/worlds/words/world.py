@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The world itself: how a word is written."""
+"""How a word of the world is written."""
 
 import functools
 from pathlib import Path
@@ -38,7 +38,7 @@ def _font() -> ImageFont.FreeTypeFont:
 
 def render(word: str, ink: str) -> Image.Image:
     """
-    Writes a word in capitals, centred, each letter in the middle of two columns of cells.
+    Writes a word in capitals, centered. Each letter is in the middle of two columns of cells.
 
     Args:
         word (`str`):
