@@ -12,12 +12,15 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import dataclasses
+import importlib
 import inspect
 import json
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,8 +28,8 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from trl_udm import URSAPipeline, __version__
-from trl_udm.cli import main, make_parser
+from trl_udm import UDMGRPOConfig, URSAPipeline, __version__, cli
+from trl_udm.cli import VERBS, evaluate, generate, main, memory, parse_arguments, serve_reward
 from trl_udm.rewards.remote.server import create_app, serve
 from trl_udm.rewards.remote.wire import TOKEN_VARIABLE
 from trl_udm.worlds.shapes import CHECKPOINT_PATH
@@ -36,7 +39,7 @@ from .trainer.hub_server import USER, HubServer, Repository
 
 
 def test_serve_reward_has_the_defaults_of_the_server():
-    arguments = vars(make_parser().parse_args(["serve-reward", "shapes"]))
+    arguments = vars(parse_arguments("serve-reward", serve_reward.Arguments, ["shapes"]))
     defaults = {
         name: parameter.default
         for function in (create_app, serve)
@@ -44,7 +47,19 @@ def test_serve_reward_has_the_defaults_of_the_server():
         if parameter.default is not inspect.Parameter.empty and name != "token"
     }
     assert {name: arguments[name] for name in defaults} == defaults
-    assert set(arguments) - set(defaults) == {"run", "reward", "options", "token_file"}
+    assert set(arguments) - set(defaults) == {"reward", "options", "token_file"}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reward_name"),
+    [
+        ("shapes", {"mode": "dense"}, "geneval_reward"),
+        ("words", {"partial": True}, "ocr_partial_reward"),
+        ("tests.rewards.served_rewards:make_reward", {}, "make_reward"),
+    ],
+)
+def test_serve_reward_knows_the_worlds_and_the_rewards_by_name(name, options, reward_name):
+    assert serve_reward.make_reward(name, options).__name__ == reward_name
 
 
 def test_a_reward_of_the_working_folder_is_found(monkeypatch, tmp_path):
@@ -70,8 +85,9 @@ def test_other_machines_are_not_served_without_a_token(monkeypatch):
         (["serve-reward"], "the following arguments are required: reward"),
         (
             ["serve-reward", "geneval", "--options", "mode=dense"],
-            "argument --options: invalid loads value: 'mode=dense'",
+            "argument --options: must be a JSON object such as '{\"mode\": \"dense\"}', got 'mode=dense'",
         ),
+        (["env", "--versions", "all"], "trl-udm env: error: unrecognized arguments: --versions all"),
     ],
 )
 def test_a_wrong_command_line_is_refused(argv, message, capsys):
@@ -81,14 +97,79 @@ def test_a_wrong_command_line_is_refused(argv, message, capsys):
 
 
 def test_help_loads_no_heavy_package():
-    code = "import sys, trl_udm.cli\nprint(*{'torch', 'numpy', 'PIL', 'fastapi', 'msgpack'} & set(sys.modules))"
+    code = "import sys, trl_udm.cli\nprint(*{'torch', 'trl', 'numpy', 'PIL', 'fastapi', 'msgpack'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert run.stdout.split() == []
 
 
+def test_help_of_a_verb_names_its_arguments(capsys):
+    for verb in VERBS:
+        with pytest.raises(SystemExit, match="0"):
+            main([verb, "--help"])
+        printed = capsys.readouterr().out
+        module = importlib.import_module(f"trl_udm.cli.{verb.replace('-', '_')}")
+        for field in dataclasses.fields(module.Arguments):
+            assert field.name in printed, (verb, field.name)
+
+
+def test_every_folder_file_is_a_verb():
+    files = {path.stem for path in Path(cli.__file__).parent.glob("*.py")}
+    assert files - {"__init__", "__main__", "arguments"} == {verb.replace("-", "_") for verb in VERBS}
+
+
+def test_defaults_are_those_of_the_training_configuration():
+    defaults = {field.name: field.default for field in dataclasses.fields(UDMGRPOConfig)}
+    arguments = parse_arguments("memory", memory.Arguments, ["--model", "shapes"])
+    shared = vars(arguments).keys() & defaults.keys()
+    assert {"per_device_train_batch_size", "num_generations", "num_train_timesteps", "beta", "bf16"} <= shared
+    assert {name: getattr(arguments, name) for name in shared} == {
+        name: defaults[name] if name != "gradient_accumulation_steps" else None for name in shared
+    }
+    for module, flags in ((generate, ["a ring"]), (evaluate, ["--benchmark", "shapes", "--output_dir", "out"])):
+        arguments = parse_arguments("verb", module.Arguments, [*flags, "--model", "shapes"])
+        assert arguments.num_inference_steps == defaults["num_inference_steps_eval"]
+        assert arguments.guidance_scale == defaults["guidance_scale_eval"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "bf16", "activation_checkpointing"),
+    [
+        ([], None, None),
+        (["--bf16", "--activation_checkpointing"], True, True),
+        (["--no-bf16", "--no-activation_checkpointing"], False, False),
+        (["--bf16", "false", "--activation-checkpointing", "false"], False, False),
+    ],
+)
+def test_switches_are_given_in_either_form(flags, bf16, activation_checkpointing):
+    arguments = parse_arguments("memory", memory.Arguments, ["--model", "shapes", *flags])
+    assert (arguments.bf16, arguments.activation_checkpointing) == (bf16, activation_checkpointing)
+
+
+def test_a_config_file_gives_defaults_that_flags_override(tmp_path):
+    (tmp_path / "config.yaml").write_text(
+        "reward: shapes\noptions: {mode: dense}\nport: 7\ntoken_file: token\nmax_queue: 5\n"
+    )
+    argv = ["--config", str(tmp_path / "config.yaml"), "--port", "8"]
+    arguments = parse_arguments("serve-reward", serve_reward.Arguments, argv)
+    assert (arguments.reward, arguments.options, arguments.port) == ("shapes", {"mode": "dense"}, 8)
+    assert (arguments.token_file, arguments.max_queue) == (Path("token"), 5)
+    assert parse_arguments("serve-reward", serve_reward.Arguments, ["words", *argv]).reward == "words"
+
+    (tmp_path / "config.yaml").write_text("benchmark: geneva\noutput_dir: out\n")
+    with pytest.raises(ValueError, match=r"`--benchmark` must be one of \['geneval', .* got 'geneva'"):
+        main(["evaluate", *argv[:2]])
+
+
+def test_a_config_file_with_an_unknown_name_is_refused(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("reward: shapes\nprot: 7\n")
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve-reward", "--config", str(tmp_path / "config.yaml")])
+    assert "unrecognized arguments: --prot 7" in capsys.readouterr().err
+
+
 def test_the_command_lists_its_verbs():
     run = subprocess.run([sys.executable, "-m", "trl_udm.cli", "--help"], capture_output=True, text=True, check=True)
-    assert "serve-reward" in run.stdout
+    assert all(verb in run.stdout for verb in VERBS)
 
 
 EVALUATE = ["evaluate", "--benchmark", "shapes", "--num_inference_steps", "2", "--num_images_per_prompt", "1"]

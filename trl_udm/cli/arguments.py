@@ -1,0 +1,132 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The arguments that verbs share, and the pipeline that they describe."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..trainer.udm_grpo_config import UDMGRPOConfig
+from ..worlds import IMAGE_WORLDS
+
+
+MODEL_HELP = f"Folder or Hub repository of a pipeline, or an embedded world: {', '.join(IMAGE_WORLDS)}."
+_CONFIG_FIELDS = {config_field.name: config_field for config_field in dataclasses.fields(UDMGRPOConfig)}
+
+
+def config_field(name: str, help: str | None = None, **metadata: Any) -> Any:
+    """
+    Makes a field with the default, and the help, of one of [`UDMGRPOConfig`].
+
+    Args:
+        name (`str`):
+            The field of [`UDMGRPOConfig`].
+        help (`str`, *optional*):
+            Another help text.
+        metadata (`dict[str, Any]`):
+            Further arguments of `ArgumentParser.add_argument`.
+
+    Returns:
+        `dataclasses.Field`: The field.
+    """
+    help = help or _CONFIG_FIELDS[name].metadata["help"]
+    return field(default=_CONFIG_FIELDS[name].default, metadata={"help": help, **metadata})
+
+
+@dataclass(kw_only=True)
+class ModelArguments:
+    """
+    The model.
+
+    Args:
+        model (`str`):
+            Folder or Hub repository of a pipeline, or the name of an embedded world of images.
+        dtype (`str`, *optional*):
+            Dtype of the weights: `"float32"`, `"bfloat16"` or `"float16"`. By default bfloat16 on a GPU and float32 on
+            a CPU.
+    """
+
+    model: str = field(metadata={"help": MODEL_HELP})
+    dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None, metadata={"help": "Dtype of the weights. By default bfloat16 on a GPU and float32 on a CPU."}
+    )
+
+    @property
+    def checkpoint_path(self) -> str | Path:
+        """`str` or `Path`: Where the pipeline is."""
+        return IMAGE_WORLDS[self.model].checkpoint_path if self.model in IMAGE_WORLDS else self.model
+
+
+@dataclass(kw_only=True)
+class SamplingArguments(ModelArguments):
+    """
+    The model, and how images are drawn. What is `None` is the model's own.
+
+    Args:
+        adapter (`str`, *optional*):
+            Folder or Hub repository of a PEFT adapter.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of the images.
+        height (`int`, *optional*):
+            Height of the images in pixels.
+        width (`int`, *optional*):
+            Width of the images in pixels.
+        num_inference_steps (`int`, *optional*):
+            Denoising steps. By default `num_inference_steps_eval` of [`UDMGRPOConfig`].
+        guidance_scale (`float`, *optional*):
+            Weight of classifier-free guidance. By default `guidance_scale_eval` of [`UDMGRPOConfig`].
+    """
+
+    adapter: str | None = field(default=None, metadata={"help": "Folder or Hub repository of a PEFT adapter."})
+    seed: int = field(default=0, metadata={"help": "Seed of the images."})
+    height: int | None = field(default=None, metadata={"help": "Pixels. By default the model's own height."})
+    width: int | None = field(default=None, metadata={"help": "Pixels. By default the model's own width."})
+    num_inference_steps: int = config_field("num_inference_steps_eval", "Denoising steps.")
+    guidance_scale: float = config_field(
+        "guidance_scale_eval", "Weight of classifier-free guidance. 1 is no guidance."
+    )
+
+    @property
+    def pipeline_kwargs(self) -> dict[str, Any]:
+        """`dict[str, Any]`: Arguments of a call of the pipeline."""
+        names = ("height", "width", "num_inference_steps", "guidance_scale")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def load_pipeline(arguments: ModelArguments, adapter: str | None = None) -> Any:
+    """
+    Loads a pipeline onto the device of the process.
+
+    Args:
+        arguments ([`ModelArguments`]):
+            The model.
+        adapter (`str`, *optional*):
+            Folder or Hub repository of a PEFT adapter.
+
+    Returns:
+        [`URSAPipeline`]: The pipeline.
+    """
+    import torch
+    from accelerate import PartialState
+
+    from ..pipelines.pipeline_ursa import URSAPipeline
+
+    device = PartialState().device
+    dtype = arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    pipeline = URSAPipeline.from_pretrained(arguments.checkpoint_path, dtype=getattr(torch, dtype))
+    if adapter is not None:
+        pipeline.load_lora_weights(adapter)
+    return pipeline.to(device)

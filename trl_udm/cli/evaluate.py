@@ -1,0 +1,116 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Draw images of a benchmark's prompts, score them, and write a report.
+
+The same command continues a run that was interrupted. Without a model, the images that are in the folder are scored;
+they must lie as GenEval's own do. For several GPUs: accelerate launch -m trl_udm.cli evaluate ...
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+
+from ..evaluation import evaluate
+from ..evaluation.benchmarks import BENCHMARKS
+from .arguments import MODEL_HELP, SamplingArguments, load_pipeline
+
+
+@dataclass(kw_only=True)
+class Arguments(SamplingArguments):
+    """
+    Arguments of `trl-udm evaluate`.
+
+    Args:
+        > Parameters that control the benchmark
+
+        benchmark (`str`):
+            A key of `BENCHMARKS`.
+        output_dir (`Path`):
+            Folder of the images and the report.
+        prompts (`str`, *optional*):
+            File or Hub dataset of prompts, as [`~trl_udm.data.loading.load_prompts`] reads it. Embedded worlds have
+            their own.
+        options (`dict[str, Any]`, *optional*, defaults to `{}`):
+            Arguments of the reward's constructor.
+        batch_size (`int`, *optional*, defaults to `16`):
+            Images at a time.
+        num_images_per_prompt (`int`, *optional*, defaults to `4`):
+            Images a prompt.
+        overwrite (`bool`, *optional*, defaults to `False`):
+            Whether to delete earlier images first, as is needed for new weights under an old name.
+
+        > Parameters that control the model
+
+        model (`str`, *optional*):
+            As in [`SamplingArguments`]. Without one, the images in `output_dir` are scored.
+
+        The others as in [`SamplingArguments`].
+    """
+
+    model: str | None = field(default=None, metadata={"help": MODEL_HELP})
+    benchmark: str = field(metadata={"help": "What is measured.", "choices": sorted(BENCHMARKS)})
+    output_dir: Path = field(metadata={"help": "Folder of the images and the report."})
+    prompts: str | None = field(
+        default=None, metadata={"help": "File or Hub dataset of prompts, such as evaluation_metadata.jsonl."}
+    )
+    options: dict = field(
+        default_factory=dict, metadata={"help": "Arguments of the reward's constructor, as a JSON object."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Images at a time."})
+    num_images_per_prompt: int = field(default=4, metadata={"help": "Images a prompt."})
+    overwrite: bool = field(default=False, metadata={"help": "Delete earlier images first, as for new weights."})
+
+
+def run(arguments: Arguments) -> None:
+    """
+    Evaluates a model, or images, with [`~trl_udm.evaluation.evaluate`].
+
+    Args:
+        arguments ([`Arguments`]):
+            What is measured, and on what.
+
+    Raises:
+        ValueError: If the benchmark is unknown, the prompts are missing, or a flag needs a model.
+    """
+    if arguments.benchmark not in BENCHMARKS:  # a `--config` file is not checked against the choices
+        raise ValueError(f"`--benchmark` must be one of {sorted(BENCHMARKS)}, got {arguments.benchmark!r}.")
+    benchmark = BENCHMARKS[arguments.benchmark]
+    pipeline = rows = settings = None
+    if arguments.model is None:
+        for name in ("prompts", "adapter", "overwrite"):
+            if getattr(arguments, name):
+                raise ValueError(f"`--{name}` needs `--model`: without one, the images in `--output_dir` are scored.")
+    else:
+        rows = benchmark.load_rows(arguments.prompts)
+        pipeline = load_pipeline(arguments, arguments.adapter)
+        settings = {"model": arguments.model, "adapter": arguments.adapter, "dtype": str(pipeline.dtype)}
+    options = {**benchmark.reward_options, **arguments.options}
+    evaluate(
+        [benchmark.make_reward(options)],
+        arguments.output_dir,
+        pipeline,
+        rows,
+        num_images_per_prompt=arguments.num_images_per_prompt,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        settings=settings,
+        reward_settings={"benchmark": benchmark.name, "options": options},
+        overwrite=arguments.overwrite,
+        **arguments.pipeline_kwargs,
+    )
+    if PartialState().is_main_process:
+        print((arguments.output_dir / "results.md").read_text())

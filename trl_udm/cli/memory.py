@@ -1,0 +1,136 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Compute the memory that training needs on a GPU, stage by stage, from a model's configurations.
+
+No weight is read, and no GPU is needed. The defaults are those of UDMGRPOConfig.
+"""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+import torch
+from peft import LoraConfig
+
+from ..memory import estimate_memory
+from ..pipelines.pipeline_ursa import URSAPipeline
+from ..trainer.udm_grpo_config import UDMGRPOConfig
+from .arguments import ModelArguments, config_field
+
+
+@dataclass(kw_only=True)
+class Arguments(ModelArguments):
+    """
+    Arguments of `trl-udm memory`.
+
+    Args:
+        > Parameters that control the model
+
+        model (`str`):
+            As in [`ModelArguments`]. No weight is read or downloaded.
+        dtype (`str`, *optional*, defaults to `"float32"`):
+            Dtype of the weights.
+        lora_r (`int`, *optional*, defaults to `0`):
+            Rank of a LoRA on all linear layers, or 0 to train all weights.
+        height (`int`, *optional*):
+            Height of the images in pixels.
+        width (`int`, *optional*):
+            Width of the images in pixels.
+
+        > Parameters that control training, as in [`UDMGRPOConfig`]
+
+        gradient_accumulation_steps (`int`, *optional*):
+            By default the fewest with which a step contains whole groups.
+        every_n_layers (`int`, *optional*, defaults to `1`):
+            One layer of every so many is recomputed, > 0.
+        per_device_train_batch_size, rollout_batch_size, decode_batch_size, num_generations, num_train_timesteps,
+        guidance_scale, beta, bf16, activation_checkpointing (*optional*):
+            With their defaults.
+
+        > Parameters that control the comparison
+
+        gpu_memory (`float`, *optional*):
+            Memory of the GPU in GiB.
+    """
+
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Dtype of the weights."}
+    )
+    lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA on all linear layers. 0 trains all weights."})
+    height: int | None = field(default=None, metadata={"help": "Pixels. By default the model's own height."})
+    width: int | None = field(default=None, metadata={"help": "Pixels. By default the model's own width."})
+
+    gradient_accumulation_steps: int | None = field(
+        default=None, metadata={"help": "By default the fewest with which a step contains whole groups."}
+    )
+    every_n_layers: int = field(default=1, metadata={"help": "One layer of every so many is recomputed."})
+    per_device_train_batch_size: int = config_field("per_device_train_batch_size")
+    rollout_batch_size: int | None = config_field("rollout_batch_size")
+    decode_batch_size: int | None = config_field("decode_batch_size")
+    num_generations: int = config_field("num_generations")
+    num_train_timesteps: int = config_field("num_train_timesteps")
+    guidance_scale: float = config_field("guidance_scale")
+    beta: float = config_field("beta")
+    bf16: bool | None = config_field("bf16", "Compute in bfloat16, the default.", nargs="?", const=True)
+    activation_checkpointing: bool | None = config_field(
+        "activation_checkpointing", "Recompute the layers, the default.", nargs="?", const=True
+    )
+
+    gpu_memory: float | None = field(default=None, metadata={"help": "Memory of the GPU in GiB, to compare with."})
+
+
+def run(arguments: Arguments) -> None:
+    """
+    Prints the memory that training needs on a GPU, computed by [`~trl_udm.estimate_memory`].
+
+    Args:
+        arguments ([`Arguments`]):
+            The model and the run.
+
+    Raises:
+        ValueError: If a value is out of its range, or the batch does not contain whole groups.
+    """
+    for name, smallest in (("lora_r", 0), ("every_n_layers", 1), ("per_device_train_batch_size", 1)):
+        if getattr(arguments, name) < smallest:
+            raise ValueError(f"`--{name}` must be >= {smallest}, got {getattr(arguments, name)}.")
+    config_names = {config_field.name for config_field in fields(UDMGRPOConfig)}
+    settings = {name: value for name, value in vars(arguments).items() if name in config_names}
+    if arguments.gradient_accumulation_steps is None:
+        group_rows = arguments.num_generations * arguments.num_train_timesteps
+        num_rows = arguments.per_device_train_batch_size
+        settings["gradient_accumulation_steps"] = group_rows // math.gcd(group_rows, num_rows)
+    size = {"height": arguments.height, "width": arguments.width}
+    args = UDMGRPOConfig(
+        "outputs",
+        pipeline_kwargs={name: value for name, value in size.items() if value is not None},
+        activation_checkpointing_kwargs={"every_n_layers": arguments.every_n_layers},
+        use_cpu=True,  # this process needs no GPU
+        report_to="none",
+        **settings,
+    )
+    pipeline = URSAPipeline.from_configs(arguments.checkpoint_path, dtype=getattr(torch, arguments.dtype))
+    peft_config = LoraConfig(r=arguments.lora_r, target_modules="all-linear") if arguments.lora_r else None
+    estimate = estimate_memory(pipeline, args, peft_config)
+    print("| computed, not measured | GiB |\n|---|---|")
+    for name in ("trained_weights", "frozen_weights", "reference_weights", "optimizer_states", "gradients"):
+        print(f"| {name.replace('_', ' ')} | {getattr(estimate, name) / 2**30:.2f} |")
+    for stage, peak in estimate.stages.items():
+        print(f"| peak of the {stage} | {peak / 2**30:.2f} |")
+    print("Beside it: about 0.5 GiB of CUDA's context, fragmentation, and reward models.")
+    if arguments.gpu_memory is not None:
+        left = arguments.gpu_memory - 0.5 - estimate.peak / 2**30
+        verdict = f"fits, {left:.1f} GiB are left" if left >= 0 else f"{-left:.1f} GiB too much"
+        print(f"{arguments.gpu_memory:g} GiB: {verdict}.")
