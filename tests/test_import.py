@@ -16,6 +16,7 @@ import ast
 import subprocess
 import sys
 from importlib.metadata import requires
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,67 @@ def test_type_checkers_see_the_public_names():
         for alias in statement.names
     }
     assert seen == trl_udm._MODULES
+
+
+OLD_NAMES = {
+    "shapes": ("shapes", ("detector", "prompts", "world")),
+    "words": ("words", ("prompts", "world")),
+    "arithmetic": ("sums", ("problems",)),
+}
+
+IMPORT_OLD_NAMES = """
+import importlib, sys, warnings
+
+old, new, parts = sys.argv[1], sys.argv[2], sys.argv[3:]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    importlib.import_module(f"trl_udm.{old}.{parts[-1]}")  # a part first, as in `from trl_udm.shapes.world import`
+    exec(f"from trl_udm import {old} as package")
+    exec(f"import trl_udm.{old}")
+own = [warning for warning in caught if "trl_udm" in str(warning.message)]
+assert [warning.category for warning in own] == [FutureWarning], own
+assert f"`trl_udm.{old}` is now `trl_udm.worlds.{new}`" in str(own[0].message)
+assert own[0].filename != importlib.import_module("trl_udm").__file__
+assert package is sys.modules["trl_udm"].__dict__[old] is importlib.import_module(f"trl_udm.worlds.{new}")
+for part in parts:
+    module = importlib.import_module(f"trl_udm.worlds.{new}.{part}")
+    assert importlib.import_module(f"trl_udm.{old}.{part}") is module
+    assert getattr(package, part) is module
+"""
+
+
+@pytest.mark.parametrize("old", OLD_NAMES)
+def test_an_old_name_warns_and_is_the_new_module(old):
+    new, parts = OLD_NAMES[old]
+    subprocess.run([sys.executable, "-c", IMPORT_OLD_NAMES, old, new, *parts], cwd=PACKAGE.parent, check=True)
+
+
+def imported_names(path):
+    package = ".".join(path.relative_to(PACKAGE.parent).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = resolve_name("." * node.level + (node.module or ""), package)
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def test_the_library_imports_no_old_name():
+    old_names = tuple(f"trl_udm.{old}" for old in OLD_NAMES)
+    old_paths = {PACKAGE / f"{old}.py" for old in OLD_NAMES}
+    found = [
+        (str(path), name)
+        for path in {*PACKAGE.rglob("*.py")} - old_paths
+        for name in imported_names(path)
+        if name.startswith(old_names)
+    ]
+    assert found == []
+
+
+def test_every_folder_says_what_it_is_for():
+    for path in PACKAGE.glob("*/**/__init__.py"):
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        assert docstring is not None, path
 
 
 def test_every_folder_of_code_is_a_package():

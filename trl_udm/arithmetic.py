@@ -17,10 +17,15 @@
 import sys
 import warnings
 
-from .worlds.sums import CHECKPOINT_PATH, problems
+from .worlds import sums
+from .worlds.sums import problems
 
 
-warnings.warn("`trl_udm.arithmetic` is now `trl_udm.worlds.sums`.", FutureWarning, stacklevel=2)
-sys.modules |= {f"{__name__}.{name}": module for name, module in {"problems": problems}.items()}
-
-__all__ = ["CHECKPOINT_PATH", "problems"]
+warnings.warn(
+    "`trl_udm.arithmetic` is now `trl_udm.worlds.sums`. The old name will be removed in version 0.3.",
+    FutureWarning,
+    stacklevel=2,
+)
+# The import system then gives the new modules to whoever imports the old names
+sys.modules[__name__] = sums
+sys.modules[f"{__name__}.problems"] = problems

@@ -17,12 +17,17 @@
 import sys
 import warnings
 
-from .worlds.shapes import CHECKPOINT_PATH, detector, prompts, world
+from .worlds import shapes
+from .worlds.shapes import detector, prompts, world
 
 
-warnings.warn("`trl_udm.shapes` is now `trl_udm.worlds.shapes`.", FutureWarning, stacklevel=2)
-sys.modules |= {
-    f"{__name__}.{name}": module for name, module in {"detector": detector, "prompts": prompts, "world": world}.items()
-}
-
-__all__ = ["CHECKPOINT_PATH", "detector", "prompts", "world"]
+warnings.warn(
+    "`trl_udm.shapes` is now `trl_udm.worlds.shapes`. The old name will be removed in version 0.3.",
+    FutureWarning,
+    stacklevel=2,
+)
+# The import system then gives the new modules to whoever imports the old names
+sys.modules[__name__] = shapes
+sys.modules[f"{__name__}.detector"] = detector
+sys.modules[f"{__name__}.prompts"] = prompts
+sys.modules[f"{__name__}.world"] = world

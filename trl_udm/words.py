@@ -17,10 +17,16 @@
 import sys
 import warnings
 
-from .worlds.words import CHECKPOINT_PATH, prompts, world
+from .worlds import words
+from .worlds.words import prompts, world
 
 
-warnings.warn("`trl_udm.words` is now `trl_udm.worlds.words`.", FutureWarning, stacklevel=2)
-sys.modules |= {f"{__name__}.{name}": module for name, module in {"prompts": prompts, "world": world}.items()}
-
-__all__ = ["CHECKPOINT_PATH", "prompts", "world"]
+warnings.warn(
+    "`trl_udm.words` is now `trl_udm.worlds.words`. The old name will be removed in version 0.3.",
+    FutureWarning,
+    stacklevel=2,
+)
+# The import system then gives the new modules to whoever imports the old names
+sys.modules[__name__] = words
+sys.modules[f"{__name__}.prompts"] = prompts
+sys.modules[f"{__name__}.world"] = world
