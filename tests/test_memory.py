@@ -21,6 +21,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from trl.kernels import chunked_logprob
+from trl.trainer import utils
 
 from trl_udm import (
     AutoencoderVQ,
@@ -32,6 +34,7 @@ from trl_udm import (
     URSAForImageGeneration,
     URSAPipeline,
     estimate_memory,
+    memory,
 )
 from trl_udm.worlds import shapes, sums
 
@@ -93,6 +96,7 @@ def benchmark():
         (3, True, {"activation_checkpointing": True, "beta": 0.0}),
         (2, False, {"bf16": True}),
         (2, False, {"gradient_accumulation_steps": 2}),
+        (2, False, {"ema_decay": 0.9}),
     ],
 )
 def test_the_update_is_what_the_allocator_hands_out(benchmark, tmp_path, tokenizer, num_layers, lora, settings):
@@ -156,6 +160,66 @@ def test_rollout_and_decoding_are_what_the_allocator_hands_out(benchmark, tmp_pa
     if not lora:  # while an adapter is merged, there is a copy of the weights
         measured = benchmark.peak_allocated(lambda: pipeline.decode(ids, (1, 8, 8), output_type="pt"))
         assert estimate.stages["decode"] - estimate.resident == pytest.approx(measured, rel=0.05)
+
+
+def test_a_rollout_in_chunks_is_what_the_allocator_hands_out(benchmark, tmp_path, tokenizer):
+    """Where logits are most of it, and the scheduler's steps take four chunks of 32 tokens."""
+
+    def build():
+        pipeline = build_pipeline(tokenizer, codebook_size=8192)
+        pipeline.scheduler.max_chunk_elements = 32 * 8192
+        return pipeline
+
+    args = build_config(tmp_path, rollout_batch_size=2)
+    estimate = estimate_memory(build(), args, device="cpu")
+    trainer = UDMGRPOTrainer(
+        build(),
+        lambda prompts, **kwargs: [0.0] * len(prompts),
+        args,
+        train_dataset=Dataset.from_dict({"prompt": ["a"] * 8}),
+    )
+    measured = benchmark.peak_allocated(lambda: trainer._rollout(["a", "a"], "train"))
+    assert estimate.stages["rollout"] - estimate.resident == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("lora", "settings"),
+    [
+        (False, {}),
+        (True, {}),
+        (False, {"bf16": True}),
+        (True, {"bf16": True, "activation_checkpointing": True}),
+        (False, {"bf16": True, "cast_lm_head_to_fp32": True}),
+    ],
+)
+def test_the_head_on_a_gpu_takes_what_that_of_trl_takes(monkeypatch, tmp_path, tokenizer, lora, settings):
+    """TRL's own code, with kernels that change a tile in place, and tiles small enough for several."""
+    assert memory.CODE_CHUNK_SIZE == utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    monkeypatch.setattr(memory, "CODE_CHUNK_SIZE", 256)
+    monkeypatch.setattr(memory, "TOKEN_CHUNK_SIZE", 128)
+    monkeypatch.setattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 256)
+    monkeypatch.setattr(chunked_logprob, "TOKEN_CHUNK_SIZE", 128)
+    monkeypatch.setattr(
+        utils, "_use_triton", lambda device: True
+    )  # asks only whether tokens without a label are left out
+    for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
+        monkeypatch.setattr(chunked_logprob, name, lambda *args, **kwargs: None)
+    pipeline, args = build_pipeline(tokenizer), build_config(tmp_path, **settings)
+    gpu, trl = (
+        estimate_memory(pipeline, args, build_adapter() if lora else None, device=name) for name in ("cuda", "cpu")
+    )
+    for stage in ("scoring", "update"):
+        assert gpu.stages[stage] - gpu.resident == pytest.approx(trl.stages[stage] - trl.resident, rel=0.01)
+
+
+def test_an_average_of_the_weights_is_held_throughout(tmp_path, tokenizer):
+    pipeline = build_pipeline(tokenizer)
+    without, with_average = (
+        estimate_memory(pipeline, build_config(tmp_path, ema_decay=decay)) for decay in (None, 0.99)
+    )
+    assert without.ema_weights == 0 and with_average.ema_weights == with_average.trained_weights
+    assert with_average.resident - without.resident == with_average.ema_weights
+    assert with_average.stages["rollout"] - without.stages["rollout"] == with_average.ema_weights
 
 
 @pytest.mark.parametrize("lora", [False, True])

@@ -16,33 +16,32 @@
 
 import contextlib
 import copy
-import dataclasses
 import math
 import weakref
-from types import SimpleNamespace
+from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
-from diffusers.image_processor import VaeImageProcessor
+from diffusers.training_utils import EMAModel
 from peft import PeftConfig, get_peft_model
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from trl.kernels import chunked_logprob
-from trl.trainer import utils
-from trl.trainer.utils import add_fused_lm_head
+from torch.utils.weak import WeakIdKeyDictionary
+from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
+from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from .pipelines.pipeline_udm import UDMPipeline
-from .schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
-from .trainer.fused_head import small_tiles
-from .trainer.merged_adapter import can_merge, merged_adapter
+from .trainer.adapters import can_merge, merged_adapter, prepare_peft_config
 from .trainer.udm_grpo_config import UDMGRPOConfig
 from .trainer.udm_grpo_trainer import UDMGRPOTrainer
 
 
-@dataclasses.dataclass
+CODE_CHUNK_SIZE = 32_768  # of TRL's fused head, beside its `TOKEN_CHUNK_SIZE`
+
+
+@dataclass
 class MemoryEstimate:
     """
     Memory of one device in a training step, in bytes.
@@ -53,18 +52,21 @@ class MemoryEstimate:
         frozen_weights (`int`):
             Other weights: those under an adapter, the decoder, and the scheduler's codebook.
         reference_weights (`int`):
-            Frozen copy of the transformer, which full fine-tuning with `beta` other than 0 compares with.
+            Frozen copy of the transformer, the reference of full fine-tuning with a `beta` other than 0.
+        ema_weights (`int`):
+            Average of the trained weights, with an `ema_decay`.
         gradients (`int`):
             Gradients of the trained weights.
         optimizer_states (`int`):
             States of the optimizer after its first step.
         stages (`dict[str, int]`):
-            Peak of each of the stages `"rollout"`, `"decode"`, `"scoring"` and `"update"`, all that is held at the time included.
+            Peak of each of the stages `"rollout"`, `"decode"`, `"scoring"` and `"update"`, with all that is held then.
     """
 
     trained_weights: int
     frozen_weights: int
     reference_weights: int
+    ema_weights: int
     gradients: int
     optimizer_states: int
     stages: dict[str, int]
@@ -72,7 +74,8 @@ class MemoryEstimate:
     @property
     def resident(self) -> int:
         """`int`: What is held throughout: the weights and the optimizer's states."""
-        return self.trained_weights + self.frozen_weights + self.reference_weights + self.optimizer_states
+        weights = self.trained_weights + self.frozen_weights + self.reference_weights + self.ema_weights
+        return weights + self.optimizer_states
 
     @property
     def peak(self) -> int:
@@ -90,15 +93,20 @@ def estimate_memory(
     """
     Computes the memory that one device needs to train a pipeline with [`UDMGRPOTrainer`].
 
-    The stages of a step run with tensors that have shapes and no contents (PyTorch's `FakeTensorMode`), at their real size, and
-    every tensor that is made is counted until it is gone. So it is the code of the trainer itself whose memory is counted:
-    autocast and its cache of weights, activation checkpointing, the adapter, the tiles of the fused head, the optimizer. No
-    weight is read, and no memory of a weight's size allocated: a pipeline on PyTorch's `"meta"` device serves as well.
+    The stages of a step run at their real size, with tensors that have shapes and no contents (PyTorch's
+    `FakeTensorMode`). Every tensor is counted while it exists. No weight is read, and no memory of its size is
+    allocated, so the pipeline may be on PyTorch's `"meta"` device.
 
-    The estimate is of what PyTorch's allocator hands out. It leaves out the context of CUDA (about 0.5 GiB) and the
-    workspaces of its libraries, the allocator's fragmentation, reward models, what DDP, FSDP or DeepSpeed add or shard, and
-    what a kernel allocates inside. Attention with `"sdpa"` is taken to run in a flash kernel. Activations that
-    `activation_checkpointing_kwargs={"offload": True}` moves to the host count as if they stayed.
+    - Rollout: `pipeline.sample_tokens`, with steps of the scheduler in which every token jumps.
+    - Decode: `pipeline.decode` to tensors, unless the modality is text.
+    - Scoring: `pipeline.score` on a CPU. On a GPU the network runs, and the tensors of TRL's fused head follow from
+      the size of its tiles (4,096 tokens by 32,768 codes). Its Triton kernels do not run on such tensors.
+    - Update: scoring, its backward pass, and the steps of the optimizer and of the average of the weights.
+
+    The estimate is of what PyTorch's allocator hands out. It leaves out CUDA's context (about 0.5 GiB), the workspaces
+    of its libraries, fragmentation, reward models, and what DDP, FSDP or DeepSpeed add or shard. It assumes that
+    attention with `"sdpa"` runs in a flash kernel. Activations count in full even where
+    `activation_checkpointing_kwargs={"offload": True}` moves them to the host.
 
     Args:
         pipeline ([`UDMPipeline`]):
@@ -110,14 +118,14 @@ def estimate_memory(
         prompt (`str` or `list[dict]`, *optional*, defaults to `""`):
             The longest prompt. URSA pads all of them to one length.
         device (`str`, *optional*, defaults to `"cuda"`):
-            `"cuda"`, where the head is computed by Triton kernels, or `"cpu"`.
+            `"cuda"`, where Triton kernels compute the head, or `"cpu"`.
 
     Returns:
         [`MemoryEstimate`]: The bytes, by kind and by stage.
 
     Raises:
-        ValueError: If `device` is neither of the two, or the pipeline has a sampler of its own, as
-            [`DiffusionGemmaUDMPipeline`] has.
+        ValueError: If `device` is neither of the two, if the transformer has adapters already, or if the pipeline has
+            a sampler of its own, as [`DiffusionGemmaUDMPipeline`] has.
 
     Example:
 
@@ -135,43 +143,37 @@ def estimate_memory(
         raise ValueError(f"`device` must be 'cuda' or 'cpu', got {device!r}.")
     if type(pipeline).sample_tokens is not UDMPipeline.sample_tokens:
         raise ValueError(
-            f"`pipeline` must sample as `UDMPipeline` does, got {type(pipeline).__name__}, whose own sampler looks into its "
-            "tensors. Here they have nothing in them: measure the memory of such a family in a run."
+            f"`pipeline` must sample as `UDMPipeline` does, got {type(pipeline).__name__}, whose own sampler looks "
+            "into its tensors. Here they have no contents: measure the memory of such a family in a run."
         )
     latent_shape = pipeline.latent_shape(**(args.pipeline_kwargs or {}))
-    num_tokens = math.prod(latent_shape)
     num_prompt_tokens = pipeline.encode_prompt([prompt])[0].size(1)
+    num_rows = args.per_device_train_batch_size
+    num_samples = num_rows * args.steps_per_generation // args.num_train_timesteps
+    num_samples = min(num_samples, args.rollout_batch_size or num_samples)  # drawn at a time
+    is_float32 = not (args.bf16 or args.fp16)
+    autocast = torch.autocast("cpu", torch.float16 if args.fp16 else torch.bfloat16, enabled=not is_float32)
     model = pipeline.transformer
+    peft_config = prepare_peft_config(model, peft_config)
     if peft_config is not None:
-        peft_config = copy.copy(peft_config)
-        peft_config.task_type = None
-        model = get_peft_model(_copy(model, "meta"), peft_config)
+        model = get_peft_model(_copy_module(model, "meta"), peft_config)
 
-    tracker = _Tracker()
-    with FakeTensorMode(), tracker:
-        model = _copy(model, "cpu").train()
-        reference = model
+    with FakeTensorMode(), _Tracker(num_labels=num_rows * math.prod(latent_shape)) as tracker:
+        # Networks
+        model = _copy_module(model).train()
+        transformer = reference = model if peft_config is None else model.get_base_model()
         if peft_config is None and args.beta != 0.0:
-            reference = _copy(pipeline.transformer, "cpu").requires_grad_(False)
-        transformer = model if peft_config is None else model.get_base_model()
-        add_fused_lm_head(
-            transformer, outputs=("log_probs", "entropy"), cast_lm_head_to_fp32=args.cast_lm_head_to_fp32
-        )
-        if reference is not model:
-            add_fused_lm_head(reference, cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
-        fake_pipeline = copy.copy(pipeline)
-        for name, component in pipeline.components.items():
-            if isinstance(component, nn.Module):
-                fake_component = transformer if component is pipeline.transformer else _copy(component, "cpu")
-                setattr(fake_pipeline, name, fake_component)
-        fake_pipeline.scheduler = scheduler = _Scheduler(pipeline.scheduler)
-        all_weights = tracker.live
+            reference = _copy_module(pipeline.transformer).requires_grad_(False)
+        for network in {transformer, reference}:
+            add_fused_lm_head(network, outputs=("entropy",), cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
+        if args.disable_dropout:
+            disable_dropout_in_model(model)
+        pipeline = _copy_pipeline(pipeline, transformer)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        trained_weights = sum(parameter.nbytes for parameter in trained)
-        reference_weights = 0
-        if reference is not model:
-            reference_weights = sum(parameter.nbytes for parameter in reference.parameters())
+        ema = None if args.ema_decay is None else EMAModel(trained, decay=args.ema_decay, foreach=True)
+        all_weights = tracker.live
 
+        # Gradients, and the optimizer's states
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
         gradients = tracker.live - all_weights
@@ -180,180 +182,184 @@ def estimate_memory(
         optimizer.step()
         optimizer_states = tracker.live - all_weights - gradients
         if args.gradient_accumulation_steps <= args.steps_per_generation:
-            optimizer.zero_grad()
-        stages = {}
+            optimizer.zero_grad()  # else rollouts come between the micro-batches of an update
 
-        # Rollout
-        num_samples = args.per_device_train_batch_size * args.steps_per_generation // args.num_train_timesteps
-        num_samples = min(num_samples, args.rollout_batch_size or num_samples)
-        prompt_ids = torch.zeros(num_samples, num_prompt_tokens, dtype=torch.long)
+        # Rollout and decoding, in one context as the trainer's: autocast keeps its copies of the weights
         is_merged = args.merge_adapter
         if is_merged is None:
-            is_merged = peft_config is not None and not (args.bf16 or args.fp16) and can_merge(model)
-        with torch.no_grad(), _autocast(args), merged_adapter(model) if is_merged else contextlib.nullcontext():
-            tracker.begin()
-            clean_samples = fake_pipeline.sample_tokens(
+            is_merged = peft_config is not None and is_float32 and can_merge(model)
+        with torch.no_grad(), autocast, merged_adapter(model) if is_merged else contextlib.nullcontext():
+            prompt_ids = torch.zeros(num_samples, num_prompt_tokens, dtype=torch.long)
+            tracker.begin("rollout")
+            clean_samples = pipeline.sample_tokens(
                 prompt_ids,
                 torch.ones_like(prompt_ids),
                 latent_shape,
-                num_inference_steps=1,
+                num_inference_steps=2,  # tokens do not jump in the last one
                 guidance_scale=args.guidance_scale,
                 guidance_trunc=args.guidance_trunc,
                 negative_prompt_ids=prompt_ids,
                 negative_prompt_mask=torch.ones_like(prompt_ids),
             ).clean_samples
-            stages["rollout"] = tracker.peak
-            tracker.begin()
-            if pipeline.modality == "image":
-                with (
-                    mock.patch.object(VaeImageProcessor, "pt_to_numpy", _in_place),
-                    mock.patch.object(VaeImageProcessor, "numpy_to_pil", _in_place),
-                ):
-                    fake_pipeline.decode(clean_samples[: args.decode_batch_size], latent_shape)
-            stages["decode"] = tracker.peak
+            tracker.begin("decode")
+            if pipeline.modality != "text":
+                pipeline.decode(clean_samples[: args.decode_batch_size], latent_shape, output_type="pt")
 
-        # Scoring
-        num_rows = args.per_device_train_batch_size
-        prompt_ids = torch.zeros(num_rows, num_prompt_tokens, dtype=torch.long)
-        samples = torch.zeros(num_rows, num_tokens, dtype=torch.long)
-        tracker.num_selected = samples.numel()
+        def score(network: nn.Module) -> torch.Tensor:
+            prompt_ids = torch.zeros(num_rows, num_prompt_tokens, dtype=torch.long)
+            tokens = torch.zeros(num_rows, math.prod(latent_shape), dtype=torch.long)
+            inputs = (prompt_ids, torch.ones_like(prompt_ids), tokens, latent_shape, tokens, torch.zeros(num_rows))
+            with autocast:
+                if device == "cpu":
+                    return pipeline.score(network, *inputs)[0].mean()
+                return _score_on_gpu(network, pipeline.prepare_denoiser_inputs(*inputs), args.cast_lm_head_to_fp32)
 
-        def score(model: nn.Module) -> torch.Tensor:
-            with _autocast(args):
-                logps, _ = fake_pipeline.score(
-                    model,
-                    prompt_ids,
-                    torch.ones_like(prompt_ids),
-                    samples,
-                    latent_shape,
-                    samples,
-                    t=torch.zeros(num_rows),
-                )
-            return logps.mean()
-
-        tracker.begin()
-        with torch.no_grad(), _head(device, scheduler):
+        tracker.begin("scoring")
+        with torch.no_grad():
             if args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0:
-                score(model)
+                score(transformer)
             if args.beta != 0.0:
                 score(reference)
-        stages["scoring"] = tracker.peak
 
-        # Update
         if args.activation_checkpointing:
             kwargs = dict(args.activation_checkpointing_kwargs or {})
             kwargs.pop("offload", None)
             every_n_layers = kwargs.pop("every_n_layers", 1)
-            model.activation_checkpointing_enable(kwargs or None, every_n_layers=every_n_layers)
+            transformer.activation_checkpointing_enable(kwargs or None, every_n_layers=every_n_layers)
         if args.gradient_accumulation_steps > 1:
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)
-        tracker.begin()
-        with _head(device, scheduler):
-            score(model).backward()
+        tracker.begin("update")
+        score(transformer).backward()
         optimizer.step()
-        stages["update"] = tracker.peak
+        if ema is not None:
+            ema.step(trained)
 
-    codebook_dim = scheduler.config.get("codebook_dim") or 0
-    codebook = 4 * scheduler.config.codebook_size * codebook_dim
+    trained_weights = sum(parameter.nbytes for parameter in trained)
+    reference_weights = sum(weight.nbytes for weight in reference.parameters() if reference is not transformer)
+    ema_weights = 0 if ema is None else trained_weights
     return MemoryEstimate(
         trained_weights=trained_weights,
-        frozen_weights=all_weights - trained_weights - reference_weights + codebook,
+        frozen_weights=all_weights - trained_weights - reference_weights - ema_weights,
         reference_weights=reference_weights,
+        ema_weights=ema_weights,
         gradients=gradients,
         optimizer_states=optimizer_states,
-        stages={name: peak + codebook for name, peak in stages.items()},
+        stages=tracker.peaks,
     )
 
 
+def _copy_module(module: nn.Module, device: str = "cpu") -> nn.Module:
+    """A copy with weights of its own, which nothing is written into."""
+    memo = {id(x): torch.empty(x.shape, dtype=x.dtype, device=device) for x in module.buffers()}
+    for x in module.parameters():
+        empty = torch.empty(x.shape, dtype=x.dtype, device=device)
+        memo[id(x)] = nn.Parameter(empty, requires_grad=x.requires_grad)
+    return copy.deepcopy(module, memo)
+
+
+def _copy_pipeline(pipeline: UDMPipeline, transformer: nn.Module) -> UDMPipeline:
+    """A copy with the given transformer, and with weights of its own elsewhere."""
+    copied = copy.copy(pipeline)
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module):
+            is_transformer = component is pipeline.transformer
+            setattr(copied, name, transformer if is_transformer else _copy_module(component))
+    copied.scheduler = copy.copy(pipeline.scheduler)
+    config = pipeline.scheduler.config
+    if config.get("codebook_dim"):
+        copied.scheduler.set_codebook(torch.empty(config.codebook_size, config.codebook_dim))
+    return copied
+
+
+def _score_on_gpu(network: nn.Module, inputs: dict[str, torch.Tensor], is_float32: bool) -> torch.Tensor:
+    """What `UDMPipeline.score` and TRL's fused head do on a GPU, as far as memory goes."""
+    is_label = inputs.pop("shift_labels") != -100
+    hidden_states = network.base_model(**inputs, use_cache=False).last_hidden_state
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
+    if is_float32:  # `cast_lm_head_to_fp32`
+        hidden_states, dtype = hidden_states.float(), torch.float32
+    return _FusedHead.apply(hidden_states[is_label], network.get_output_embeddings().weight, dtype).mean()
+
+
+class _FusedHead(torch.autograd.Function):
+    """The tensors that TRL's fused head makes on a GPU. Its kernels change a tile of logits in place."""
+
+    @staticmethod
+    def forward(ctx, hidden_states: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        ctx.save_for_backward(hidden_states, weight)
+        ctx.dtype = dtype
+        tile, *_ = _make_tile(hidden_states, weight, dtype, num_chunks=1)
+        return tile.new_empty(len(hidden_states), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad_logps: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # A chunk of the weights is cast while the one before is still there
+        tile, *_ = _make_tile(*ctx.saved_tensors, ctx.dtype, num_chunks=2)
+        gradients = []
+        for tensor, is_needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True):
+            gradients.append(tile.new_empty(tensor.shape, dtype=torch.float32) if is_needed else None)
+        return *(x if x is None else x.to(y.dtype) for x, y in zip(gradients, ctx.saved_tensors, strict=True)), None
+
+
+def _make_tile(
+    hidden_states: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype, num_chunks: int
+) -> list[torch.Tensor]:
+    """A tile of logits and its factors, which are copies where they have another dtype."""
+    tokens = hidden_states[:TOKEN_CHUNK_SIZE].to(dtype)
+    codes = [chunk.to(dtype) for chunk in weight.split(CODE_CHUNK_SIZE)[:num_chunks]]
+    return [tokens.new_empty(len(tokens), CODE_CHUNK_SIZE), tokens, *codes]
+
+
 class _Tracker(TorchDispatchMode):
-    """Counts the bytes of all storages that are made within it, until they are gone."""
+    """
+    Counts the bytes of all tensors made within it, until they are gone. (PyTorch's `MemTracker` fails on modules with
+    frozen weights.) It also answers what depends on contents, which fake tensors do not have.
 
-    def __init__(self):
+    Args:
+        num_labels (`int`):
+            Number of tokens that a mask selects.
+    """
+
+    def __init__(self, num_labels: int):
         super().__init__()
-        self.live = self.peak = 0
-        self.num_selected = 0  # elements that a mask of tokens selects, which shapes alone do not tell
-        self._seen = set()
+        self.live = 0
+        self.peaks: dict[str, int] = {}
+        self._num_labels, self._stage = num_labels, None
+        self._sizes: dict[int, int] = {}
+        self._is_all = WeakIdKeyDictionary()
 
-    def begin(self) -> None:
-        self.peak = self.live
+    def begin(self, stage: str) -> None:
+        self._stage = stage
+        self.peaks[stage] = self.live
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.index.Tensor and args[1][0] is not None and args[1][0].dtype == torch.bool:
-            args = (args[0], [torch.zeros(self.num_selected, dtype=torch.long) for _ in range(args[1][0].ndim)])
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            return True  # the question whether merged weights are finite
-        output = func(*args, **(kwargs or {}))
+        try:
+            output = func(*args, **(kwargs or {}))
+        except DataDependentOutputException:
+            # Checks find nothing wrong: `all` holds, and `any` does not. Numbers are 0
+            return self._is_all.get(args[0], 0)
+        except DynamicOutputShapeException:
+            if func is torch.ops.aten.nonzero.default:  # tokens that jump: all
+                output = torch.empty(args[0].numel(), args[0].ndim, dtype=torch.long)
+            else:  # a mask of labels as the index
+                index = torch.empty(self._num_labels, dtype=torch.long)
+                output = func(args[0], [index] * args[1][0].ndim)
+        if func is torch.ops.aten.all.default:
+            self._is_all[output] = True
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor):
                 self._track(tensor.untyped_storage())
         return output
 
     def _track(self, storage: torch.UntypedStorage) -> None:
-        key, num_bytes = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        self.live += num_bytes
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, key, num_bytes)
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.live += storage.nbytes()
+            if self._stage is not None:
+                self.peaks[self._stage] = max(self.peaks[self._stage], self.live)
+            weakref.finalize(storage, self._forget, key)
 
-    def _forget(self, key: int, num_bytes: int) -> None:
-        self._seen.remove(key)
-        self.live -= num_bytes
-
-
-class _Scheduler:
-    """What the sampler takes from a scheduler: a step of the memory that the scheduler's own step needs."""
-
-    def __init__(self, scheduler: Any):
-        self.config = scheduler.config
-        self.timesteps = SimpleNamespace(tolist=lambda: [0])
-        self._scheduler = scheduler
-
-    def set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
-        pass
-
-    def timestep_to_t(self, timestep: int) -> float:
-        return 0.0
-
-    def step(self, logits: torch.Tensor, timestep: int, sample: torch.Tensor, generator: None) -> SimpleNamespace:
-        if isinstance(self._scheduler, KineticOptimalScheduler):
-            # Its steps look into their tensors, which have nothing in them here. Of a chunk's size there are three at a time
-            torch.empty(3, min(logits.numel(), self._scheduler.max_chunk_elements))
-            return SimpleNamespace(prev_sample=sample, pred_original_sample=sample)
-        return self._scheduler.step(logits, timestep, sample, generator=generator)
-
-
-def _copy(module: nn.Module, device: str) -> nn.Module:
-    """A copy on another device, whose weights are not initialised."""
-    memo = {}
-    for tensor in [*module.parameters(), *module.buffers()]:
-        memo[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        if isinstance(tensor, nn.Parameter):
-            memo[id(tensor)] = nn.Parameter(memo[id(tensor)], requires_grad=tensor.requires_grad)
-    return copy.deepcopy(module, memo)
-
-
-def _autocast(args: UDMGRPOConfig) -> torch.autocast:
-    return torch.autocast("cpu", torch.float16 if args.fp16 else torch.bfloat16, enabled=args.bf16 or args.fp16)
-
-
-def _in_place(*args: Any, **kwargs: Any) -> None:
-    """Stands for a function that makes no tensor on the device."""
-
-
-@contextlib.contextmanager
-def _head(device: str, scheduler: Any):
-    """The fused head as it is on a device: on a GPU, a Triton kernel changes a tile in place, and only labels are scored."""
-    if device == "cpu":
-        with small_tiles(scheduler, torch.device("cpu")):
-            yield
-        return
-    with (
-        mock.patch.object(utils, "_use_triton", return_value=True),
-        mock.patch.object(chunked_logprob, "_forward_tile", _in_place),
-        mock.patch.object(chunked_logprob, "_backward_tile", _in_place),
-        mock.patch.object(chunked_logprob, "_addmm_fp32", _in_place),
-    ):
-        yield
+    def _forget(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
