@@ -78,7 +78,7 @@ def parse_arguments(verb: str, arguments_class: type, argv: Sequence[str]) -> An
     from trl.scripts.utils import TrlParser
 
     description = sys.modules[arguments_class.__module__].__doc__
-    epilog = "`--config file.yaml` reads arguments from a file. Those of the command line go before them."
+    epilog = "`--config file.yaml` reads arguments from a YAML file. Flags override the file."
     parser = TrlParser(arguments_class, prog=f"trl-udm {verb}", description=description, epilog=epilog)
     parser.register("type", dict, _parse_json_object)
     positional = [field for field in dataclasses.fields(arguments_class) if not field.init]
