@@ -32,6 +32,7 @@ from trl_udm import URSAConfig, URSAForImageGeneration, URSAPipeline
 from trl_udm.models.autoencoder_vq import AutoencoderVQ
 from trl_udm.pipelines.pipeline_output import UDMSamplerOutput, UDMTrajectory, URSAPipelineOutput
 from trl_udm.schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
+from trl_udm.schedulers.scheduling_uniform_ddim import UniformDDIMScheduler
 from trl_udm.worlds.words import CHECKPOINT_PATH as WORDS_CHECKPOINT_PATH
 
 
@@ -713,6 +714,29 @@ def test_config_that_is_no_json_is_named(saved_dir):
     path.write_text(path.read_text()[:50])
     with pytest.raises((ValueError, OSError), match=re.escape(str(path))):
         load(saved_dir)
+
+
+@pytest.mark.parametrize("swap", ["kinetic", "mixture", "uniform"])
+def test_a_scheduler_made_from_the_pipelines_own_is_used_saved_and_loaded(saved_dir, tmp_path, swap):
+    pipe = load(saved_dir)
+    codes = pipe.scheduler.codebook.clone()
+    if swap == "uniform":
+        scheduler = UniformDDIMScheduler.from_config(pipe.scheduler.config)
+    else:
+        alpha = 0.9 if swap == "kinetic" else None
+        scheduler = KineticOptimalScheduler.from_config(pipe.scheduler.config, shift=3.0, alpha=alpha)
+    before = draw(pipe)
+    pipe.scheduler = scheduler
+    after = draw(pipe)
+    assert not torch.equal(before, after)
+    pipe.save_pretrained(tmp_path / "swapped")
+    given = load(saved_dir, scheduler=type(scheduler).from_config(scheduler.config))
+    for loaded in (load(tmp_path / "swapped"), given):
+        assert type(loaded.scheduler) is type(scheduler)
+        assert torch.equal(draw(loaded), after)
+        if swap != "uniform":
+            assert torch.equal(loaded.scheduler.codebook, codes)
+            assert loaded.scheduler.config.shift == 3.0
 
 
 # Adapters

@@ -14,6 +14,7 @@
 
 # The files in tests/oracle come from an independent run of the public reference code Yovecent/UDM-GRPO, commit d1bec49.
 
+import copy
 import json
 import os
 import pickle
@@ -31,6 +32,7 @@ from trl_udm.schedulers.scheduling_kinetic_optimal import (
     KineticOptimalSchedulerOutput,
     _draw,
 )
+from trl_udm.schedulers.scheduling_uniform_ddim import UniformDDIMScheduler
 
 
 ORACLE = Path(__file__).parents[1] / "oracle"
@@ -437,8 +439,8 @@ def test_the_callers_tensors_are_not_changed(path):
         output.prev_sample.zero_()
     scheduler.add_noise(sample, t).zero_()
     scheduler.velocity(sample, sample.flip(0), t).zero_()
-    for tensor, copy in zip((sample, logits, t), copies, strict=True):
-        assert torch.equal(tensor, copy)
+    for tensor, kept in zip((sample, logits, t), copies, strict=True):
+        assert torch.equal(tensor, kept)
 
 
 def test_set_codebook_copies_what_it_is_given():
@@ -482,10 +484,10 @@ def test_a_mixture_path_needs_no_codebook(tmp_path):
 
 def test_from_pretrained_overrides_settings_and_returns_what_is_unused():
     scheduler, unused = KineticOptimalScheduler.from_pretrained(
-        ORACLE / "tiny-ursa", subfolder="scheduler", shift=5.0, colour="red", return_unused_kwargs=True
+        ORACLE / "tiny-ursa", subfolder="scheduler", shift=5.0, color="red", return_unused_kwargs=True
     )
     assert scheduler.config.shift == 5.0
-    assert unused["colour"] == "red"
+    assert unused["color"] == "red"
 
 
 def test_from_pretrained_reads_the_cache_of_the_hub(tmp_path):
@@ -516,7 +518,7 @@ def save_settings(folder, **kwargs):
 def test_a_pickle_that_runs_code_is_refused(save, tmp_path):
     save_settings(tmp_path)
     save({"path.emb": torch.ones(4, 2), "more": Malicious(tmp_path / "executed")}, tmp_path / "scheduler_model.pth")
-    with pytest.raises(ValueError, match=r"scheduler_model\.pth holds more than plain tensors"):
+    with pytest.raises(ValueError, match=r"scheduler_model\.pth is damaged, or holds more than tensors"):
         KineticOptimalScheduler.from_pretrained(tmp_path)
     assert not (tmp_path / "executed").exists()
 
@@ -562,6 +564,112 @@ def test_a_missing_codebook_is_an_error(settings, tmp_path):
         OSError, match=r"neither `diffusion_pytorch_model\.safetensors` nor `scheduler_model\.pth`.*" + tmp_path.name
     ):
         KineticOptimalScheduler.from_pretrained(tmp_path)
+
+
+# Schedulers made from the config of another
+
+
+def copy_by_pickle(scheduler):
+    return pickle.loads(pickle.dumps(scheduler))
+
+
+def copy_by_folder(scheduler, folder):
+    scheduler.save_pretrained(folder)
+    return KineticOptimalScheduler.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_another_shift_keeps_the_codes(path):
+    scheduler = load_scheduler(path)
+    other = KineticOptimalScheduler.from_config(scheduler.config, shift=3.0)
+    assert torch.equal(other.codebook, scheduler.codebook)
+    assert (other.config.shift, scheduler.config.shift) == (3.0, 2.0)
+    assert (other.config.alpha, other.config.codebook_size) == (scheduler.config.alpha, 256)
+    clean_samples = torch.randint(256, (2, 10), generator=generator(0))
+    draws = [each.add_noise(clean_samples, 0.5, generator=generator(1)) for each in (scheduler, other)]
+    assert torch.equal(*draws)
+
+
+def test_codes_are_kept_where_their_sizes_were_defaults():
+    scheduler = KineticOptimalScheduler()
+    scheduler.set_codebook(torch.randn(6, 4, generator=generator(0)))
+    config = KineticOptimalScheduler.from_config(scheduler.config, shift=3.0).config
+    assert (config.codebook_size, config.codebook_dim) == (6, 4)
+    assert UniformDDIMScheduler.from_config(scheduler.config).config.codebook_size == 6
+
+
+def test_settings_given_by_position_are_kept():
+    scheduler = KineticOptimalScheduler(None, None, 2.0, 1e-5, 6)
+    assert KineticOptimalScheduler.from_config(scheduler.config).config == scheduler.config
+
+
+def test_a_change_of_one_scheduler_does_not_show_in_the_other():
+    scheduler = make_scheduler()
+    codes = scheduler.codebook.clone()
+    config = scheduler.config
+    other = KineticOptimalScheduler.from_config(config)
+    other.codebook.zero_()
+    other.set_timesteps(3)
+    other.register_to_config(shift=7.0)
+    assert torch.equal(scheduler.codebook, codes)
+    assert scheduler.timesteps is None and scheduler.config.shift == config.shift == 1.0
+    scheduler.set_codebook(torch.ones(6, 4))
+    assert not other.codebook.any()
+
+
+def test_the_config_of_a_scheduler_stays_plain(tmp_path):
+    scheduler = make_scheduler()
+    other = KineticOptimalScheduler.from_config(scheduler.config, shift=3.0)
+    other.save_pretrained(tmp_path / "other")
+    make_scheduler(shift=3.0).save_pretrained(tmp_path / "same")
+    jsons = [(tmp_path / name / "scheduler_config.json").read_text() for name in ("other", "same")]
+    assert json.loads(jsons[0]) == json.loads(jsons[1])
+    assert "tensor" not in jsons[0] and "tensor" not in repr(other) and "tensor" not in repr(other.config)
+    assert not any(isinstance(value, torch.Tensor) for value in other.config.values())
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, copy.copy, copy_by_pickle, copy_by_folder])
+def test_copies_of_schedulers_and_of_configs_keep_the_codes(how, tmp_path):
+    scheduler = KineticOptimalScheduler.from_config(make_scheduler().config, shift=3.0)
+    copied = how(scheduler, tmp_path) if how is copy_by_folder else how(scheduler)
+    schedulers = [copied, KineticOptimalScheduler.from_config(copied.config)]
+    if how is not copy_by_folder:
+        schedulers.append(KineticOptimalScheduler.from_config(how(scheduler.config)))
+    for each in schedulers:
+        assert torch.equal(each.codebook, scheduler.codebook)
+        assert each.config.shift == 3.0
+
+
+def test_settings_without_codes_fail_at_first_use_and_take_codes(tmp_path):
+    scheduler = make_scheduler()
+    scheduler.save_pretrained(tmp_path)
+    token_ids = torch.zeros(2, 3, dtype=torch.long)
+    for settings in (KineticOptimalScheduler.load_config(tmp_path), dict(scheduler.config)):
+        loaded = KineticOptimalScheduler.from_config(settings, shift=3.0)
+        with pytest.raises(ValueError, match="a plain dictionary of settings has no codes"):
+            loaded.add_noise(token_ids, 0.5)
+        loaded.set_codebook(scheduler.codebook)
+        assert torch.equal(loaded.add_noise(token_ids, 1.0), token_ids)
+
+
+def test_codes_of_another_size_than_is_asked_for_are_refused():
+    with pytest.raises(ValueError, match="`codebook_size` is 7 in the config, got a codebook with 6"):
+        KineticOptimalScheduler.from_config(make_scheduler().config, codebook_size=7)
+
+
+def test_unused_arguments_are_returned_with_the_scheduler():
+    scheduler, unused = KineticOptimalScheduler.from_config(
+        make_scheduler().config, return_unused_kwargs=True, color="red"
+    )
+    assert unused["color"] == "red" and scheduler.codebook is not None
+
+
+def test_codes_move_to_the_other_path_and_back():
+    scheduler = make_scheduler()
+    mixture = KineticOptimalScheduler.from_config(scheduler.config, alpha=None)
+    assert not mixture.needs_codebook and scheduler.needs_codebook
+    back = KineticOptimalScheduler.from_config(mixture.config, alpha=0.9)
+    assert torch.equal(back.codebook, scheduler.codebook)
 
 
 # Errors

@@ -130,3 +130,24 @@ def test_saved_and_loaded(tmp_path):
     UniformDDIMScheduler(VOCABULARY, num_inference_steps=9).save_pretrained(tmp_path)
     scheduler = UniformDDIMScheduler.from_pretrained(tmp_path)
     assert scheduler.config.codebook_size == VOCABULARY and len(scheduler.timesteps) == 9
+
+
+def test_the_config_of_another_scheduler_makes_one():
+    scheduler = UniformDDIMScheduler(VOCABULARY, num_inference_steps=9)
+    other = UniformDDIMScheduler.from_config(scheduler.config, num_inference_steps=4)
+    scheduler.set_timesteps(2)
+    assert other.config.codebook_size == VOCABULARY and len(other.timesteps) == 4
+    kinetic = KineticOptimalScheduler(alpha=None, codebook_size=VOCABULARY, shift=2.0)
+    other = UniformDDIMScheduler.from_config(kinetic.config)
+    assert other.config.codebook_size == VOCABULARY
+    assert KineticOptimalScheduler.from_config(other.config).config.shift == 2.0
+
+
+def test_ids_and_times_out_of_range_are_refused():
+    scheduler = UniformDDIMScheduler(VOCABULARY)
+    with pytest.raises(ValueError, match=r"`original_samples` must be in \[0, 5\), got ids from 0 to 5"):
+        scheduler.add_noise(torch.tensor([[0, 5]]), 0.5)
+    with pytest.raises(TypeError, match="`original_samples` must be a `torch.long` tensor"):
+        scheduler.add_noise(torch.zeros(1, 2), 0.5)
+    with pytest.raises(ValueError, match=r"`t` must be in \[0, 1\], got values from 1.5 to 1.5"):
+        scheduler.add_noise(torch.tensor([[0, 1]]), 1.5)

@@ -22,6 +22,8 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
+from ..weights import load_every_weight
+
 
 class AutoencoderVQ(VQModel):
     r"""
@@ -43,15 +45,7 @@ class AutoencoderVQ(VQModel):
         Raises:
             ValueError: If a weight is missing or has the wrong shape.
         """
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, **{**kwargs, "output_loading_info": True}
-            )
-        except ValueError as error:  # which names the tensor, but not where it is
-            raise ValueError(f"The weights in {pretrained_model_name_or_path} do not fit: {error}") from error
-        if info["missing_keys"]:
-            raise ValueError(f"The weights in {pretrained_model_name_or_path} miss {sorted(info['missing_keys'])}.")
-        return (model, info) if kwargs.get("output_loading_info", False) else model
+        return load_every_weight(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
 
     @property
     def spatial_stride(self) -> int:

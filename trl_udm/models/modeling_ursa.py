@@ -15,7 +15,6 @@
 import os
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 from transformers import PreTrainedModel as PreTrainedModel  # diffusers looks a component's loader up by this name
@@ -25,6 +24,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3PreTrained
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from ..weights import load_every_weight
 from .configuration_ursa import URSAConfig
 
 
@@ -72,20 +72,7 @@ class URSAPreTrainedModel(Qwen3PreTrainedModel):
         Raises:
             ValueError: If a weight is missing or has the wrong shape, or a file is damaged.
         """
-        settings = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        try:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **settings)
-        except SafetensorError as error:
-            raise ValueError(f"The weights in {pretrained_model_name_or_path} are damaged: {error}.") from error
-        absent = sorted(info["missing_keys"]) + sorted(
-            f"{name} (as {old})" for name, old, _ in info["mismatched_keys"]
-        )
-        if absent and not kwargs.get("ignore_mismatched_sizes", False):
-            raise ValueError(
-                f"The weights in {pretrained_model_name_or_path} miss, or have in another shape than its config.json "
-                f"says: {absent}."
-            )
-        return (model, info) if kwargs.get("output_loading_info", False) else model
+        return load_every_weight(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
 
 
 class URSAModel(URSAPreTrainedModel, Qwen3Model):

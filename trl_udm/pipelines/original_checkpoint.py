@@ -16,20 +16,18 @@
 
 import json
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from ..models.autoencoder_vq import AutoencoderVQ
 from ..models.configuration_ursa import URSAConfig
 from ..models.modeling_ursa import URSAForImageGeneration
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
+from ..weights import check_state_dict, load_state_dict
 from .pipeline_udm import HUB_KWARGS
 
 
@@ -121,9 +119,9 @@ def load_original_components(
     check_configs(folder, **components)
     if "transformer" not in components:
         config = URSAConfig.from_original_config(load_config(folder / "transformer"))
-        state_dict = _load_state_dict(folder / "transformer")
+        state_dict = load_state_dict(folder / "transformer", _WEIGHTS_NAME)
         with torch.device("meta"):
-            _check_state_dict(state_dict, URSAForImageGeneration(config).state_dict(), folder / "transformer")
+            check_state_dict(state_dict, URSAForImageGeneration(config).state_dict(), folder / "transformer")
         components["transformer"] = URSAForImageGeneration.from_pretrained(
             None, config=config, state_dict=state_dict, dtype=dtype
         )
@@ -131,12 +129,12 @@ def load_original_components(
         vae = AutoencoderVQ.from_original_config(load_config(folder / "vae"))
         state_dict = {
             name.replace("quantizer.", "quantize."): tensor
-            for name, tensor in _load_state_dict(folder / "vae").items()
+            for name, tensor in load_state_dict(folder / "vae", _WEIGHTS_NAME).items()
         }
         # An LFQuantizer's codebook follows from its size, and the original format leaves it out
         if not vae.codebook.requires_grad:
             state_dict["quantize.embedding.weight"] = vae.codebook
-        _check_state_dict(state_dict, vae.state_dict(), folder / "vae")
+        check_state_dict(state_dict, vae.state_dict(), folder / "vae")
         # Assigned rather than cast with `to`, of which diffusers warns
         vae.load_state_dict({name: tensor.to(dtype) for name, tensor in state_dict.items()}, assign=True)
         components["vae"] = vae.eval()
@@ -166,44 +164,3 @@ def load_config(folder: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
-
-
-def _load_state_dict(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights of one component: safetensors, sharded or not, or a pickle of plain tensors."""
-    single, pickled = folder / f"{_WEIGHTS_NAME}.safetensors", folder / f"{_WEIGHTS_NAME}.bin"
-    index = folder / f"{_WEIGHTS_NAME}.safetensors.index.json"
-    if index.is_file():
-        shards = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    elif single.is_file() or pickled.is_file():
-        shards = [single if single.is_file() else pickled]
-    else:
-        raise FileNotFoundError(f"The checkpoint has neither {single} nor {pickled}.")
-    state_dict = {}
-    for shard in shards:
-        if not shard.is_file():
-            raise FileNotFoundError(f"The checkpoint has no {shard}, which {index.name} lists.")
-        try:
-            if shard.suffix == ".safetensors":
-                tensors = load_file(shard)
-            else:
-                tensors = torch.load(shard, map_location="cpu", weights_only=True)
-        except (SafetensorError, UnpicklingError, EOFError, OSError, RuntimeError) as error:
-            raise ValueError(f"{shard} is damaged, or holds more than tensors, so it is not loaded.") from error
-        if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-            raise ValueError(f"{shard} must hold a dictionary of tensors and nothing else.")
-        state_dict.update(tensors)
-    return state_dict
-
-
-def _check_state_dict(state_dict: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], folder: Path) -> None:
-    missing, unexpected = sorted(expected.keys() - state_dict.keys()), sorted(state_dict.keys() - expected.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"The weights in {folder} miss {missing or 'nothing'} and have unexpected {unexpected or 'none'}."
-        )
-    for name, tensor in expected.items():
-        if state_dict[name].shape != tensor.shape:
-            raise ValueError(
-                f"`{name}` in {folder} must have shape {tuple(tensor.shape)} by its config.json, got "
-                f"{tuple(state_dict[name].shape)}."
-            )

@@ -21,6 +21,7 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import nn
 
+from ..random_tensor import randint_tensor
 from .pipeline_output import UDMSamplerOutput, UDMTrajectory
 
 
@@ -265,11 +266,7 @@ class UDMPipeline(DiffusionPipeline):
         num_tokens = torch.Size(latent_shape).numel()
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         if latents is None:
-            # A CPU generator serves any device, as in diffusers' `randn_tensor`
-            draw_device = device if generator is None else generator.device
-            size = (batch_size, num_tokens)
-            latents = torch.randint(self.scheduler.config.codebook_size, size, generator=generator, device=draw_device)
-            latents = latents.to(device)
+            latents = randint_tensor(self.scheduler.config.codebook_size, (batch_size, num_tokens), generator, device)
         noised_samples, pred_original_samples = [], []
         for i, timestep in enumerate(self.scheduler.timesteps.tolist()):
             t = torch.full((batch_size,), self.scheduler.timestep_to_t(timestep), device=device)

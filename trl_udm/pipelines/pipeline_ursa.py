@@ -158,11 +158,11 @@ class URSAPipeline(UDMPipeline):
             config = URSAConfig.from_original_config(transformer_config) if is_original else None
             transformer = URSAForImageGeneration(config or URSAConfig.from_dict(transformer_config))
             vae = (AutoencoderVQ.from_original_config if is_original else AutoencoderVQ.from_config)(vae_config)
-        scheduler = KineticOptimalScheduler.from_config(KineticOptimalScheduler.load_config(folder / "scheduler"))
-        if scheduler.config.codebook_size is None:
-            scheduler.register_to_config(
-                codebook_size=transformer.config.codebook_size, codebook_dim=vae.config.vq_embed_dim
-            )
+        scheduler_config = KineticOptimalScheduler.load_config(folder / "scheduler")
+        if scheduler_config.get("codebook_size") is None:
+            sizes = {"codebook_size": transformer.config.codebook_size, "codebook_dim": vae.config.vq_embed_dim}
+            scheduler_config = {**scheduler_config, **sizes}
+        scheduler = KineticOptimalScheduler.from_config(scheduler_config)
         return cls(
             transformer=transformer.to(dtype),
             scheduler=scheduler,

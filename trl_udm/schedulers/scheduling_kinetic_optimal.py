@@ -16,17 +16,15 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from dataclasses import dataclass
-from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput, _get_model_file
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from diffusers.utils import BaseOutput
+
+from ..random_tensor import rand_tensor
+from .codebook import CodebookMixin
+from .forward_process import ForwardProcessMixin
 
 
 @dataclass
@@ -45,7 +43,7 @@ class KineticOptimalSchedulerOutput(BaseOutput):
     pred_original_sample: torch.LongTensor
 
 
-class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
+class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin, ConfigMixin):
     """
     Scheduler of uniform discrete diffusion: the probability paths of "Flow Matching with General Discrete Paths: A
     Kinetic-Optimal Perspective" (https://huggingface.co/papers/2412.03487), as UDM-GRPO
@@ -113,12 +111,8 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
     """
 
     order = 1
-    # Diffusers tells by this name that a folder of a repository holds weights that it can load
-    weights_name = "diffusion_pytorch_model.safetensors"
-    original_weights_name = "scheduler_model.pth"
     max_chunk_elements = 2**24
 
-    @register_to_config
     def __init__(
         self,
         alpha: float | None = 0.9,
@@ -133,128 +127,17 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
             if not is_unused and (value is None or not 0 < value < math.inf):
                 raise ValueError(f"`{name}` must be a number > 0, got {value}.")
 
-        self.codebook = None
+        # Not by diffusers' decorator, which marks what is given by position as defaults, and `from_config` leaves those out
+        self.register_to_config(
+            alpha=alpha, c=c, shift=shift, eps=eps, codebook_size=codebook_size, codebook_dim=codebook_dim
+        )
         self.num_inference_steps = None
         self.timesteps = None
 
-    def set_codebook(self, embeddings: torch.Tensor) -> None:
-        """
-        Take the codes of a codebook, L2-normalised, and register its two sizes in the config.
-
-        Args:
-            embeddings (`torch.Tensor` of shape `(codebook_size, codebook_dim)`):
-                The codebook, one code a row, as the image tokenizer has it. It is not changed.
-
-        Raises:
-            ValueError: If the shape is not that of a codebook, differs from the config's, or an entry is not finite.
-        """
-        self._register_codebook(embeddings)
-        norms = self.codebook.norm(dim=-1, keepdim=True)
-        self.codebook = self.codebook / norms.clamp(min=self.config.eps)
-
-    def _register_codebook(self, codebook: torch.Tensor) -> None:
-        if codebook.ndim != 2 or not codebook.isfinite().all():
-            raise ValueError(
-                "A codebook must be a finite matrix of shape (`codebook_size`, `codebook_dim`), got shape "
-                f"{tuple(codebook.shape)}{' with NaN or infinite entries' if codebook.ndim == 2 else ''}."
-            )
-        for name, size in zip(("codebook_size", "codebook_dim"), codebook.shape, strict=True):
-            if self.config[name] not in (None, size):
-                raise ValueError(f"`{name}` is {self.config[name]} in the config, got a codebook with {size}.")
-        self.codebook = codebook.detach().float()
-        self.register_to_config(codebook_size=codebook.shape[0], codebook_dim=codebook.shape[1])
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike,
-        subfolder: str | None = None,
-        return_unused_kwargs: bool = False,
-        **kwargs: Any,
-    ) -> KineticOptimalScheduler | tuple[KineticOptimalScheduler, dict[str, Any]]:
-        """
-        Load a scheduler from a local folder or a repository on the Hub: its config and its codebook.
-
-        The codebook is read from `diffusion_pytorch_model.safetensors` or, where there is none, from the `scheduler_model.pth`
-        of the original repositories, of which nothing but tensors is unpickled.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`):
-                A folder, or the id of a repository on the Hub.
-            subfolder (`str`, *optional*):
-                Folder of the scheduler inside the repository.
-            return_unused_kwargs (`bool`, defaults to `False`):
-                Whether to also return the keyword arguments that nothing consumed.
-            kwargs (`dict[str, Any]`, *optional*):
-                Settings that override the config's, and the Hub's `cache_dir`, `force_download`, `proxies`,
-                `local_files_only`, `token` and `revision`.
-
-        Returns:
-            [`KineticOptimalScheduler`] or `tuple`:
-                The scheduler and, if `return_unused_kwargs` is `True`, a dictionary of the unused keyword arguments.
-
-        Raises:
-            OSError: If the config, or a codebook that the path needs, is missing.
-            ValueError: If the file of the codebook does not hold one.
-        """
-        scheduler, unused_kwargs = super().from_pretrained(
-            pretrained_model_name_or_path, subfolder=subfolder, return_unused_kwargs=True, **kwargs
-        )
-        hub_names = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
-        hub_kwargs = {name: kwargs[name] for name in hub_names if name in kwargs}
-        scheduler._load_codebook(pretrained_model_name_or_path, subfolder=subfolder, **hub_kwargs)
-        return (scheduler, unused_kwargs) if return_unused_kwargs else scheduler
-
-    def _load_codebook(self, pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs: Any) -> None:
-        for weights_name in (self.weights_name, self.original_weights_name):
-            try:
-                file = _get_model_file(pretrained_model_name_or_path, weights_name=weights_name, **hub_kwargs)
-                break
-            except OSError as error:
-                missing_error = error
-        else:
-            if self.config.alpha is None and self.config.codebook_size is not None:
-                return
-            raise OSError(
-                f"Found neither `{self.weights_name}` nor `{self.original_weights_name}`, which hold the codebook, in "
-                f"{pretrained_model_name_or_path}."
-            ) from missing_error
-
-        is_original = weights_name == self.original_weights_name
-        key = "path.emb" if is_original else "codebook"
-        try:
-            state_dict = torch.load(file, map_location="cpu", weights_only=True) if is_original else load_file(file)
-            if not isinstance(state_dict, dict) or not isinstance(state_dict.get(key), torch.Tensor):
-                raise ValueError(f"it has no tensor `{key}`.")
-            if is_original:
-                self.set_codebook(state_dict[key])
-            else:
-                self._register_codebook(state_dict[key])
-        except UnpicklingError as error:
-            raise ValueError(
-                f"{file} holds more than plain tensors: loading it could run code, so it is not."
-            ) from error
-        except (ValueError, RuntimeError, EOFError, OSError, SafetensorError) as error:
-            raise ValueError(f"Cannot read a codebook from {file}: {error}") from error
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """
-        Save the config and, if there is one, the codebook to a folder that
-        [`~KineticOptimalScheduler.from_pretrained`] loads.
-
-        Args:
-            save_directory (`str` or `os.PathLike`):
-                Folder to save to, created if it does not exist.
-            push_to_hub (`bool`, defaults to `False`):
-                Whether to push the folder to the Hub afterwards.
-            kwargs (`dict[str, Any]`, *optional*):
-                Passed along to [`~utils.PushToHubMixin.push_to_hub`].
-        """
-        if self.codebook is not None:
-            file = os.path.join(save_directory, self.weights_name)
-            os.makedirs(os.path.dirname(file), exist_ok=True)
-            save_file({"codebook": self.codebook.contiguous()}, file, metadata={"format": "pt"})
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+    @property
+    def needs_codebook(self) -> bool:
+        """`bool`: Whether the path is the metric path, which is made of the distances between codes."""
+        return self.config.alpha is not None
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """
@@ -326,7 +209,7 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
         Returns:
             `torch.Tensor` of shape `size`: Times t in float32, in `[0, 1)`.
         """
-        return self._sigma_to_t(1 - 0.999 * _rand(size, torch.float32, device, generator))
+        return self._sigma_to_t(1 - 0.999 * rand_tensor(size, generator, device, torch.float32))
 
     def beta(self, t: float | torch.Tensor) -> torch.Tensor:
         """Inverse temperature `beta_t` of the metric path at times `t` in `[0, 1]`: 0 at t = 0, infinite at t = 1."""
@@ -339,34 +222,10 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
         alpha = self.config.alpha
         return torch.where(t > 0, self.config.c * alpha * t ** (alpha - 1) / (1 - t) ** (alpha + 1), 0.0)
 
-    @torch.no_grad()
-    def add_noise(
-        self,
-        original_samples: torch.LongTensor,
-        t: float | torch.Tensor,
-        generator: torch.Generator | None = None,
+    def _draw_noised_samples(
+        self, original_samples: torch.LongTensor, t: torch.Tensor, generator: torch.Generator | None
     ) -> torch.LongTensor:
-        """
-        Draw noised samples x_t ~ p_t(· | x₁), each token by itself.
-
-        Args:
-            original_samples (`torch.LongTensor` of shape `(batch_size, ...)`):
-                Clean token ids x₁, in `[0, codebook_size)`.
-            t (`float` or `torch.Tensor`):
-                Times in `[0, 1]`: one for all, or a tensor whose shape is that of the first dimensions of
-                `original_samples`, so `(batch_size,)` is a time per sample and the full shape a time per token.
-            generator (`torch.Generator`, *optional*):
-                RNG of the draw.
-
-        Returns:
-            `torch.LongTensor`: Noised token ids x_t, of the shape of `original_samples`.
-
-        Raises:
-            ValueError: If an id or a time is out of range, or the shape of `t` does not fit.
-        """
-        self._check_token_ids("original_samples", original_samples)
-        t = self._expand_t(t, original_samples)
-        uniforms = _rand((original_samples.numel(), 2), torch.float64, original_samples.device, generator)
+        uniforms = rand_tensor((original_samples.numel(), 2), generator, original_samples.device, torch.float64)
         chunks = zip(
             original_samples.flatten().split(self._chunk_length),
             t.flatten().split(self._chunk_length),
@@ -414,7 +273,8 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
     def _distances(self, token_ids: torch.LongTensor) -> torch.Tensor:
         if self.codebook is None:
             raise ValueError(
-                "The metric path needs a codebook: call `set_codebook` or load one with `from_pretrained`."
+                "The metric path needs a codebook: call `set_codebook`, load one with `from_pretrained`, or give "
+                "`from_config` another scheduler's `config` itself, since a plain dictionary of settings has no codes."
             )
         self.codebook = self.codebook.to(token_ids.device)
         squared_norms = self.codebook.square().sum(dim=-1)
@@ -510,7 +370,7 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
                 f"{tuple(sample.shape)}."
             )
         # Drawn at once, so that no draw depends on the size of the chunks or on what other tokens do.
-        uniforms = _rand((*sample.shape, 5), torch.float64, sample.device, generator)
+        uniforms = rand_tensor((*sample.shape, 5), generator, sample.device, torch.float64)
         pred_original_sample = torch.empty_like(sample)
         # Logits are often a slice of the model's output: slices of both dimensions, unlike `flatten`, copy none of it.
         num_tokens = self._chunk_length
@@ -557,38 +417,6 @@ class KineticOptimalScheduler(SchedulerMixin, ConfigMixin):
     @property
     def _chunk_length(self) -> int:
         return max(1, self.max_chunk_elements // self.config.codebook_size)
-
-    def _check_token_ids(self, name: str, token_ids: torch.LongTensor) -> None:
-        codebook_size = self.config.codebook_size
-        if codebook_size is None:
-            raise ValueError("The scheduler does not know its `codebook_size`: pass it, or call `set_codebook`.")
-        if token_ids.dtype != torch.long:
-            raise TypeError(f"`{name}` must be a `torch.long` tensor, got {token_ids.dtype}.")
-        smallest, largest = torch.stack(token_ids.aminmax()).tolist()
-        if smallest < 0 or largest >= codebook_size:
-            raise ValueError(f"`{name}` must be in [0, {codebook_size}), got ids from {smallest} to {largest}.")
-
-    def _expand_t(self, t: float | torch.Tensor, samples: torch.LongTensor) -> torch.Tensor:
-        t = torch.as_tensor(t, dtype=torch.float32, device=samples.device)
-        if t.shape != samples.shape[: t.ndim]:
-            raise ValueError(
-                "`t` must be a scalar or have the shape of the first dimensions of the samples, "
-                f"{tuple(samples.shape)}, got {tuple(t.shape)}."
-            )
-        if not ((t >= 0) & (t <= 1)).all():
-            raise ValueError(f"`t` must be in [0, 1], got values from {t.min().item()} to {t.max().item()}.")
-        return t.view((*t.shape, *[1] * (samples.ndim - t.ndim))).expand(samples.shape)
-
-
-def _rand(
-    size: int | tuple[int, ...],
-    dtype: torch.dtype,
-    device: str | torch.device | None,
-    generator: torch.Generator | None,
-) -> torch.Tensor:
-    # As diffusers' `randn_tensor`: a generator on the CPU gives one and the same draw on every device.
-    random_device = device if generator is None else generator.device
-    return torch.rand(size, dtype=dtype, device=random_device, generator=generator).to(device)
 
 
 def _draw(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.LongTensor:

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 import torch
 from diffusers import DiscreteDDIMScheduler
 from diffusers import SchedulerMixin as SchedulerMixin  # diffusers looks a component's loader up by this name
-from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_discrete_ddim import DiscreteDDIMSchedulerOutput
+
+from ..random_tensor import rand_tensor, randint_tensor
+from .forward_process import ForwardProcessMixin
 
 
 @dataclass
@@ -36,7 +38,7 @@ class UniformDDIMSchedulerOutput(DiscreteDDIMSchedulerOutput):
     pred_original_sample: torch.LongTensor
 
 
-class UniformDDIMScheduler(DiscreteDDIMScheduler):
+class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
     r"""
     Scheduler of uniform corruption, for text: diffusers' [`~diffusers.DiscreteDDIMScheduler`] with the forward process and
     the time that [`UDMPipeline`] asks a scheduler for.
@@ -73,9 +75,10 @@ class UniformDDIMScheduler(DiscreteDDIMScheduler):
     ```
     """
 
-    @register_to_config
     def __init__(self, codebook_size: int, num_inference_steps: int = 32):
-        # Not the parent's `__init__`: it would register the settings of a corrector, which the sampler does not use
+        # Not by the parent's `__init__`, which would register the settings of a corrector that the sampler does not use, and
+        # not by diffusers' decorator, which marks what is given by position as defaults: `from_config` leaves those out
+        self.register_to_config(codebook_size=codebook_size, num_inference_steps=num_inference_steps)
         self.set_timesteps(num_inference_steps)
 
     def timestep_to_t(self, timestep: int | torch.Tensor) -> float:
@@ -91,43 +94,12 @@ class UniformDDIMScheduler(DiscreteDDIMScheduler):
         """
         return self._alpha(int(timestep))
 
-    @torch.no_grad()
-    def add_noise(
-        self,
-        original_samples: torch.LongTensor,
-        t: float | torch.Tensor,
-        generator: torch.Generator | None = None,
+    def _draw_noised_samples(
+        self, original_samples: torch.LongTensor, t: torch.Tensor, generator: torch.Generator | None
     ) -> torch.LongTensor:
-        """
-        Draw noised samples x_t ~ p_t(· | x₁), each token by itself.
-
-        Args:
-            original_samples (`torch.LongTensor` of shape `(batch_size, ...)`):
-                Clean token ids x₁, in `[0, codebook_size)`.
-            t (`float` or `torch.Tensor`):
-                Times in `[0, 1]`: one for all, or a tensor whose shape is that of the first dimensions of
-                `original_samples`, so `(batch_size,)` is a time per sample and the full shape a time per token.
-            generator (`torch.Generator`, *optional*):
-                RNG of the draw.
-
-        Returns:
-            `torch.LongTensor`: Noised token ids x_t, of the shape of `original_samples`.
-
-        Raises:
-            ValueError: If the shape of `t` does not fit.
-        """
-        t = torch.as_tensor(t, dtype=torch.float32, device=original_samples.device)
-        if t.shape != original_samples.shape[: t.ndim]:
-            raise ValueError(
-                "`t` must be a scalar or have the shape of the first dimensions of `original_samples`, "
-                f"{tuple(original_samples.shape)}, got {tuple(t.shape)}."
-            )
-        # As diffusers' `randn_tensor`: a generator on the CPU serves every device
-        device = original_samples.device if generator is None else generator.device
-        size, codebook_size = original_samples.shape, self.config.codebook_size
-        uniforms = torch.rand(size, generator=generator, device=device).to(original_samples.device)
-        noise = torch.randint(codebook_size, size, generator=generator, device=device).to(original_samples.device)
-        survives = uniforms < t.view(*t.shape, *[1] * (original_samples.ndim - t.ndim))
+        shape, device = original_samples.shape, original_samples.device
+        survives = rand_tensor(shape, generator, device) < t
+        noise = randint_tensor(self.config.codebook_size, shape, generator, device)
         return torch.where(survives, original_samples, noise)
 
     @torch.no_grad()

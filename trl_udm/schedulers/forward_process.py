@@ -1,0 +1,74 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The forward process of a scheduler: noised samples, and what their times may be."""
+
+import torch
+
+
+class ForwardProcessMixin:
+    """
+    Noised samples x_t ~ p_t(· | x₁). Needs the setting `codebook_size` and the method
+    `_draw_noised_samples(original_samples, t, generator)`, which is given a time for each token.
+    """
+
+    @torch.no_grad()
+    def add_noise(
+        self,
+        original_samples: torch.LongTensor,
+        t: float | torch.Tensor,
+        generator: torch.Generator | None = None,
+    ) -> torch.LongTensor:
+        """
+        Draw noised samples x_t ~ p_t(· | x₁), each token by itself.
+
+        Args:
+            original_samples (`torch.LongTensor` of shape `(batch_size, ...)`):
+                Clean token ids x₁, in `[0, codebook_size)`.
+            t (`float` or `torch.Tensor`):
+                Times in `[0, 1]`: one for all, or a tensor whose shape is that of the first dimensions of
+                `original_samples`, so `(batch_size,)` is a time per sample and the full shape a time per token.
+            generator (`torch.Generator`, *optional*):
+                RNG of the draw.
+
+        Returns:
+            `torch.LongTensor`: Noised token ids x_t, of the shape of `original_samples`.
+
+        Raises:
+            TypeError: If the ids are not `torch.long`.
+            ValueError: If an id or a time is out of range, or the shape of `t` does not fit.
+        """
+        self._check_token_ids("original_samples", original_samples)
+        return self._draw_noised_samples(original_samples, self._expand_t(t, original_samples), generator)
+
+    def _check_token_ids(self, name: str, token_ids: torch.LongTensor) -> None:
+        codebook_size = self.config.codebook_size
+        if codebook_size is None:
+            raise ValueError("The scheduler does not know its `codebook_size`: pass it, or call `set_codebook`.")
+        if token_ids.dtype != torch.long:
+            raise TypeError(f"`{name}` must be a `torch.long` tensor, got {token_ids.dtype}.")
+        smallest, largest = torch.stack(token_ids.aminmax()).tolist()
+        if smallest < 0 or largest >= codebook_size:
+            raise ValueError(f"`{name}` must be in [0, {codebook_size}), got ids from {smallest} to {largest}.")
+
+    def _expand_t(self, t: float | torch.Tensor, samples: torch.LongTensor) -> torch.Tensor:
+        t = torch.as_tensor(t, dtype=torch.float32, device=samples.device)
+        if t.shape != samples.shape[: t.ndim]:
+            raise ValueError(
+                "`t` must be a scalar or have the shape of the first dimensions of the samples, "
+                f"{tuple(samples.shape)}, got {tuple(t.shape)}."
+            )
+        if not ((t >= 0) & (t <= 1)).all():
+            raise ValueError(f"`t` must be in [0, 1], got values from {t.min().item()} to {t.max().item()}.")
+        return t.view((*t.shape, *[1] * (samples.ndim - t.ndim))).expand(samples.shape)

@@ -1,0 +1,204 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+Files of weights: safetensors, sharded or not, or a pickle that holds nothing but tensors. What is damaged, missing or of
+another shape is an error that names it.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from diffusers.utils import _get_model_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+def find_file(pretrained_model_name_or_path: str | os.PathLike, names: list[str], **hub_kwargs: Any) -> Path:
+    """
+    Finds the first of several files that a folder or a repository on the Hub has.
+
+    Args:
+        pretrained_model_name_or_path (`str` or `os.PathLike`):
+            Folder, or id of a repository.
+        names (`list[str]`):
+            Names of the files, the preferred one first.
+        hub_kwargs:
+            `subfolder`, `cache_dir`, `force_download`, `proxies`, `local_files_only`, `token` and `revision`.
+
+    Returns:
+        `Path`: The file, downloaded where it is on the Hub.
+
+    Raises:
+        FileNotFoundError: If there is none of them.
+    """
+    for name in names:
+        try:
+            return Path(_get_model_file(pretrained_model_name_or_path, weights_name=name, **hub_kwargs))
+        except OSError as error:
+            missing_error = error
+    listed = " nor ".join(f"`{name}`" for name in names)
+    raise FileNotFoundError(f"Found neither {listed} in {pretrained_model_name_or_path}.") from missing_error
+
+
+def load_tensors(file: str | os.PathLike, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """
+    Reads the tensors of one file, onto the CPU.
+
+    Args:
+        file (`str` or `os.PathLike`):
+            A `.safetensors` file, or a pickle. Of a pickle nothing but tensors and plain containers is unpickled, so that
+            no code runs.
+        names (`Iterable[str]`, *optional*):
+            The tensors to return. Without it, all of them, and the file must hold nothing else.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The tensors.
+
+    Raises:
+        ValueError: If the file is damaged, holds more than tensors, or lacks one of `names`.
+    """
+    try:
+        if Path(file).suffix == ".safetensors":
+            tensors = load_file(file)
+        else:
+            tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, EOFError, OSError, RuntimeError) as error:
+        raise ValueError(f"{file} is damaged, or holds more than tensors, so it is not loaded.") from error
+    if names is None:
+        if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+            raise ValueError(f"{file} must hold a dictionary of tensors and nothing else.")
+        return tensors
+    for name in names:
+        if not isinstance(tensors, dict) or not isinstance(tensors.get(name), torch.Tensor):
+            raise ValueError(f"Cannot read {file}: it has no tensor `{name}`.")
+    return {name: tensors[name] for name in names}
+
+
+def load_state_dict(folder: str | os.PathLike, name: str) -> dict[str, torch.Tensor]:
+    """
+    Reads the weights of one component: `<name>.safetensors`, its shards where `<name>.safetensors.index.json` lists some,
+    or `<name>.bin`, in this order of preference: shards, safetensors, pickle.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            The component's folder.
+        name (`str`):
+            Name of the file without suffix.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The tensors of all shards.
+
+    Raises:
+        FileNotFoundError: If there is no such file, or a shard is missing.
+        ValueError: If a file is damaged, or holds more than tensors.
+    """
+    folder = Path(folder)
+    index = folder / f"{name}.safetensors.index.json"
+    if not index.is_file():
+        return load_tensors(find_file(folder, [f"{name}.safetensors", f"{name}.bin"]))
+    state_dict = {}
+    for shard_name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+        if not (folder / shard_name).is_file():
+            raise FileNotFoundError(f"There is no {folder / shard_name}, which {index.name} lists.")
+        state_dict.update(load_tensors(folder / shard_name))
+    return state_dict
+
+
+def check_state_dict(
+    state_dict: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], folder: str | os.PathLike
+) -> None:
+    """
+    Checks that weights are those of a model, by their names and shapes.
+
+    Args:
+        state_dict (`dict[str, torch.Tensor]`):
+            The weights.
+        expected (`dict[str, torch.Tensor]`):
+            The model's own, of any device.
+        folder (`str` or `os.PathLike`):
+            Where the weights come from, for the message.
+
+    Raises:
+        ValueError: If a weight is missing, is not the model's, or has the wrong shape.
+    """
+    missing, unexpected = sorted(expected.keys() - state_dict.keys()), sorted(state_dict.keys() - expected.keys())
+    if missing or unexpected:
+        raise ValueError(
+            f"The weights in {folder} miss {missing or 'nothing'} and have unexpected {unexpected or 'none'}."
+        )
+    for name, tensor in expected.items():
+        if state_dict[name].shape != tensor.shape:
+            raise ValueError(
+                f"`{name}` in {folder} must have shape {tuple(tensor.shape)} by its config.json, got "
+                f"{tuple(state_dict[name].shape)}."
+            )
+
+
+def load_every_weight(
+    from_pretrained: Callable, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
+) -> Any:
+    """
+    Calls a `from_pretrained` of transformers or diffusers. A weight that the checkpoint lacks is an error: both libraries
+    would leave it random and warn.
+
+    Args:
+        from_pretrained (`Callable`):
+            The method, of transformers' `PreTrainedModel` or diffusers' `ModelMixin`.
+        pretrained_model_name_or_path (`str` or `os.PathLike`, *optional*):
+            Folder, or id of a repository on the Hub.
+        args, kwargs:
+            As in `from_pretrained`. With `ignore_mismatched_sizes=True` weights that are missing or of another shape are
+            left random.
+
+    Returns:
+        The model, or with `output_loading_info=True` the model and its loading info.
+
+    Raises:
+        ValueError: If a weight is missing or has the wrong shape, or a file is damaged.
+    """
+    settings = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, info = from_pretrained(pretrained_model_name_or_path, *args, **settings)
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {pretrained_model_name_or_path} are damaged: {error}.") from error
+    absent = sorted(info["missing_keys"]) + sorted(
+        f"{name} (as {shape})" for name, shape, _ in info["mismatched_keys"]
+    )
+    if absent and not kwargs.get("ignore_mismatched_sizes", False):
+        raise ValueError(
+            f"The weights in {pretrained_model_name_or_path} miss, or have in another shape than its config.json says: "
+            f"{absent}."
+        )
+    return (model, info) if kwargs.get("output_loading_info", False) else model
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], file: str | os.PathLike) -> None:
+    """
+    Saves tensors as safetensors.
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`):
+            The tensors.
+        file (`str` or `os.PathLike`):
+            The file. Its folder is created if it does not exist.
+    """
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, file, metadata={"format": "pt"})
