@@ -27,7 +27,10 @@ ABLATION = Path(__file__).parents[2] / "benchmarks" / "ablation.py"
 
 @pytest.fixture
 def ablation(monkeypatch):
-    """Runs the command with training replaced by results that depend on its flags; returns the flags of each training."""
+    """
+    Runs the command without training: the results depend on the flags of a run. Returns the flags of all runs that would
+    have been trained.
+    """
     trainings = []
 
     def train(command, **kwargs):
