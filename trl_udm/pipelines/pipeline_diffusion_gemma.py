@@ -19,7 +19,6 @@ import torch
 from diffusers import DiffusionGemmaPipeline, DiscreteDDIMScheduler, SchedulerMixin
 from torch import nn
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoTokenizer,
     Cache,
@@ -32,7 +31,8 @@ from transformers.models.diffusion_gemma.modeling_diffusion_gemma import Diffusi
 
 from ..schedulers.scheduling_uniform_ddim import UniformDDIMScheduler
 from .pipeline_output import UDMSamplerOutput
-from .pipeline_udm import UDMPipeline
+from .pipeline_udm import HUB_KWARGS, UDMPipeline
+from .text import TextMixin
 
 
 LORA_TARGET_MODULES = r".*\.decoder\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
@@ -41,10 +41,9 @@ LORA_TARGET_MODULES = r".*\.decoder\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(
 # diffusers 0.42 writes "diffusion_gemma" for "transformers", the name of a package of its own too, where it then looks for the
 # class in vain
 _MODEL_CLASS = ("transformers", "DiffusionGemmaForBlockDiffusion")
-_HUB_KWARGS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
 
 
-class DiffusionGemmaUDMPipeline(UDMPipeline, DiffusionGemmaPipeline):
+class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
     r"""
     DiffusionGemma, for training by [`UDMGRPOTrainer`]. It is diffusers' [`~diffusers.DiffusionGemmaPipeline`], with its
     components, its folders and its `__call__`, and implements [`UDMPipeline`] beside it, for text.
@@ -84,7 +83,6 @@ class DiffusionGemmaUDMPipeline(UDMPipeline, DiffusionGemmaPipeline):
     ```
     """
 
-    modality = "text"
     transformer_name = "model"
 
     def __init__(
@@ -135,7 +133,7 @@ class DiffusionGemmaUDMPipeline(UDMPipeline, DiffusionGemmaPipeline):
         """
         path = pretrained_model_name_or_path
         kwargs = {"use_safetensors": True, **kwargs}
-        hub_kwargs = {name: kwargs[name] for name in _HUB_KWARGS if name in kwargs}
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         try:
             cls.load_config(path, **hub_kwargs)
         except OSError:  # no `model_index.json`
@@ -182,21 +180,14 @@ class DiffusionGemmaUDMPipeline(UDMPipeline, DiffusionGemmaPipeline):
             )
         return (gen_length // canvas_length, canvas_length)
 
-    def encode_prompt(self, prompt: list[Any]) -> tuple[torch.LongTensor, torch.Tensor]:
-        """A text is a user's message. The rest is as in [`UDMPipeline`]."""
-        ids = []
-        for text_or_messages in prompt:
-            messages = text_or_messages
-            if isinstance(messages, str):
-                messages = [{"role": "user", "content": messages}]
-            encoded = self.processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True
-            )
-            ids.append(encoded["input_ids"][0])
-        padded = {"batch_first": True, "padding_side": "left"}
-        prompt_ids = pad_sequence(ids, padding_value=self.tokenizer.pad_token_id, **padded)  # (B, T)
-        prompt_mask = pad_sequence([torch.ones_like(row) for row in ids], **padded)  # (B, T)
-        return prompt_ids.to(self._execution_device), prompt_mask.to(self._execution_device)
+    def _encode(self, text_or_messages: str | list[dict[str, Any]]) -> list[int]:
+        messages = text_or_messages
+        if isinstance(messages, str):  # a user's message
+            messages = [{"role": "user", "content": messages}]
+        encoded = self.processor.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True
+        )
+        return encoded["input_ids"][0].tolist()
 
     # Called by diffusers' `__call__`, which does not pad the prompts of a list to one length
     def _prepare_inputs(self, *, prompt, messages, image, add_generation_prompt):
@@ -340,19 +331,6 @@ class DiffusionGemmaUDMPipeline(UDMPipeline, DiffusionGemmaPipeline):
             prompt_ids = torch.cat([prompt_ids, output.clean_samples], dim=1)
             prompt_mask = torch.cat([prompt_mask, torch.ones_like(output.clean_samples)], dim=1)
         return UDMSamplerOutput.cat(outputs, dim=1)
-
-    def completion_mask(self, clean_samples: torch.LongTensor) -> torch.LongTensor:
-        """1 up to the first token that ends the completion, which counts; 0 after it. The rest is as in [`UDMPipeline`]."""
-        is_end = self._is_end(clean_samples).long()
-        return (is_end.cumsum(dim=1) - is_end == 0).long()
-
-    def decode(self, clean_samples: torch.LongTensor, latent_shape: tuple[int, int]) -> list[str]:
-        is_text = self.completion_mask(clean_samples).bool() & ~self._is_end(clean_samples)
-        ids = [row[text].tolist() for row, text in zip(clean_samples.cpu(), is_text.cpu(), strict=True)]
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-    def _is_end(self, clean_samples: torch.LongTensor) -> torch.BoolTensor:
-        return torch.isin(clean_samples, torch.tensor(self.end_token_ids, device=clean_samples.device))
 
 
 __all__ = ["DiffusionGemmaUDMPipeline"]

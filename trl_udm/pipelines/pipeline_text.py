@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
 from ..schedulers.scheduling_uniform_ddim import UniformDDIMScheduler
 from .pipeline_output import TextUDMPipelineOutput
 from .pipeline_udm import UDMPipeline
+from .text import TextMixin
 
 
-class TextUDMPipeline(UDMPipeline):
+class TextUDMPipeline(TextMixin, UDMPipeline):
     r"""
     Text generation by uniform discrete diffusion, with any network of the form of a masked language model: a
     bidirectional transformer with logits over its vocabulary at every position, such as `AutoModelForMaskedLM` loads.
@@ -65,8 +65,6 @@ class TextUDMPipeline(UDMPipeline):
     ```
     """
 
-    modality = "text"
-
     def __init__(
         self,
         transformer: PreTrainedModel,
@@ -102,6 +100,10 @@ class TextUDMPipeline(UDMPipeline):
             return self.tokenizer.sep_token_id
         return self.tokenizer.eos_token_id
 
+    @property
+    def end_token_ids(self) -> list[int]:
+        return [self.end_token_id]
+
     def latent_shape(self, max_completion_length: int | None = None) -> tuple[int]:
         """
         Shape of the canvas.
@@ -118,20 +120,12 @@ class TextUDMPipeline(UDMPipeline):
             raise ValueError(f"`max_completion_length` must be > 0, got {length}.")
         return (length,)
 
-    def encode_prompt(self, prompt: list[Any]) -> tuple[torch.LongTensor, torch.Tensor]:
-        ids = []
-        for text_or_messages in prompt:
-            if isinstance(text_or_messages, str):
-                encoded = self.tokenizer(text_or_messages)
-            else:
-                encoded = self.tokenizer.apply_chat_template(
-                    text_or_messages, add_generation_prompt=True, return_dict=True
-                )
-            ids.append(torch.tensor(encoded["input_ids"], dtype=torch.long))
-        padded = {"batch_first": True, "padding_side": "left"}
-        prompt_ids = pad_sequence(ids, padding_value=self.tokenizer.pad_token_id, **padded)  # (B, T)
-        prompt_mask = pad_sequence([torch.ones_like(row) for row in ids], **padded)  # (B, T)
-        return prompt_ids.to(self._execution_device), prompt_mask.to(self._execution_device)
+    def _encode(self, text_or_messages: str | list[dict[str, Any]]) -> list[int]:
+        if isinstance(text_or_messages, str):
+            return self.tokenizer(text_or_messages)["input_ids"]
+        return self.tokenizer.apply_chat_template(text_or_messages, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
 
     def prepare_denoiser_inputs(
         self,
@@ -196,16 +190,6 @@ class TextUDMPipeline(UDMPipeline):
         log_probs = logits.float().log_softmax(dim=-1)  # (B, N, V)
         entropies = -(log_probs.exp() * log_probs).sum(dim=-1)
         return log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropies
-
-    def completion_mask(self, clean_samples: torch.LongTensor) -> torch.LongTensor:
-        """1 up to the first end-of-sequence token, which counts; 0 after it. The rest is as in [`UDMPipeline`]."""
-        is_end = (clean_samples == self.end_token_id).long()
-        return (is_end.cumsum(dim=1) - is_end == 0).long()
-
-    def decode(self, clean_samples: torch.LongTensor, latent_shape: tuple[int, ...]) -> list[str]:
-        is_text = self.completion_mask(clean_samples).bool() & (clean_samples != self.end_token_id)
-        ids = [row[text].tolist() for row, text in zip(clean_samples.cpu(), is_text.cpu(), strict=True)]
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     @torch.no_grad()
     def __call__(

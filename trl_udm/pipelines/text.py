@@ -1,0 +1,51 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""What the families of text have in common: prompts padded on the left, and completions that end early."""
+
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+
+class TextMixin:
+    """
+    Prompts to token ids and token ids to text, for a [`UDMPipeline`]. Needs `tokenizer`, `end_token_ids` (the tokens that
+    end a completion) and the method `_encode(text_or_messages)`, which gives the ids of one prompt.
+    """
+
+    modality = "text"
+
+    def encode_prompt(self, prompt: list[Any]) -> tuple[torch.LongTensor, torch.Tensor]:
+        """As in [`UDMPipeline`]. Messages are written by the chat template."""
+        ids = [torch.tensor(self._encode(text_or_messages), dtype=torch.long) for text_or_messages in prompt]
+        padded = {"batch_first": True, "padding_side": "left"}
+        prompt_ids = pad_sequence(ids, padding_value=self.tokenizer.pad_token_id, **padded)  # (B, T)
+        prompt_mask = pad_sequence([torch.ones_like(row) for row in ids], **padded)  # (B, T)
+        return prompt_ids.to(self._execution_device), prompt_mask.to(self._execution_device)
+
+    def completion_mask(self, clean_samples: torch.LongTensor) -> torch.LongTensor:
+        """As in [`UDMPipeline`]: 1 up to the first token that ends the completion, which counts, and 0 after it."""
+        is_end = self._is_end(clean_samples).long()
+        return (is_end.cumsum(dim=1) - is_end == 0).long()
+
+    def decode(self, clean_samples: torch.LongTensor, latent_shape: tuple[int, ...]) -> list[str]:
+        """As in [`UDMPipeline`]: the text before the token that ends the completion."""
+        is_text = self.completion_mask(clean_samples).bool() & ~self._is_end(clean_samples)
+        ids = [row[text].tolist() for row, text in zip(clean_samples.cpu(), is_text.cpu(), strict=True)]
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def _is_end(self, clean_samples: torch.LongTensor) -> torch.BoolTensor:
+        return torch.isin(clean_samples, torch.tensor(self.end_token_ids, device=clean_samples.device))
