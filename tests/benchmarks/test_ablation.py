@@ -28,8 +28,8 @@ ABLATION = Path(__file__).parents[2] / "benchmarks" / "ablation.py"
 @pytest.fixture
 def ablation(monkeypatch):
     """
-    Runs the command without training: the results depend on the flags of a run. Returns the flags of all runs that would
-    have been trained.
+    Runs the command without training: the results of a run depend on its flags. Returns the flags of all runs that
+    would have been trained.
     """
     trainings = []
 
