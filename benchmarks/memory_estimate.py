@@ -19,12 +19,13 @@
     python benchmarks/memory_estimate.py --size mid --batch_size 4 --lora
     python benchmarks/memory_estimate.py --recipes
 
-Stages are those of `throughput.py`, each in a process of its own. What is compared is the peak of a stage beside what was
-held before it, measured in two ways. On a GPU both are PyTorch's allocator. On a CPU, "allocated" is the sum of the bytes
-that PyTorch's allocator handed out, as its profiler records them. "Process" is the growth of the process, which also holds
-the buffers of the libraries below PyTorch and freed memory that the C library keeps. `MALLOC_MMAP_THRESHOLD_` tells the C
-library to return blocks of 64 KiB and more at once. Without it, a large update grows the process by a fifth more.
-`--recipes` prints the table of docs/memory.md, which is computed for a GPU, with neither weights nor a GPU.
+Stages are those of `throughput.py`, each in a process of its own. What is compared is the peak of a stage beside what
+was held before it, measured in two ways. On a GPU both are PyTorch's allocator. On a CPU, "allocated" is the sum of
+the bytes that PyTorch's allocator handed out, as its profiler records them. "Process" is the growth of the process,
+which also holds the buffers of the libraries below PyTorch and freed memory that the C library keeps.
+`MALLOC_MMAP_THRESHOLD_` tells the C library to return blocks of 64 KiB and more at once. Without it, a large update
+grows the process by a fifth more. `--recipes` prints the table of docs/memory.md, which is computed for a GPU, with
+neither weights nor a GPU.
 """
 
 import argparse
@@ -52,9 +53,8 @@ from torch.profiler import ProfilerActivity, profile
 from trl_udm import MemoryEstimate, UDMGRPOConfig, estimate_memory
 
 
-# Full fine-tuning has float32 weights, LoRA bfloat16 ones, and both compute in bfloat16. A step is 16 prompts x 8 samples
-# x 3 rows.
-STEP_ROWS = 16 * 8 * 3
+# Full fine-tuning has float32 weights, LoRA bfloat16 ones. Both compute in bfloat16.
+STEP_ROWS = 16 * 8 * 3  # prompts, samples of each, timesteps of each
 RECIPES = (
     # GPU, LoRA, rows of a forward pass, samples drawn at a time, activation checkpointing, beta
     ("24 GB", True, 24, 32, True, 0.05),

@@ -247,6 +247,12 @@ def test_weights_gradients_and_states_are_exact(tmp_path, tokenizer, lora):
     assert isinstance(pipeline.scheduler, KineticOptimalScheduler)
 
 
+def test_nothing_is_scored_without_need(tmp_path, tokenizer):
+    args = build_config(tmp_path, beta=0.0, gradient_accumulation_steps=2)
+    estimate = estimate_memory(build_pipeline(tokenizer), args)
+    assert estimate.stages["scoring"] == pytest.approx(estimate.resident, rel=0.01)
+
+
 def test_it_grows_and_shrinks_as_it_must(tmp_path, tokenizer):
     def stages(num_layers=2, lora=False, **settings):
         pipeline = build_pipeline(tokenizer, num_layers, device="meta", hidden_size=64, intermediate_size=256)

@@ -221,6 +221,7 @@ def estimate_memory(
             if args.beta != 0.0:
                 score(reference)
 
+        tracker.begin("update")
         if args.activation_checkpointing:
             kwargs = dict(args.activation_checkpointing_kwargs or {})
             kwargs.pop("offload", None)
@@ -228,8 +229,7 @@ def estimate_memory(
             transformer.activation_checkpointing_enable(kwargs or None, every_n_layers=every_n_layers)
         if args.gradient_accumulation_steps > 1:
             for parameter in trained:
-                parameter.grad = torch.empty_like(parameter)
-        tracker.begin("update")
+                parameter.grad = torch.empty_like(parameter)  # of the micro-batches before
         score(transformer).backward()
         optimizer.step()
         if ema is not None:
