@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, Qwen3Config, Qwen3ForSequenceClassification
 
 from trl_udm import UDMGRPOConfig, UDMGRPOTrainer
-from trl_udm.trainer.async_rewards import BackgroundReward
+from trl_udm.trainer.reward_runner import RewardRunner
 
 from .test_udm_grpo_trainer import LORA, PROMPTS, build_args, build_trainer, count_a, generate_batch
 from .toy_text_family import build_toy_text_pipeline
@@ -412,10 +412,11 @@ def test_calls_that_have_not_begun_when_they_are_dropped_never_do():
             go_on.wait(PATIENCE)
         return [1.0]
 
-    reward = BackgroundReward(wait, torch.device("cpu"))
+    reward = RewardRunner(wait)
+    reward.start(torch.device("cpu"))
     for number in range(3):
-        reward.start(prompts=[number], log_metric=print, log_extra=print)
-    reward.drop()
+        reward.submit(prompts=[number], log_metric=print, log_extra=print)
+    reward.cancel()
     go_on.set()
     assert reward(prompts=[3], log_metric=print, log_extra=print) == [1.0]
     assert begun[0] == [0] and begun[-1] == [3] and [2] not in begun
@@ -423,7 +424,8 @@ def test_calls_that_have_not_begun_when_they_are_dropped_never_do():
 
 def test_the_thread_ends_with_its_function():
     before = threading.enumerate()
-    reward = BackgroundReward(count_a, torch.device("cpu"))
+    reward = RewardRunner(count_a)
+    reward.start(torch.device("cpu"))
     reward(prompts=["a"], completions=["ab"], log_metric=print, log_extra=print)
     (thread,) = [thread for thread in threading.enumerate() if thread not in before]
     del reward

@@ -103,7 +103,16 @@ def test_a_second_family_learns_through_the_same_trainer(tmp_path, peft_config):
 
 
 def test_the_trainer_names_no_family():
-    for name in ("udm_grpo_trainer", "udm_grpo_config", "completions", "checkpoint", "adapters", "ema", "hub", "model_card"):
+    for name in (
+        "udm_grpo_trainer",
+        "udm_grpo_config",
+        "completions",
+        "checkpoint",
+        "adapters",
+        "ema",
+        "hub",
+        "model_card",
+    ):
         module = sys.modules[UDMGRPOTrainer.__module__.rpartition(".")[0] + "." + name]
         with open(module.__file__) as file:
             code = [line for line in file.read().splitlines() if not line.lstrip().startswith((">>>", "..."))]

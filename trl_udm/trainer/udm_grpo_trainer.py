@@ -35,12 +35,11 @@ from ..models.layers import without_checkpointing
 from ..pipelines.pipeline_output import UDMSamplerOutput
 from ..pipelines.pipeline_udm import UDMPipeline
 from .adapters import PolicyMixin, copy_reference, prepare_peft_config
-from .async_rewards import in_background, start_rewards
 from .checkpoint import CheckpointMixin, EpochRepeatSampler
 from .completions import CompletionsMixin
 from .ema import EMAMixin
 from .hub import HubMixin
-from .reward_checks import handle_failures
+from .reward_runner import RewardsMixin
 from .udm_grpo_config import UDMGRPOConfig, check_datasets
 
 
@@ -66,7 +65,7 @@ class Rollout:
     completions: list[Any]
 
 
-class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, PolicyMixin, GRPOTrainer):
+class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, PolicyMixin, RewardsMixin, GRPOTrainer):
     r"""
     Trainer for UDM-GRPO (https://huggingface.co/papers/2604.18518): group relative policy optimization of uniform
     discrete diffusion models.
@@ -192,39 +191,12 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         self.max_completion_length = math.prod(self.latent_shape)
         self._prepare_policy()
         if args.async_rewards:
-            event_loop = self.async_loop if self._has_async_funcs else None
-            self.reward_funcs = in_background(self.reward_funcs, self.accelerator.device, event_loop)
+            self._start_reward_threads()
         if reference is not None:
             self.ref_model = self._prepare_reference(reference)
         for component in pipeline.components.values():
             if isinstance(component, nn.Module) and component is not transformer:
                 component.requires_grad_(False).eval().to(self.accelerator.device)
-
-    def _wrap_reward_funcs(
-        self,
-        reward_funcs: Callable | list[Callable],
-        eval_reward_funcs: Callable | list[Callable] | None,
-        args: UDMGRPOConfig,
-    ) -> list[Callable]:
-        """Reward functions as `GRPOTrainer` takes them. Those of evaluation have weight 0 and abstain in training."""
-        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        eval_reward_funcs = [] if eval_reward_funcs is None else eval_reward_funcs
-        eval_reward_funcs = eval_reward_funcs if isinstance(eval_reward_funcs, list) else [eval_reward_funcs]
-        self._num_eval_reward_funcs = len(eval_reward_funcs)
-        if eval_reward_funcs:
-            weights = args.reward_weights or [1.0] * len(reward_funcs)
-            args.reward_weights = [*weights, *[0.0] * len(eval_reward_funcs)]
-        if not reward_funcs:
-            raise ValueError("`reward_funcs` must have at least one function, got none.")
-        import functools
-
-        handle = functools.partial(handle_failures, timeout=args.reward_timeout, on_error=args.reward_error)
-        handled = [handle(reward_func) for reward_func in reward_funcs]
-        for reward_func in eval_reward_funcs:
-            if isinstance(reward_func, nn.Module | str):
-                raise TypeError(f"`eval_reward_funcs` must be functions, got {reward_func!r}.")
-            handled.append(handle(reward_func, abstains=lambda: self.model.training))
-        return handled
 
     # A sample has K rows, which lie side by side in the generation batch
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
@@ -365,22 +337,6 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             completions = [[{"role": "assistant", "content": completion}] for completion in completions]
         return inputs, prompts, completions, completion_ids
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        is_trained = self.reward_weights != 0
-        if torch.isnan(rewards_per_func[:, is_trained.to(rewards_per_func.device)]).all():
-            names = [name for name, trained in zip(self.reward_func_names, is_trained, strict=True) if trained]
-            reason = (
-                f"The reward functions {names} returned None or NaN for all {len(rewards_per_func)} samples of a "
-                f"batch, the first of which has the prompt {prompts[0]!r}."
-            )
-            if self.args.reward_error == "raise":
-                raise ValueError(reason)
-            self._count_failure("rewards", reason)
-        else:
-            self._num_failures["rewards"] = 0
-        return rewards_per_func
-
     def _compute_advantages(
         self, rewards_per_func: torch.Tensor, num_generations: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -430,8 +386,10 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
 
         def submit(first: int, clean_samples: torch.Tensor, decoded: list[Any]) -> None:
             part = inputs[first : first + len(decoded)]
-            start_rewards(self, first == 0, *self._reward_arguments(part, clean_samples, decoded))
+            self._submit_rewards(*self._reward_arguments(part, clean_samples, decoded))
 
+        for runner in self._reward_runners:
+            runner.cancel()  # what an earlier batch left, after an error
         rollout = self._rollout(prompts, mode, on_decoded=submit if self.args.async_rewards else None)
         reward_arguments = self._reward_arguments(inputs, rollout.output.clean_samples, rollout.completions)
         if self.args.async_rewards:  # scoring needs no rewards, so they may go on meanwhile
