@@ -1,10 +1,14 @@
-# The virtual environment is `.venv` in this folder. `make test` and `make geneval` make it first where it is missing.
+# The virtual environment is `.venv` in this folder. The other targets make it first where it is missing.
+# `make test-lowest` and `make test-latest` have environments of their own, `.venv-lowest` and `.venv-latest`.
 
 PYTHON ?= python3
 # Passed on to the command of the target: make test ARGS="-k name"
 ARGS ?=
 # Processes that run the tests; 0 runs them in one process, as a debugger needs.
 WORKERS ?= auto
+# `make test-lowest` and `make test-latest` take this PyTorch too: its builds depend on the machine, and are large.
+# TORCH=torch takes the newest, TORCH=torch==2.7.* the lowest.
+TORCH ?= $(shell grep '^torch==' constraints.txt)
 # HF_HUB_OFFLINE=0 lets the commands download models.
 HF_HUB_OFFLINE ?= 1
 # `accelerate launch` would give a process one thread where it is not told a number.
@@ -13,10 +17,10 @@ NUM_THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 export HF_HUB_OFFLINE
 
 .DEFAULT_GOAL := help
-.PHONY: help install geneval test style format clean
+.PHONY: help install geneval test test-lowest test-latest style format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 install: .venv/.installed ## make the virtual environment .venv
 
@@ -32,17 +36,33 @@ geneval: .venv/.installed ## train on the GenEval reward, on one GPU or the CPU
 		--num_cpu_threads_per_process $(NUM_THREADS) examples/train_geneval.py $(ARGS)
 
 # Each worker is one process: more than one thread in it would only compete with the other workers.
-test: .venv/.installed ## run the tests
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} .venv/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+run_tests = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-style: .venv/.installed ## check lint and formatting
+test: .venv/.installed ## run the tests
+	$(call run_tests,.venv)
+
+test-lowest: ## run the tests with the lowest versions that pyproject.toml allows
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install packaging "$(TORCH)"
+	.venv-lowest/bin/python scripts/lowest_versions.py > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install -c .venv-lowest/constraints.txt "$(TORCH)" -e ".[test]"
+	$(call run_tests,.venv-lowest)
+
+test-latest: ## run the tests with the newest versions that pyproject.toml allows
+	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install "$(TORCH)"
+	.venv-latest/bin/python -m pip install --upgrade --upgrade-strategy eager "$(TORCH)" -e ".[test]"
+	$(call run_tests,.venv-latest)
+
+style: .venv/.installed ## check lint, formatting and the arrows between the folders
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/lint-imports --no-cache --no-logo
 
 format: .venv/.installed ## repair lint and formatting
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-clean: ## remove build products and caches, not .venv
+clean: ## remove build products and caches, not the environments
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
-	find . -name .venv -prune -o -name .git -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -name '.venv*' -prune -o -name .git -prune -o -name __pycache__ -type d -exec rm -rf {} +
