@@ -12,4 +12,4 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""UDM-GRPO on top of GRPOTrainer."""
+"""Training: `UDMGRPOTrainer`, its configuration, and its mixins, one idea a file."""

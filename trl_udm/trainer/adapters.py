@@ -113,22 +113,7 @@ class PolicyMixin:
 
 
 def prepare_peft_config(transformer: PreTrainedModel, peft_config: PeftConfig | None) -> PeftConfig | None:
-    """
-    Checks that a transformer can be trained as asked, and adapts the adapter's configuration to denoisers.
-
-    Args:
-        transformer ([`~transformers.PreTrainedModel`]):
-            The pipeline's transformer.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapter to train. Without one, all weights are trained.
-
-    Returns:
-        [`~peft.PeftConfig`] or `None`: A copy without a task type. PEFT's task classes wrap `generate`, which a
-        denoiser does not have.
-
-    Raises:
-        ValueError: If the transformer has adapters already.
-    """
+    """Checks that a transformer can be trained as asked. Returns the adapter's configuration for a denoiser."""
     if getattr(transformer, "_hf_peft_config_loaded", False):
         raise ValueError(
             f"The pipeline has adapters already ({sorted(transformer.peft_config)}): training would overwrite them. "
@@ -142,22 +127,12 @@ def prepare_peft_config(transformer: PreTrainedModel, peft_config: PeftConfig | 
             )
         return None
     peft_config = copy.copy(peft_config)
-    peft_config.task_type = None
+    peft_config.task_type = None  # PEFT's task classes wrap `generate`, which a denoiser does not have
     return peft_config
 
 
 def copy_reference(transformer: PreTrainedModel) -> PreTrainedModel:
-    """
-    Copies the policy before its first step.
-
-    Args:
-        transformer ([`~transformers.PreTrainedModel`]):
-            The pipeline's transformer.
-
-    Returns:
-        [`~transformers.PreTrainedModel`]: A frozen copy with whole weights, also where ZeRO-3's `zero3_init_flag` has
-        split those of `transformer`.
-    """
+    """A frozen copy with whole weights, also where ZeRO-3's `zero3_init_flag` has split those of `transformer`."""
     gathered = contextlib.nullcontext()
     if is_deepspeed_zero3_enabled():
         import deepspeed

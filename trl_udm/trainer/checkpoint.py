@@ -275,11 +275,7 @@ class EpochRepeatSampler(RepeatSampler):
     A [`~trl.trainer.utils.RepeatSampler`] whose order in an epoch is the same whether or not this process drew the
     epochs before it. Not needed once TRL's sampler has `set_epoch` (docs/upstream.md).
 
-    Args:
-        get_epoch (`Callable[[], int]`):
-            Number of the epoch that begins.
-        kwargs (`Any`):
-            As in [`~trl.trainer.utils.RepeatSampler`].
+    `get_epoch` tells the number of the epoch that begins. The other arguments are those of the base class.
     """
 
     def __init__(self, get_epoch: Callable[[], int], **kwargs: Any):
@@ -295,16 +291,7 @@ class EpochRepeatSampler(RepeatSampler):
 
 
 def is_whole(checkpoint: str | os.PathLike) -> bool:
-    """
-    Tells whether a checkpoint is whole.
-
-    Args:
-        checkpoint (`str` or `os.PathLike`):
-            The folder.
-
-    Returns:
-        `bool`: Whether it has a complete `trainer_state.json`, which is written last.
-    """
+    """Whether a checkpoint has a complete `trainer_state.json`, which is written last."""
     try:
         json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):
@@ -313,16 +300,7 @@ def is_whole(checkpoint: str | os.PathLike) -> bool:
 
 
 def find_checkpoints(output_dir: str | os.PathLike) -> list[str]:
-    """
-    Finds the checkpoints of a run, whole or not.
-
-    Args:
-        output_dir (`str` or `os.PathLike`):
-            Folder of the run.
-
-    Returns:
-        `list[str]`: Their folders, in the order of their steps.
-    """
+    """The checkpoint folders of a run, whole or not, in the order of their steps."""
     pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
     found = [(pattern.fullmatch(path.name), str(path)) for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]

@@ -15,7 +15,6 @@
 """Logging of completions: metrics of a generation batch, the table of completions, and a grid of images."""
 
 import os
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,16 +33,7 @@ class CompletionsMixin:
     `_metrics`, `_logs` and the pending logs of reward functions.
     """
 
-    def _log_rollout(
-        self,
-        mode: str,
-        prompts: list[Any],
-        completions: list[Any],
-        rewards_per_func: torch.Tensor,
-        rewards: torch.Tensor,
-        std_rewards: torch.Tensor,
-        advantages: torch.Tensor,
-    ) -> None:
+    def _log_rollout(self, mode, prompts, completions, rewards_per_func, rewards, std_rewards, advantages) -> None:
         num_reward_funcs = len(self.reward_funcs) - (self._num_eval_reward_funcs if mode == "train" else 0)
         reward_func_names = self.reward_func_names[:num_reward_funcs]
         for i, name in enumerate(reward_func_names):

@@ -125,16 +125,8 @@ class EMAMixin:
 
 class EMACallback(TrainerCallback):
     """
-    The former way to ask for `ema_decay` of [`UDMGRPOConfig`], until version 0.3.
-
-    Args:
-        decay (`float`, *optional*, defaults to `0.99`):
-            As `ema_decay`.
-        evaluate (`bool`, *optional*, defaults to `True`):
-            Whether [`UDMGRPOTrainer.evaluate`] uses the average.
-
-    Raises:
-        ValueError: If `decay` is out of its range.
+    The former name of `ema_decay` of [`UDMGRPOConfig`], until version 0.3. `decay` is in `[0, 1)`. `evaluate` says
+    whether [`UDMGRPOTrainer.evaluate`] uses the average.
     """
 
     def __init__(self, decay: float = 0.99, evaluate: bool = True):

@@ -62,23 +62,7 @@ _UNTOLD_PREFIXES = ("hub_", "push_to_hub", "log", "save_", "dataloader_", "track
 def make_model_card(
     trainer: "UDMGRPOTrainer", model_name: str | None, dataset_name: str | None, tags: list[str]
 ) -> ModelCard:
-    """
-    The card of a trainer's model as it is now. The results are those which [`train_and_compare`] left in the output
-    folder.
-
-    Args:
-        trainer ([`UDMGRPOTrainer`]):
-            The trainer.
-        model_name (`str`, *optional*):
-            Title of the card. By default the name of the repository or, without one, of the output folder.
-        dataset_name (`str`, *optional*):
-            Id of the training prompts on the Hub.
-        tags (`list[str]`):
-            Tags beside those of every run.
-
-    Returns:
-        [`~huggingface_hub.ModelCard`]: The card.
-    """
+    """The card of a trainer's model as it is now, with the results of [`train_and_compare`] if it left any."""
     args, output_dir = trainer.args, Path(trainer.args.output_dir)
     base_model, is_adapter = trainer.pipeline.hub_id, is_peft_model(trainer.model)
     adapter = trainer.model.peft_config["default"].peft_type.value if is_adapter else None
@@ -115,7 +99,7 @@ def make_model_card(
         f"# {model_name}",
         f"{summary}, made with trl-udm. The reward was {rewards}.",
         _show("samples.png", "Samples of the same prompts and seeds before and after training", output_dir),
-        f"## Use\n\n```python\n{make_snippet(trainer, repo_id)}\n```",
+        f"## Use\n\n```python\n{_make_snippet(trainer, repo_id)}\n```",
         _format_results(results) if results is not None else None,
         _show("reward_curve.png", "Reward during training", output_dir),
         f"## Training\n\n{_format_training(trainer)}",
@@ -125,19 +109,8 @@ def make_model_card(
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
 
 
-def make_snippet(trainer: "UDMGRPOTrainer", repo_id: str) -> str:
-    """
-    Code that loads the trainer's model from the Hub and draws one sample as its evaluation does.
-
-    Args:
-        trainer ([`UDMGRPOTrainer`]):
-            The trainer.
-        repo_id (`str`):
-            Where the model is.
-
-    Returns:
-        `str`: The code.
-    """
+def _make_snippet(trainer: "UDMGRPOTrainer", repo_id: str) -> str:
+    """Code that loads the trainer's model from the Hub and draws one sample as its evaluation does."""
     args, pipeline = trainer.args, trainer.pipeline
     name, module = type(pipeline).__name__, type(pipeline).__module__
     module = "trl_udm" if module.startswith("trl_udm.") else module

@@ -109,11 +109,8 @@ class RewardRunner:
         Until the function has given a reward, this waits for it. Rewards load their models in the first call, and
         loading changes settings of the whole process, such as the default dtype.
 
-        Args:
-            log_metric (`Callable`), log_extra (`Callable`):
-                What the function logs is passed on to these when the rewards are collected.
-            kwargs (`Any`):
-                The other arguments of the function.
+        What the function logs goes to `log_metric` and `log_extra` when the rewards are collected. `kwargs` are its
+        other arguments.
         """
         logs = []
 

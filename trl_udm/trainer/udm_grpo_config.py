@@ -359,21 +359,7 @@ def _join(values: list[int | None]) -> str:
 
 
 def check_datasets(args: UDMGRPOConfig, train_dataset: Any, eval_dataset: Any) -> None:
-    """
-    Checks the datasets of [`UDMGRPOTrainer`] against its configuration.
-
-    Args:
-        args ([`UDMGRPOConfig`]):
-            The configuration.
-        train_dataset ([`~datasets.Dataset`]):
-            Training prompts, at least those of one generation batch.
-        eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
-            Evaluation prompts.
-
-    Raises:
-        TypeError: If one is not a `Dataset`.
-        ValueError: If one has no column `"prompt"`, no rows, or too few.
-    """
+    """Raises a `TypeError` or `ValueError` if a dataset is not a `Dataset` with prompts, or has too few of them."""
     datasets = {"train_dataset": train_dataset}
     if isinstance(eval_dataset, dict):
         datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}

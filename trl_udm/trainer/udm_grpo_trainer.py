@@ -211,47 +211,37 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             seed=self.args.seed,
         )
 
-    @profiling_decorator
-    def _get_per_token_logps_and_entropies(
-        self,
-        model,
-        input_ids,
-        attention_mask,
-        logits_to_keep,
-        batch_size=None,
-        compute_entropy=False,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        """
-        Log-probabilities of the actions: (B, N), or their mean over the tokens that count (B, 1) at sequence level.
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        mode = "train" if self.model.training else "eval"
+        num_timesteps = self.args.num_train_timesteps
+        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
+        if mode == "train":
+            inputs = inputs[::num_timesteps]  # the sampler repeats a sample for each of its rows
+        prompts = [x["prompt"] for x in inputs]
 
-        `input_ids` are the conditioning, the noised tokens and the action, of lengths T, N and N = `logits_to_keep`.
-        `attention_mask` is the conditioning's mask, the time of the noised tokens, and the tokens of the action that
-        count.
-        """
-        num_prompt_tokens = input_ids.size(1) - 2 * logits_to_keep
-        batch_size = batch_size or input_ids.size(0)  # Chunk inputs into smaller batches to reduce memory peak
-        all_logps, all_entropies = [], []
-        for input_ids_batch, mask_batch in zip(
-            input_ids.split(batch_size), attention_mask.split(batch_size), strict=True
-        ):
-            prompt_ids, noised_samples, actions = input_ids_batch.split(
-                [num_prompt_tokens, logits_to_keep, logits_to_keep], dim=1
-            )
-            prompt_mask, t = mask_batch[:, :num_prompt_tokens].long(), mask_batch[:, num_prompt_tokens].float()
-            with self.accelerator.autocast():
-                logps, entropies = self.pipeline.score(
-                    model, prompt_ids, prompt_mask, noised_samples, self.latent_shape, labels=actions, t=t
-                )
-            all_logps.append(logps)
-            if compute_entropy:
-                all_entropies.append(entropies)
-        logps = torch.cat(all_logps)  # (B, N)
-        entropies = torch.cat(all_entropies) if compute_entropy else None  # (B, N)
-        if self.importance_sampling_level == "sequence":
-            mask = attention_mask[:, -logits_to_keep:]  # (B, N)
-            logps = (logps * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)  # (B, 1)
-        return logps, entropies, None
+        def submit(first: int, clean_samples: torch.Tensor, decoded: list[Any]) -> None:
+            part = inputs[first : first + len(decoded)]
+            self._submit_rewards(*self._reward_arguments(part, clean_samples, decoded))
+
+        for runner in self._reward_runners:
+            runner.cancel()  # what an earlier batch left, after an error
+        rollout = self._rollout(prompts, mode, on_decoded=submit if self.args.async_rewards else None)
+        reward_arguments = self._reward_arguments(inputs, rollout.output.clean_samples, rollout.completions)
+        if self.args.async_rewards:  # scoring needs no rewards, so they may go on meanwhile
+            batch = self._score_rows(rollout, mode)
+            rewards_per_func = self._calculate_rewards(*reward_arguments)
+        else:
+            rewards_per_func = self._calculate_rewards(*reward_arguments)
+            batch = self._score_rows(rollout, mode)
+        advantages, rewards, std_rewards = self._compute_advantages(rewards_per_func, num_generations)
+        self._log_rollout(mode, prompts, rollout.completions, rewards_per_func, rewards, std_rewards, advantages)
+        self._log_diversity(mode, rollout.output.clean_samples, num_generations)
+        process_slice = slice(
+            self.accelerator.process_index * len(prompts),
+            (self.accelerator.process_index + 1) * len(prompts),
+        )
+        batch["advantages"] = advantages[process_slice].repeat_interleave(num_timesteps)  # (B * K,)
+        return batch
 
     @torch.no_grad()
     def _rollout(
@@ -303,29 +293,6 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         prompt_ids, prompt_mask = self.pipeline.extend_prompt(prompt_ids, prompt_mask, output.clean_samples)
         return Rollout(prompt_ids, prompt_mask, output, completions)
 
-    @torch.no_grad()
-    def _build_rows(self, output: UDMSamplerOutput) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """
-        Noised states and actions of K timesteps for each of B samples, both (B * K, N), sample by sample, and the
-        times of the states (B * K,).
-        """
-        args, scheduler = self.args, self.pipeline.scheduler
-        num_samples, device = output.clean_samples.size(0), output.clean_samples.device
-        first, last = args.timestep_window
-        starts = torch.randint(first, last + 1, (num_samples, 1), device=device)
-        timesteps = (starts + torch.arange(args.num_train_timesteps, device=device)).flatten()  # (B * K,)
-        rows = torch.arange(num_samples, device=device).repeat_interleave(args.num_train_timesteps)  # (B * K,)
-        clean_samples = output.clean_samples[rows]  # (B * K, N)
-        grid = torch.tensor([scheduler.timestep_to_t(timestep) for timestep in scheduler.timesteps.tolist()])
-        t = grid.to(device)[timesteps]  # (B * K,)
-        if args.trajectory == "forward":
-            noised_samples = scheduler.add_noise(clean_samples, t)
-        else:
-            noised_samples = output.trajectory.noised_samples[timesteps, rows]
-        if args.action == "intermediate":
-            return noised_samples, output.trajectory.pred_original_samples[timesteps, rows], t
-        return noised_samples, clean_samples, t
-
     def _reward_arguments(
         self, inputs: list[dict[str, Any]], clean_samples: torch.Tensor, completions: list[Any]
     ) -> tuple[list[dict[str, Any]], list[Any], list[Any], list[list[int]]]:
@@ -376,38 +343,6 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
         return advantages, rewards, std_rewards
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        mode = "train" if self.model.training else "eval"
-        num_timesteps = self.args.num_train_timesteps
-        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
-        if mode == "train":
-            inputs = inputs[::num_timesteps]  # the sampler repeats a sample for each of its rows
-        prompts = [x["prompt"] for x in inputs]
-
-        def submit(first: int, clean_samples: torch.Tensor, decoded: list[Any]) -> None:
-            part = inputs[first : first + len(decoded)]
-            self._submit_rewards(*self._reward_arguments(part, clean_samples, decoded))
-
-        for runner in self._reward_runners:
-            runner.cancel()  # what an earlier batch left, after an error
-        rollout = self._rollout(prompts, mode, on_decoded=submit if self.args.async_rewards else None)
-        reward_arguments = self._reward_arguments(inputs, rollout.output.clean_samples, rollout.completions)
-        if self.args.async_rewards:  # scoring needs no rewards, so they may go on meanwhile
-            batch = self._score_rows(rollout, mode)
-            rewards_per_func = self._calculate_rewards(*reward_arguments)
-        else:
-            rewards_per_func = self._calculate_rewards(*reward_arguments)
-            batch = self._score_rows(rollout, mode)
-        advantages, rewards, std_rewards = self._compute_advantages(rewards_per_func, num_generations)
-        self._log_rollout(mode, prompts, rollout.completions, rewards_per_func, rewards, std_rewards, advantages)
-        self._log_diversity(mode, rollout.output.clean_samples, num_generations)
-        process_slice = slice(
-            self.accelerator.process_index * len(prompts),
-            (self.accelerator.process_index + 1) * len(prompts),
-        )
-        batch["advantages"] = advantages[process_slice].repeat_interleave(num_timesteps)  # (B * K,)
-        return batch
-
     def _score_rows(self, rollout: Rollout, mode: str) -> dict[str, torch.Tensor]:
         """The rows (B * K) of B samples, with their old and reference log-probabilities."""
         num_timesteps = self.args.num_train_timesteps
@@ -450,3 +385,68 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
                     with use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None):
                         batch["ref_per_token_logps"] = score(self.model)[0]
         return batch
+
+    @torch.no_grad()
+    def _build_rows(self, output: UDMSamplerOutput) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Noised states and actions of K timesteps for each of B samples, both (B * K, N), sample by sample, and the
+        times of the states (B * K,).
+        """
+        args, scheduler = self.args, self.pipeline.scheduler
+        num_samples, device = output.clean_samples.size(0), output.clean_samples.device
+        first, last = args.timestep_window
+        starts = torch.randint(first, last + 1, (num_samples, 1), device=device)
+        timesteps = (starts + torch.arange(args.num_train_timesteps, device=device)).flatten()  # (B * K,)
+        rows = torch.arange(num_samples, device=device).repeat_interleave(args.num_train_timesteps)  # (B * K,)
+        clean_samples = output.clean_samples[rows]  # (B * K, N)
+        grid = torch.tensor([scheduler.timestep_to_t(timestep) for timestep in scheduler.timesteps.tolist()])
+        t = grid.to(device)[timesteps]  # (B * K,)
+        if args.trajectory == "forward":
+            noised_samples = scheduler.add_noise(clean_samples, t)
+        else:
+            noised_samples = output.trajectory.noised_samples[timesteps, rows]
+        if args.action == "intermediate":
+            return noised_samples, output.trajectory.pred_original_samples[timesteps, rows], t
+        return noised_samples, clean_samples, t
+
+    @profiling_decorator
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        """
+        Log-probabilities of the actions: (B, N), or their mean over the tokens that count (B, 1) at sequence level.
+
+        `input_ids` are the conditioning, the noised tokens and the action, of lengths T, N and N = `logits_to_keep`.
+        `attention_mask` is the conditioning's mask, the time of the noised tokens, and the tokens of the action that
+        count.
+        """
+        num_prompt_tokens = input_ids.size(1) - 2 * logits_to_keep
+        batch_size = batch_size or input_ids.size(0)  # Chunk inputs into smaller batches to reduce memory peak
+        all_logps, all_entropies = [], []
+        for input_ids_batch, mask_batch in zip(
+            input_ids.split(batch_size), attention_mask.split(batch_size), strict=True
+        ):
+            prompt_ids, noised_samples, actions = input_ids_batch.split(
+                [num_prompt_tokens, logits_to_keep, logits_to_keep], dim=1
+            )
+            prompt_mask, t = mask_batch[:, :num_prompt_tokens].long(), mask_batch[:, num_prompt_tokens].float()
+            with self.accelerator.autocast():
+                logps, entropies = self.pipeline.score(
+                    model, prompt_ids, prompt_mask, noised_samples, self.latent_shape, labels=actions, t=t
+                )
+            all_logps.append(logps)
+            if compute_entropy:
+                all_entropies.append(entropies)
+        logps = torch.cat(all_logps)  # (B, N)
+        entropies = torch.cat(all_entropies) if compute_entropy else None  # (B, N)
+        if self.importance_sampling_level == "sequence":
+            mask = attention_mask[:, -logits_to_keep:]  # (B, N)
+            logps = (logps * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True)  # (B, 1)
+        return logps, entropies, None
