@@ -150,9 +150,9 @@ def run_case(
     """
     Trains the toy text family.
 
-    Returns the `weights` before and after each step, the `log` of each step, the `rewarded` completions of this process,
-    the `advantages` of all samples of the last rollout, the `samples` of a rollout after training, whose seed is the number
-    of the process, and their `log_probs`.
+    Returns the `weights` before and after each step, the `log` of each step, the `rewarded` completions of this
+    process, the `advantages` of all samples of the last rollout, the `samples` of a rollout after training, whose seed
+    is the number of the process, and their `log_probs`.
     """
     args = build_args(output_dir, name, backend, **kwargs)
     rewarded = []

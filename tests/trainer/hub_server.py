@@ -13,8 +13,8 @@
 # limitations under the License.
 
 """
-A small Hub on the loopback interface: the part of the Hub's HTTP interface by which `huggingface_hub` makes a repository,
-commits files to it, large ones by Git LFS, and lists and downloads them.
+A small Hub on the loopback interface: the part of the Hub's HTTP interface by which `huggingface_hub` makes a
+repository, commits files to it, large ones by Git LFS, and lists and downloads them.
 
 Anyone may read. Only `TOKEN` may write, and a wrong token may do neither.
 """

@@ -79,7 +79,7 @@ def run(output_dir, reward_funcs, **kwargs):
 
 
 class Stages:
-    """Says how far a generation batch of a trainer is: micro-batches that were begun, and whether the reference scores."""
+    """How far a generation batch of a trainer is: micro-batches that were begun, and whether the reference scores."""
 
     def __init__(self, trainer, monkeypatch):
         self.changed = threading.Condition()
@@ -107,8 +107,8 @@ class Stages:
 
 def build_waiting_trainer(tmp_path, monkeypatch, is_async, timeout, **kwargs):
     """
-    A trainer with four micro-batches of two samples, and the reward functions' calls. From the second call on, a call ends
-    only when the next micro-batch is begun, or, after the last, when the reference scores.
+    A trainer with four micro-batches of two samples, and the reward functions' calls. From the second call on, a call
+    ends only when the next micro-batch is begun, or, after the last, when the reference scores.
     """
     calls = []
 

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Every loss that is inherited from TRL, on the shapes model: its step makes good samples more likely, bad ones less."""
+"""Every loss inherited from TRL, on the shapes model: its step makes good samples more likely, bad ones less."""
 
 import runpy
 from pathlib import Path
@@ -124,7 +124,8 @@ def test_clipping_binds_at_epsilon(tmp_path):
     trainer = build_trainer(tmp_path, num_iterations=2, epsilon=1e-4, epsilon_high=3e-4)
     batch = roll_out(trainer)
     batch["advantages"] = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0, 1.0, -1.0])
-    # By how much the ratio differs from 1. Only the third and the fourth are beyond their bound in the advantage's direction
+    # By how much the ratio differs from 1. Only the third and the fourth are beyond their bound in the advantage's
+    # direction
     offsets = torch.tensor([-1e-3, 2.8e-4, 3.2e-4, -1.2e-4, -0.8e-4, 1e-3, 0.0, 0.0])
     is_clipped = torch.tensor([0, 0, 1, 1, 0, 0, 0, 0])
     batch["old_per_token_logps"] = (score(trainer, batch) - offsets.log1p()).detach().unsqueeze(1)

@@ -54,8 +54,8 @@ def assert_equal(first, second):
     ("ema", "num_iterations"), [(False, 1), (True, 2)], ids=["one update", "two updates and an average"]
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, lora, ema, num_iterations):
-    """Ten steps; the kill comes after five, with two updates a rollout between the two. The prompts of an epoch last for 3
-    rollouts, so that several epochs have begun."""
+    """Ten steps; the kill comes after five, with two updates a rollout between the two. The prompts of an epoch last
+    for 3 rollouts, so that several epochs have begun."""
     kwargs = {"lora": lora, "ema": ema, "num_iterations": num_iterations, "max_steps": 10}
     assert run(tmp_path / "unbroken", **kwargs) == 0
     assert run(tmp_path / "broken", moment="backward", step=5, **kwargs) == -signal.SIGKILL

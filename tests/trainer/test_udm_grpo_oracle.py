@@ -123,7 +123,8 @@ def test_loss_ratio_kl_and_gradient_norms_equal_the_reference(trainer, recorded,
         trainer._metrics["train"].clear()
         trainer.model.train()
         loss = trainer._compute_loss(trainer.model, batch)
-        # The reference's entropy is a mean over text and image positions; ours, like TRL's, is over the action's tokens
+        # The reference's entropy is a mean over text and image positions; ours, like TRL's, is over the action's
+        # tokens
         metrics = trainer._metrics["train"]
         assert loss.item() == pytest.approx(step["loss"], rel=1e-4)
         assert metrics["kl"][0] == pytest.approx(step["kl_loss"], rel=1e-4)

@@ -766,8 +766,8 @@ def test_a_bad_dataset_is_refused(tmp_path, dataset, error, message):
         ({"use_vllm": True}, "`use_vllm` must be False, got True"),
         (
             {"per_device_train_batch_size": 20},
-            r"20 rows .* whole groups of 12 rows .* Nearest valid `per_device_train_batch_size`: 12 or 24; nearest valid "
-            r"`num_generations`: none",
+            r"20 rows .* whole groups of 12 rows .* Nearest valid `per_device_train_batch_size`: 12 or 24; nearest "
+            r"valid `num_generations`: none",
         ),
         (
             {"per_device_train_batch_size": 30, "num_generations": 4},

@@ -12,8 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A second model family, as small as they come: text over a dozen characters, on the mixture path, by a stock causal LM
-that a mask makes bidirectional. It shows that the trainer knows no family."""
+"""A second model family, as small as they come: text over a dozen characters, on the mixture path, by a stock causal
+LM that a mask makes bidirectional. It shows that the trainer knows no family."""
 
 from types import SimpleNamespace
 
