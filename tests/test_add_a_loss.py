@@ -37,7 +37,8 @@ def namespace(tmp_path_factory):
 
 
 def test_the_loss_of_the_page_has_15_lines():
-    method = re.search(r"^    def _compute_loss.*?(?=^```)", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    page = PAGE.read_text(encoding="utf-8")
+    method = re.search(r"^    def _compute_loss.*?(?=^```)", page, re.DOTALL | re.MULTILINE)
     assert len(method[0].splitlines()) <= 15
 
 

@@ -26,7 +26,10 @@ from trl_udm.worlds.shapes import CHECKPOINT_PATH
 
 
 # The losses, rewards and prompts of the table in docs/udm_grpo.md
-BENCHMARK = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "losses.py"))
+with pytest.MonkeyPatch.context() as patch:
+    benchmarks_dir = Path(__file__).parents[2] / "benchmarks"
+    patch.syspath_prepend(benchmarks_dir)  # where a script finds what it imports
+    BENCHMARK = runpy.run_path(str(benchmarks_dir / "losses.py"))
 LOSS_TYPES, PROMPTS = BENCHMARK["LOSS_TYPES"], BENCHMARK["PROMPTS"]
 redness, darkness = BENCHMARK["redness"], BENCHMARK["darkness"]
 

@@ -23,7 +23,7 @@ from .test_udm_grpo_trainer import build_args, build_trainer
 
 
 def trainer_with(tmp_path, reward_func, is_async, **kwargs):
-    """`reward_func(completions, calls)` as a synchronous or asynchronous reward function, and the sizes of its calls."""
+    """`reward_func(completions, calls)` as a synchronous or asynchronous reward function, and the calls' sizes."""
     calls = []
 
     def count(prompts, completions, **kwargs):
