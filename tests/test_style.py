@@ -13,19 +13,31 @@
 # limitations under the License.
 
 """
-Statements only for effects.
+Rules of the code that no linter has, and tables of the documentation that must not go stale.
 
-A statement that is an expression is a call, an `await` or a `yield` (or a docstring, or `...`): no conditional expression,
-tuple or comprehension is evaluated for its side effect. A tuple literal is never unpacked into `_`, and `_` is never read.
+* Statements only for effects. A statement that is an expression is a call, an `await` or a `yield` (or a docstring, or
+  `...`): no conditional expression, tuple or comprehension is evaluated for its side effect. A tuple literal is never
+  unpacked into `_`, and `_` is never read.
+* The package has no mocks, and assigns to no attribute of what it imports.
+* Every folder of the package says in one line what it is for.
+* Every dependency has a lower bound and a tested version.
+* CONTRIBUTING.md lists the private names of TRL and transformers that the trainer overrides or uses.
 """
 
 import ast
+import inspect
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+from trl_udm import UDMGRPOConfig, UDMGRPOTrainer
 
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "trl_udm"
 FOLDERS = ["trl_udm", "examples", "scripts", "benchmarks", "docs", "tests"]
 
 
@@ -121,3 +133,164 @@ def test_violation_is_found(source, reason):
 )
 def test_ordinary_code_is_accepted(source):
     assert find_violations(source) == []
+
+
+def find_root(node: ast.expr) -> ast.expr:
+    """The object from which a chain of attributes starts: `a` of `a.b.c`."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node
+
+
+def find_patches(source: str) -> list[tuple[int, str]]:
+    """Line and reason of each mock, and of each assignment to an attribute of an imported name, in `source`."""
+    nodes = list(ast.walk(ast.parse(source)))
+    imported, patches = set(), []
+    for node in nodes:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            imported |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+            origin = getattr(node, "module", None) or ""
+            if any(f"{origin}.{alias.name}.".lstrip(".").startswith("unittest.mock.") for alias in node.names):
+                patches.append((node.lineno, "`unittest.mock` is imported"))
+
+    def is_imported(value: ast.expr) -> bool:
+        root = find_root(value)
+        return isinstance(root, ast.Name) and root.id in imported
+
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, (ast.Store, ast.Del)) and is_imported(node.value):
+            patches.append((node.lineno, "an attribute of an imported name is assigned"))
+        is_setter = isinstance(node, ast.Call) and getattr(node.func, "id", None) in ("setattr", "delattr")
+        if is_setter and is_imported(node.args[0]):
+            patches.append((node.lineno, "an attribute of an imported name is set"))
+    return sorted(patches)
+
+
+def test_nothing_patches_what_it_imports():
+    patches = [
+        f"{path.relative_to(ROOT)}:{line}: {reason}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for line, reason in find_patches(path.read_text(encoding="utf-8"))
+    ]
+    assert patches == []
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import unittest.mock", "`unittest.mock` is imported"),
+        ("from unittest import mock", "`unittest.mock` is imported"),
+        ("from unittest.mock import patch", "`unittest.mock` is imported"),
+        ("import a\na.b = 1", "is assigned"),
+        ("import a.b\na.b.c = 1", "is assigned"),
+        ("import a as x\nx.b: int = 1", "is assigned"),
+        ("from a import b\nb.c += 1", "is assigned"),
+        ("from .a import b\nb.c, d = e", "is assigned"),
+        ("from a import b\ndel b.c", "is assigned"),
+        ("from a import b\nfor b.c in d: ...", "is assigned"),
+        ("from a import b\nwith d as b.c: ...", "is assigned"),
+        ("def f():\n    import a\n    a.b = 1", "is assigned"),
+        ("import a\nsetattr(a.b, 'c', 1)", "is set"),
+        ("from a import b\ndelattr(b, 'c')", "is set"),
+    ],
+)
+def test_patch_is_found(source, reason):
+    ((line, found),) = find_patches(source)
+    assert line == source.count("\n") + 1
+    assert reason in found
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import a\nself.a = a",
+        "import a\nx = a.b\nx = a.c()",
+        "import os\nos.environ['x'] = 'y'",
+        "import a\nx.a.b = 1",
+        "import a\nsetattr(self, 'a', a.b)",
+        "import unittest",
+    ],
+)
+def test_ordinary_assignment_is_accepted(source):
+    assert find_patches(source) == []
+
+
+def test_every_folder_says_what_it_is_for():
+    silent = []
+    for path in sorted(PACKAGE.rglob("__init__.py")):
+        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        if not re.match(r"[^\n]+\.(\n\n|$)", docstring):
+            silent.append(str(path.relative_to(ROOT)))
+    assert silent == []
+
+
+def test_every_dependency_has_a_lower_bound_and_a_tested_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    requirements = [Requirement(line) for lines in (project["dependencies"], *extras.values()) for line in lines]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    for requirement in requirements:
+        if requirement.name == "trl-udm":
+            continue
+        assert ">=" in [bound.operator for bound in requirement.specifier], requirement
+        if requirement.name != "deepspeed":  # its tests run where it is installed
+            assert requirement.specifier.contains(tested[requirement.name]), requirement
+
+
+def read_table(heading: str) -> list[list[set[str]]]:
+    """The names in backticks in each cell of the table under `heading` in CONTRIBUTING.md."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split(f"\n### {heading}\n")[1].split("\n#")[0]
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    return [[set(re.findall(r"`([^`]+)`", cell)) for cell in row.strip("| ").split("|")] for row in rows]
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def locate(cls: type) -> str:
+    """`trl_udm/trainer/hub.py` for a class of `trl_udm.trainer.hub`."""
+    return cls.__module__.replace(".", "/") + ".py"
+
+
+OURS = [cls for cls in UDMGRPOTrainer.__mro__ if locate(cls).startswith("trl_udm/")]
+THEIRS = [cls for cls in UDMGRPOTrainer.__mro__ if locate(cls).startswith(("trl/", "transformers/"))]
+
+
+def find_overridden_names() -> dict[str, tuple[set[str], set[str]]]:
+    """For each private name of the trainer's bases that the trainer overrides: the files of theirs and of ours."""
+    overridden = {}
+    for cls in OURS:
+        for name in filter(is_private, vars(cls)):
+            theirs = {locate(base) for base in THEIRS if name in vars(base)}
+            if theirs:
+                overridden.setdefault(name, (theirs, set()))[1].add(locate(cls))
+    return overridden
+
+
+def find_used_names() -> dict[str, set[str]]:
+    """For each further private name of the bases of the trainer and its arguments: the files of ours that use it."""
+    theirs = set()
+    for cls in (*THEIRS, *UDMGRPOConfig.__mro__[1:-1]):
+        theirs |= set(vars(cls))
+        tree = ast.parse(inspect.getsource(cls))
+        attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+        theirs |= {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == "self"}
+    theirs = set(filter(is_private, theirs)) - set(find_overridden_names())
+    used = {}
+    for path in sorted([*PACKAGE.glob("trainer/*.py"), *PACKAGE.glob("callbacks/*.py")]):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr in theirs:
+                used.setdefault(node.attr, set()).add(str(path.relative_to(ROOT)))
+    return used
+
+
+def test_private_names_that_the_trainer_overrides_are_listed():
+    rows = read_table("Overridden")
+    assert {name: (theirs, ours) for (name,), theirs, _, ours in rows} == find_overridden_names()
+
+
+def test_private_names_that_the_trainer_uses_are_listed():
+    rows = read_table("Used")
+    assert {name: ours for (name,), _, ours in rows} == find_used_names()
