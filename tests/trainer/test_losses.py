@@ -30,7 +30,8 @@ with pytest.MonkeyPatch.context() as patch:
     benchmarks_dir = Path(__file__).parents[2] / "benchmarks"
     patch.syspath_prepend(benchmarks_dir)  # where a script finds what it imports
     BENCHMARK = runpy.run_path(str(benchmarks_dir / "losses.py"))
-LOSS_TYPES, PROMPTS = BENCHMARK["LOSS_TYPES"], BENCHMARK["PROMPTS"]
+    PROMPTS = runpy.run_path(str(benchmarks_dir / "shapes_runs.py"))["PROMPTS"]
+LOSS_TYPES = BENCHMARK["LOSS_TYPES"]
 redness, darkness = BENCHMARK["redness"], BENCHMARK["darkness"]
 
 
