@@ -299,6 +299,12 @@ def test_families_of_text(tmp_path, family):
     assert short.trained_weights == sum(parameter.nbytes for parameter in pipeline.transformer.parameters())
 
 
+def test_a_family_that_scores_from_logits_does_so_on_a_gpu_too(tmp_path):
+    pipeline, args = TextUDMPipeline.from_pretrained(sums.CHECKPOINT_PATH), build_config(tmp_path)
+    gpu, cpu = (estimate_memory(pipeline, args, device=device) for device in ("cuda", "cpu"))
+    assert gpu == cpu
+
+
 def test_an_unknown_device_is_refused(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="`device` must be 'cuda' or 'cpu', got 'tpu'."):
         estimate_memory(build_pipeline(tokenizer, device="meta"), build_config(tmp_path), device="tpu")

@@ -16,6 +16,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 import weakref
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
-from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, disable_dropout_in_model
 
 from .pipelines.pipeline_udm import UDMPipeline
 from .trainer.adapters import can_merge, merged_adapter, prepare_peft_config
@@ -209,10 +210,11 @@ def estimate_memory(
             prompt_ids = torch.zeros(num_rows, num_prompt_tokens, dtype=torch.long)
             tokens = torch.zeros(num_rows, math.prod(latent_shape), dtype=torch.long)
             inputs = (prompt_ids, torch.ones_like(prompt_ids), tokens, latent_shape, tokens, torch.zeros(num_rows))
+            score_model = network
+            if device == "cuda":
+                score_model = functools.partial(_forward_on_gpu, network, args.cast_lm_head_to_fp32)
             with autocast:
-                if device == "cpu":
-                    return pipeline.score(network, *inputs)[0].mean()
-                return _score_on_gpu(network, pipeline.prepare_denoiser_inputs(*inputs), args.cast_lm_head_to_fp32)
+                return pipeline.score(score_model, *inputs)[0].mean()
 
         tracker.begin("scoring")
         with torch.no_grad():
@@ -272,14 +274,17 @@ def _copy_pipeline(pipeline: UDMPipeline, transformer: nn.Module) -> UDMPipeline
     return copied
 
 
-def _score_on_gpu(network: nn.Module, inputs: dict[str, torch.Tensor], is_float32: bool) -> torch.Tensor:
-    """What `UDMPipeline.score` and TRL's fused head do on a GPU, as far as memory goes."""
-    is_label = inputs.pop("shift_labels") != -100
-    hidden_states = network.base_model(**inputs, use_cache=False).last_hidden_state
+def _forward_on_gpu(network: nn.Module, is_float32: bool, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+    """The network with TRL's fused head as it is on a GPU, as far as memory goes."""
+    if not fused_lm_head:
+        return network(**kwargs)
+    is_label = kwargs.pop("shift_labels") != -100
+    hidden_states = network.base_model(**kwargs, use_cache=False).last_hidden_state
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
-    if is_float32:  # `cast_lm_head_to_fp32`
+    if is_float32:
         hidden_states, dtype = hidden_states.float(), torch.float32
-    return _FusedHead.apply(hidden_states[is_label], network.get_output_embeddings().weight, dtype).mean()
+    log_probs = _FusedHead.apply(hidden_states[is_label], network.get_output_embeddings().weight, dtype)
+    return FusedCausalLMOutput(log_probs=log_probs.new_zeros(is_label.shape).masked_scatter(is_label, log_probs))
 
 
 class _FusedHead(torch.autograd.Function):
