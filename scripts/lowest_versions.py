@@ -18,8 +18,8 @@ Prints the lower bounds of pyproject.toml as constraints for pip.
     python scripts/lowest_versions.py > lowest.txt
     pip install -c lowest.txt -e ".[test]"
 
-pip refuses a bound that another package overrules, so that each bound can be installed. PyTorch is left out: its version
-depends on the machine.
+pip refuses a bound that another package overrules, so that each bound can be installed. PyTorch is left out: its
+version depends on the machine.
 """
 
 import tomllib
