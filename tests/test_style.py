@@ -27,11 +27,13 @@ Rules of the code that no linter has, and tables of the documentation that must 
 import ast
 import inspect
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from trl_udm import UDMGRPOConfig, UDMGRPOTrainer
 
@@ -224,18 +226,41 @@ def test_every_folder_says_what_it_is_for():
     assert silent == []
 
 
-def test_every_dependency_has_a_lower_bound_and_a_tested_version():
+def read_requirements() -> dict[str, Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
-    requirements = [Requirement(line) for lines in (project["dependencies"], *extras.values()) for line in lines]
+    lines = sum(project["optional-dependencies"].values(), project["dependencies"])
+    return {line.name: line for line in map(Requirement, lines) if line.name != project["name"]}
+
+
+def read_tested_versions() -> dict[str, str]:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
-    for requirement in requirements:
-        if requirement.name == "trl-udm":
-            continue
-        assert ">=" in [bound.operator for bound in requirement.specifier], requirement
-        if requirement.name != "deepspeed":  # its tests run where it is installed
-            assert requirement.specifier.contains(tested[requirement.name]), requirement
+    return dict(line.split("==") for line in lines if not line.startswith("#"))
+
+
+def test_every_dependency_has_a_tested_version():
+    tested = read_tested_versions()
+    for name, requirement in read_requirements().items():
+        if name != "deepspeed":  # its tests run where it is installed
+            assert requirement.specifier.contains(tested[name]), requirement
+
+
+def test_lowest_versions_are_those_of_every_dependency(capsys):
+    runpy.run_path(str(ROOT / "scripts" / "lowest_versions.py"), run_name="__main__")
+    lowest = dict(line.split("==") for line in capsys.readouterr().out.splitlines())
+    requirements = read_requirements()
+    assert set(lowest) == set(requirements) - {"torch"}
+    assert all(requirements[name].specifier.contains(version) for name, version in lowest.items())
+
+
+def test_the_page_of_versions_has_the_bounds_and_the_tested_versions():
+    text = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([a-z_]+) \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE)
+    requirements, tested = read_requirements(), read_tested_versions()
+    assert {"trl", "transformers", "diffusers", "peft", "accelerate"} <= {name for name, _, _ in rows}
+    for name, lowest, pinned in rows:
+        bounds = [Version(bound.version) for bound in requirements[name].specifier if bound.operator == ">="]
+        assert bounds == [Version(lowest)]
+        assert pinned == tested[name]
 
 
 def read_table(heading: str) -> list[list[set[str]]]:
