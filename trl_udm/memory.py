@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+from transformers.utils import ModelOutput
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, disable_dropout_in_model
 
@@ -274,11 +275,17 @@ def _copy_pipeline(pipeline: UDMPipeline, transformer: nn.Module) -> UDMPipeline
     return copied
 
 
-def _forward_on_gpu(network: nn.Module, is_float32: bool, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-    """The network with TRL's fused head as it is on a GPU, as far as memory goes."""
-    if not fused_lm_head:
+def _forward_on_gpu(
+    network: nn.Module,
+    is_float32: bool,
+    shift_labels: torch.Tensor | None = None,
+    fused_lm_head: bool = False,
+    **kwargs,
+) -> ModelOutput:
+    """The network as it is on a GPU, where TRL's fused head scores labels."""
+    if shift_labels is None:
         return network(**kwargs)
-    is_label = kwargs.pop("shift_labels") != -100
+    is_label = shift_labels != -100
     hidden_states = network.base_model(**kwargs, use_cache=False).last_hidden_state
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
     if is_float32:
