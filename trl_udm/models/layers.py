@@ -15,6 +15,7 @@
 """What is done to the repeated layers of a transformer: their compilation, and the checkpointing of their activations."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 
 import torch
@@ -22,10 +23,18 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
+RECOMPILE_LIMIT = 32
+"""Cases that a compiled layer is compiled for."""
+
+
 def compile_layers(model: nn.Module, backend: str, mode: str | None = None) -> None:
     """
     Compiles the repeated layers in place, so that rollouts, scoring and updates all run what is compiled, and that
     the weights keep their names. Layers of one class share what is compiled for the first.
+
+    Each case that a layer meets, such as a batch size, is compiled once, up to `RECOMPILE_LIMIT` of them. Further cases run
+    as if they were not compiled. Versions of PyTorch whose `torch.compile` has no argument `recompile_limit` compile 8 cases,
+    or as many as `torch._dynamo.config.recompile_limit` says.
 
     Args:
         model (`nn.Module`):
@@ -44,11 +53,13 @@ def compile_layers(model: nn.Module, backend: str, mode: str | None = None) -> N
             f"`torch_compile` must be False, got True: {type(model).__name__} has no layers of the class "
             "`GradientCheckpointingLayer` of transformers, which are what is compiled."
         )
-    # A layer meets more cases than the 8 that are allowed: with and without gradients, the adapter on, off and merged, and
-    # some batch sizes of each. What exceeds the limit runs as if it were not compiled.
-    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    settings = {"backend": backend, "mode": mode}
+    # A layer meets more cases than the 8 that PyTorch allows by default: with and without gradients, the adapter on, off and
+    # merged, and some batch sizes of each. Older versions of `torch.compile` do not take the limit.
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        settings["recompile_limit"] = RECOMPILE_LIMIT
     for layer in layers:
-        layer.compile(backend=backend, mode=mode)
+        layer.compile(**settings)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@
 # limitations under the License.
 
 import os
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -21,11 +22,12 @@ from transformers import PreTrainedModel as PreTrainedModel  # diffusers looks a
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3PreTrainedModel, Qwen3RotaryEmbedding
-from transformers.utils import can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from ..weights import load_every_weight
 from .configuration_ursa import URSAConfig
+from .token_scores import score_tokens
 
 
 class URSARotaryEmbedding(Qwen3RotaryEmbedding):
@@ -126,6 +128,28 @@ class URSAModel(URSAPreTrainedModel, Qwen3Model):
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
 
+@dataclass
+class URSAScoreOutput(ModelOutput):
+    """
+    Scores of tokens, under the names that TRL's fused head gives them.
+
+    Args:
+        log_probs (`torch.FloatTensor` of shape `(batch_size, sequence_length)`):
+            Log-probabilities of the labels, and 0 where there is none.
+        entropy (`torch.FloatTensor` of shape `(batch_size, sequence_length)`):
+            Entropies of the distributions over the codes, and 0 where there is no label.
+        hidden_states (`tuple[torch.FloatTensor]`, *optional*):
+            As in [`~transformers.modeling_outputs.MaskedLMOutput`].
+        attentions (`tuple[torch.FloatTensor]`, *optional*):
+            As in [`~transformers.modeling_outputs.MaskedLMOutput`].
+    """
+
+    log_probs: torch.FloatTensor | None = None
+    entropy: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
 class URSAForImageGeneration(URSAPreTrainedModel):
     """
     URSA's denoiser: logits over the image codebook for every position.
@@ -168,8 +192,9 @@ class URSAForImageGeneration(URSAPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         logits_to_keep: int = 0,
+        shift_labels: torch.LongTensor | None = None,
         **kwargs,
-    ) -> MaskedLMOutput:
+    ) -> MaskedLMOutput | URSAScoreOutput:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
@@ -182,10 +207,12 @@ class URSAForImageGeneration(URSAPreTrainedModel):
                 Instead of `input_ids`.
             logits_to_keep (`int`, *optional*, defaults to `0`):
                 Compute the logits of the last `logits_to_keep` positions only; 0 means all.
+            shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Image codes to score at the positions that predict them, and -100 elsewhere. With them there are no logits.
 
         Returns:
             [`~transformers.modeling_outputs.MaskedLMOutput`]: With `logits` of shape `(batch_size, sequence_length,
-            codebook_size)`.
+            codebook_size)`; or, with `shift_labels`, [`URSAScoreOutput`].
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -194,6 +221,16 @@ class URSAForImageGeneration(URSAPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+        if shift_labels is not None:
+            is_label = shift_labels != -100
+            scores = score_tokens(self.lm_head, outputs.last_hidden_state[is_label], shift_labels[is_label])
+            log_probs, entropy = (score.new_zeros(is_label.shape).masked_scatter(is_label, score) for score in scores)
+            return URSAScoreOutput(
+                log_probs=log_probs,
+                entropy=entropy,
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+            )
         return MaskedLMOutput(
             logits=self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:]),
             hidden_states=outputs.hidden_states,
@@ -206,4 +243,4 @@ AutoModel.register(URSAConfig, URSAModel)
 AutoModelForMaskedLM.register(URSAConfig, URSAForImageGeneration)
 
 
-__all__ = ["URSAForImageGeneration", "URSAModel", "URSAPreTrainedModel"]
+__all__ = ["URSAForImageGeneration", "URSAModel", "URSAPreTrainedModel", "URSAScoreOutput"]

@@ -20,6 +20,7 @@ import torch
 from diffusers import ConfigMixin, DiffusionPipeline
 from huggingface_hub import snapshot_download
 from torch import nn
+from transformers.utils import ModelOutput
 
 from ..random_tensor import randint_tensor
 from .pipeline_output import UDMSamplerOutput, UDMTrajectory
@@ -175,8 +176,13 @@ class UDMPipeline(DiffusionPipeline):
         inputs = self.prepare_denoiser_inputs(
             prompt_ids, prompt_mask, noised_samples, latent_shape, labels=labels, t=t
         )
-        outputs = model(**inputs, fused_lm_head=True)
-        is_label = inputs["shift_labels"] != -100
+        return self._select_labels(model(**inputs, fused_lm_head=True), inputs["shift_labels"], labels)
+
+    @staticmethod
+    def _select_labels(
+        outputs: ModelOutput, shift_labels: torch.LongTensor, labels: torch.LongTensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        is_label = shift_labels != -100
         entropies = None if outputs.entropy is None else outputs.entropy[is_label].view_as(labels)
         return outputs.log_probs[is_label].view_as(labels), entropies
 

@@ -26,6 +26,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..models.autoencoder_vq import AutoencoderVQ
 from ..models.configuration_ursa import URSAConfig
 from ..models.modeling_ursa import URSAForImageGeneration
+from ..models.token_scores import TILE_WIDTH
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
 from .original_checkpoint import check_configs, is_original_checkpoint, load_config, load_original_components
 from .pipeline_output import URSAPipelineOutput
@@ -273,6 +274,25 @@ class URSAPipeline(UDMPipeline):
     ) -> torch.Tensor:
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape)
         return self.transformer(**inputs, logits_to_keep=noised_samples.size(1) + 1).logits[:, :-1]
+
+    def score(
+        self,
+        model: nn.Module,
+        prompt_ids: torch.LongTensor,
+        prompt_mask: torch.Tensor,
+        noised_samples: torch.LongTensor,
+        latent_shape: tuple[int, ...],
+        labels: torch.LongTensor,
+        t: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        As in [`UDMPipeline`], except for large codebooks on a CPU. There TRL's fused head has no Triton kernel, and is slower
+        than a plain softmax over all logits. The network then scores the tokens itself, by `score_tokens`.
+        """
+        if labels.device.type != "cpu" or self.scheduler.config.codebook_size <= TILE_WIDTH:
+            return super().score(model, prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
+        inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape, labels=labels)
+        return self._select_labels(model(**inputs), inputs["shift_labels"], labels)
 
     @torch.no_grad()
     def decode(

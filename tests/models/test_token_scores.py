@@ -1,0 +1,177 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from trl.trainer.utils import add_fused_lm_head
+
+from trl_udm import URSAConfig, URSAForImageGeneration
+from trl_udm.models import token_scores
+from trl_udm.models.token_scores import TILE_WIDTH, score_tokens
+
+
+CODEBOOK_SIZE = 3 * TILE_WIDTH + 7
+
+
+def build_model():
+    torch.manual_seed(0)
+    config = URSAConfig(
+        text_vocab_size=10,
+        codebook_size=CODEBOOK_SIZE,
+        bov_token_id=9,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    model = URSAForImageGeneration(config)
+    nn.init.normal_(model.lm_head.weight, std=0.5)  # far from uniform
+    return model
+
+
+def add_lora_to_the_head(model):
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["lm_head"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return model
+
+
+def build_inputs():
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(CODEBOOK_SIZE, (2, 12), generator=generator)
+    labels[:, :5] = -100
+    return {
+        "input_ids": torch.randint(10, (2, 12), generator=generator),
+        "position_ids": torch.arange(12).view(1, 12, 1).expand(2, 12, 3),
+        "shift_labels": labels,
+    }
+
+
+def score_plainly(model, input_ids, position_ids, shift_labels):
+    """By a softmax over the logits of all positions."""
+    log_probs = model(input_ids=input_ids, position_ids=position_ids).logits.float().log_softmax(dim=-1)
+    entropies = -(log_probs.exp() * log_probs).sum(dim=-1)
+    is_label = shift_labels != -100
+    log_probs = log_probs.gather(-1, shift_labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return log_probs * is_label, entropies * is_label
+
+
+def gradients(model, log_probs, entropies):
+    """Of a weighted sum of log-probabilities and entropies."""
+    weights = torch.linspace(-1, 2, log_probs.numel()).view_as(log_probs)
+    model.zero_grad()
+    (weights * log_probs + weights.flip(0) * entropies).sum().backward()
+    return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+
+def assert_close(actual, expected):
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_bf16", [False, True])
+@pytest.mark.parametrize("has_lora", [False, True])
+def test_scores_and_gradients_are_those_of_a_softmax_over_all_logits(has_lora, is_bf16):
+    model = add_lora_to_the_head(build_model()) if has_lora else build_model()
+    outcomes = []
+    for score in (model, lambda **inputs: score_plainly(model, **inputs)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            output = score(**build_inputs())
+        scores = (output.log_probs, output.entropy) if score is model else output
+        outcomes.append((scores, gradients(model, *scores)))
+    (scores, grads), (plain_scores, plain_grads) = outcomes
+    assert scores[0].dtype == scores[1].dtype == torch.float32
+    assert_close(scores, plain_scores)
+    if is_bf16:
+        # The plain gradient of the logits is rounded to bfloat16
+        for grad, plain_grad in zip(grads, plain_grads, strict=True):
+            torch.testing.assert_close(grad, plain_grad, atol=0.02 * plain_grad.abs().max().item(), rtol=0.05)
+    else:
+        assert_close(grads, plain_grads)
+
+
+@pytest.mark.parametrize("is_bf16", [False, True])
+def test_scores_and_gradients_are_those_of_trls_fused_head(is_bf16):
+    model = build_model()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    outcomes = []
+    for kwargs in ({}, {"fused_lm_head": True}):
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_bf16):
+            output = model(**build_inputs(), **kwargs)
+        outcomes.append(([output.log_probs, output.entropy], gradients(model, output.log_probs, output.entropy)))
+    (scores, grads), (trl_scores, trl_grads) = outcomes
+    assert_close(scores, trl_scores)
+    if is_bf16:  # so are the gradients of a tile in TRL's kernel
+        for grad, trl_grad in zip(grads, trl_grads, strict=True):
+            torch.testing.assert_close(grad, trl_grad, atol=0.02 * trl_grad.abs().max().item(), rtol=0.05)
+    else:
+        assert_close(grads, trl_grads)
+
+
+@pytest.mark.parametrize("used", ["log_probs", "entropy"])
+def test_one_of_the_two_scores_may_be_left_unused(used):
+    model = build_model()
+    log_probs, entropies = score_plainly(model, **build_inputs())
+    expected = gradients(model, *((log_probs, log_probs * 0) if used == "log_probs" else (entropies * 0, entropies)))
+    output = model(**build_inputs())
+    scores = (output.log_probs, output.log_probs.detach() * 0)
+    if used == "entropy":
+        scores = (output.entropy.detach() * 0, output.entropy)
+    assert_close(gradients(model, *scores), expected)
+
+
+@pytest.mark.parametrize("has_lora", [False, True])
+def test_no_tensor_of_all_tokens_and_all_codes_is_made(has_lora, monkeypatch):
+    monkeypatch.setattr(token_scores, "CHUNK_LENGTH", 16)
+    head = nn.Linear(8, CODEBOOK_SIZE, bias=False)
+    if has_lora:
+        head = get_peft_model(nn.Sequential(head), LoraConfig(target_modules=["0"])).base_model.model[0]
+    hidden_states = torch.randn(128, 8, requires_grad=True)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            output = func(*args, **(kwargs or {}))
+            sizes = [tensor.numel() for tensor in torch.utils._pytree.tree_leaves(output) if torch.is_tensor(tensor)]
+            largest = max([largest, *sizes])
+            return output
+
+    with Watch():
+        log_probs, entropies = score_tokens(head, hidden_states, torch.randint(CODEBOOK_SIZE, (128,)))
+        (log_probs.sum() + entropies.sum()).backward()
+    assert largest < 128 * CODEBOOK_SIZE / 2
+    assert hidden_states.grad.isfinite().all()
+
+
+def test_a_head_that_is_frozen_gets_no_gradient_and_one_of_no_tokens_is_fine():
+    head = nn.Linear(8, CODEBOOK_SIZE, bias=False).requires_grad_(False)
+    hidden_states = torch.randn(3, 8, requires_grad=True)
+    score_tokens(head, hidden_states, torch.tensor([0, 5, CODEBOOK_SIZE - 1]))[0].sum().backward()
+    assert head.weight.grad is None and hidden_states.grad.any()
+    log_probs, entropies = score_tokens(head, hidden_states[:0], torch.tensor([], dtype=torch.long))
+    assert log_probs.shape == entropies.shape == (0,)
+
+
+def test_logits_that_are_large_do_not_overflow():
+    head = nn.Linear(2, CODEBOOK_SIZE, bias=False)
+    with torch.no_grad():
+        head.weight.zero_()[700] = 1e4
+    log_probs, entropies = score_tokens(head, torch.ones(2, 2), torch.tensor([700, 3]))
+    assert log_probs.tolist() == [0.0, -2e4] and entropies.tolist() == [0.0, 0.0]

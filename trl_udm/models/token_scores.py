@@ -1,0 +1,133 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""Log-probabilities of tokens from a head with many codes, for devices on which TRL's fused head has no Triton kernel."""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+TILE_WIDTH = 512
+"""Codes in a tile: with 4,096 tokens 8 MiB of float32 logits, which caches hold."""
+CHUNK_LENGTH = 256
+"""Tokens in a chunk, for heads that are more than a matrix."""
+
+
+def score_tokens(
+    head: nn.Module, hidden_states: torch.Tensor, labels: torch.LongTensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Log-probabilities of tokens and the entropies of their distributions, without the logits of all codes for all tokens.
+
+    A head that is a matrix is read in tiles of codes, each of which passes through all operations while a cache holds it.
+    Another head, such as one with an adapter or one whose weight is sharded, is called on chunks of tokens, and called again
+    in the backward pass.
+
+    Args:
+        head (`nn.Module`):
+            From `(num_tokens, hidden_size)` to logits of shape `(num_tokens, codebook_size)`.
+        hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`):
+            What the head reads, for the tokens to score.
+        labels (`torch.LongTensor` of shape `(num_tokens,)`):
+            The tokens, in `[0, codebook_size)`.
+
+    Returns:
+        `tuple`: Log-probabilities and entropies, each of shape `(num_tokens,)` in float32. Both have gradients.
+    """
+    is_matrix = type(head) is nn.Linear and head.bias is None and type(head.weight) is nn.Parameter
+    if is_matrix and head.weight.shape == (head.out_features, head.in_features):  # DeepSpeed empties a sharded weight
+        device_type = hidden_states.device.type
+        is_autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if is_autocast else head.weight.dtype
+        return _TileScores.apply(hidden_states, head.weight, labels, dtype)
+    chunks = zip(hidden_states.split(CHUNK_LENGTH), labels.split(CHUNK_LENGTH), strict=True)
+    scores = [checkpoint(_score_chunk, head, *chunk, use_reentrant=False) for chunk in chunks]
+    log_probs, entropies = zip(*scores, strict=True)
+    return torch.cat(log_probs), torch.cat(entropies)
+
+
+def _score_chunk(
+    head: nn.Module, hidden_states: torch.Tensor, labels: torch.LongTensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    log_probs = head(hidden_states).float().log_softmax(dim=-1)  # (T, V)
+    entropies = -(log_probs.exp() * log_probs).sum(dim=-1)
+    return log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropies
+
+
+class _TileScores(torch.autograd.Function):
+    """
+    With logits z = W h, log-normalizer ℓ = log Σ_k exp z_k, p_k = exp(z_k − ℓ) and entropy H = ℓ − Σ_k p_k z_k:
+
+        ∂ log p_y / ∂z_k = [k = y] − p_k,        ∂H / ∂z_k = −p_k · (log p_k + H).
+
+    The backward pass computes the logits again. Products have the dtype that is asked for, gradients are float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.LongTensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        label_logits = torch.empty(len(labels), device=labels.device)  # (T,)
+        normalizers, means = [], []  # of each tile, (T,)
+        for start, tile in _tiles(weight):
+            logits = (hidden_states.to(dtype) @ tile.to(dtype).T).float()  # (T, W)
+            tokens, columns = _find_labels(labels, start)
+            label_logits[tokens] = logits[tokens, columns]
+            normalizers.append(logits.logsumexp(dim=-1))
+            means.append((logits.softmax(dim=-1) * logits).sum(dim=-1))
+        normalizers, means = torch.stack(normalizers), torch.stack(means)  # (V / W, T), (V / W, T)
+        normalizer = normalizers.logsumexp(dim=0)  # (T,)
+        entropies = normalizer - (normalizers.softmax(dim=0) * means).sum(dim=0)
+        ctx.save_for_backward(hidden_states, weight, labels, normalizer, entropies)
+        ctx.dtype = dtype
+        ctx.set_materialize_grads(False)
+        return label_logits - normalizer, entropies
+
+    @staticmethod
+    def backward(
+        ctx, grad_log_probs: torch.Tensor | None, grad_entropies: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        hidden_states, weight, labels, normalizer, entropies = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.zeros_like(hidden_states, dtype=torch.float32) if needs_hidden else None
+        grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs_weight else None
+        for start, tile in _tiles(weight):
+            logits = (hidden_states.to(ctx.dtype) @ tile.to(ctx.dtype).T).float()  # (T, W)
+            logits.sub_(normalizer.unsqueeze(-1))
+            factors = 0.0
+            if grad_entropies is not None:
+                factors = -grad_entropies.unsqueeze(-1) * (logits + entropies.unsqueeze(-1))
+            if grad_log_probs is not None:
+                factors = factors - grad_log_probs.unsqueeze(-1)
+            grad_logits = logits.exp_().mul_(factors)
+            if grad_log_probs is not None:
+                tokens, columns = _find_labels(labels, start)
+                grad_logits[tokens, columns] += grad_log_probs[tokens]
+            if needs_hidden:
+                grad_hidden.addmm_(grad_logits, tile.float())
+            if needs_weight:
+                torch.mm(grad_logits.T, hidden_states.float(), out=grad_weight[start : start + len(tile)])
+        grad_hidden = grad_hidden.to(hidden_states.dtype) if needs_hidden else None
+        return grad_hidden, grad_weight.to(weight.dtype) if needs_weight else None, None, None
+
+
+def _tiles(weight: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+    return [(start, weight[start : start + TILE_WIDTH]) for start in range(0, len(weight), TILE_WIDTH)]
+
+
+def _find_labels(labels: torch.LongTensor, start: int) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """The tokens whose label is in the tile that begins at `start`, and the tile's columns of their labels."""
+    tokens = ((labels >= start) & (labels < start + TILE_WIDTH)).nonzero().squeeze(1)
+    return tokens, labels[tokens] - start
