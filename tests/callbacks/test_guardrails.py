@@ -83,6 +83,17 @@ def test_logs_in_which_the_watched_reward_abstained_are_passed_over():
     assert "hacking" in callback.alarms
 
 
+def test_logs_without_a_value_are_skipped():
+    """TRL logs None where all values of a step are NaN."""
+    callback = GuardrailCallback(max_kl=1.0, num_smoothed=2, watched="rewards/true/mean", window=5)
+    reward, watched = noisy([0.1] * 10 + [0.5] * 10), noisy([0.9] * 10 + [0.5] * 10)
+    feed(
+        callback,
+        **{"reward": [None, *reward, None], "kl": [*[0.5] * 20, 2.0, None], "rewards/true/mean": [0.0, *watched, 0.0]},
+    )
+    assert callback.alarms.keys() == {"kl", "hacking"}
+
+
 def test_a_hacked_reward_stops_a_run(tmp_path):
     def hackable(prompts, completions, **kwargs):
         return count_a(prompts, completions)

@@ -12,4 +12,4 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Callbacks: diagnostics and guardrails of a run."""
+"""Callbacks: measurements (diagnostics) and alarms (guardrails) for a run."""

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the paper argues with, measured in a run: how states, probabilities and samples differ from those before training."""
+"""Diagnostics: how the states, probabilities and samples of a run differ from those before training."""
 
 import json
 import statistics
@@ -34,35 +34,36 @@ class DiagnosticsCallback(TrainerCallback):
     r"""
     Measures the policy on fixed prompts and seeds, before training and every `measure_steps` steps.
 
-    A measurement draws one sample x̂₁ a prompt, and takes for each step of the rollout's grid both kinds of states: those of
-    the forward trajectory, x̂_t ~ p_t(· | x̂₁), and those of the backward one, which the sampler passed through. Whichever of
-    them is trained on, both are measured:
+    A measurement draws one sample x̂₁ per prompt. For each step of the rollout's grid it takes two kinds of states:
+    those of the forward trajectory, x̂_t ~ p_t(· | x̂₁), and those of the backward trajectory, which the sampler
+    passed through. Both are measured, whichever of them is trained on:
 
-    - `state_distance`: energy distance ([`energy_distance`]) of the states from clean tokens noised by the forward process,
-      as in pretraining. Estimates scatter around 0 where the two are distributed alike.
-    - `log_prob_variance`: variance over the samples of log π, the mean log-probability of the sample's tokens.
-    - `entropy`: mean entropy of p_θ(x₁ | x_t), in nats a token.
-    - `tokens_changed`: share of the samples' tokens that differ from those before training, drawn with the same seeds.
+    - `state_distance`: energy distance ([`energy_distance`]) of the states from clean tokens noised by the forward
+      process, as in pretraining. Estimates scatter around 0 if both have the same distribution.
+    - `log_prob_variance`: variance over the samples of log π, the mean log-probability of a sample's tokens.
+    - `entropy`: mean entropy of p_θ(x₁ | x_t) per token, in nats.
+    - `tokens_changed`: share of tokens that differ between the samples and those before training, which are drawn with
+      the same seeds.
 
-    Their means over the grid are logged as `diagnostics/<name>_<trajectory>` and `diagnostics/tokens_changed`. The output
-    folder has them step by step in `diagnostics.json` and, at the end of training, `diagnostics.png`. The run itself is the
-    same with and without the callback.
+    Means over the grid are logged as `diagnostics/<name>_<trajectory>` and `diagnostics/tokens_changed`. The values of
+    each step of the grid are written to `diagnostics.json` in the output folder. At the end of training they are
+    plotted in `diagnostics.png`. The callback does not change the run.
 
     Args:
         trainer ([`UDMGRPOTrainer`]):
-            The trainer that the callback is added to.
+            Trainer to which the callback is added.
         prompts (`list`):
-            At least two prompts. A measurement costs 3·S forward passes a prompt, S being `num_inference_steps`.
+            At least two prompts. A measurement costs 3·S forward passes per prompt, where S is `num_inference_steps`.
         clean_samples (`torch.LongTensor` of shape `(B, N)`, *optional*):
-            Clean tokens that stand for the data, such as an encoded image for each of the B prompts. By default the samples
-            of the model before training.
+            Clean tokens that represent the data, such as an encoded image for each of the B prompts. By default the
+            samples of the model before training.
         measure_steps (`int`, *optional*, defaults to `25`):
             Training steps between two measurements, > 0.
         seed (`int`, *optional*, defaults to `0`):
             Seed of every draw in a measurement.
 
     Raises:
-        `ValueError`: If there are fewer than two prompts, `clean_samples` has another shape, or `measure_steps` is below 1.
+        ValueError: If there are fewer than two prompts, `clean_samples` has another shape, or `measure_steps` is < 1.
 
     Example:
 
@@ -95,7 +96,7 @@ class DiagnosticsCallback(TrainerCallback):
         self.seed = seed
         self.initial_samples: torch.LongTensor | None = None
         self.measurements: list[dict[str, Any]] = []
-        """Each has the `step`, `tokens_changed`, and the others by trajectory, a value a step of the grid."""
+        """Each has `step` and `tokens_changed`, and the others by trajectory: a value per step of the grid."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         path = Path(args.output_dir, "diagnostics.json")
@@ -183,17 +184,18 @@ class DiagnosticsCallback(TrainerCallback):
 def energy_distance(x: torch.LongTensor, y: torch.LongTensor) -> float:
     r"""
     Unbiased estimate of the energy distance 2·E d(X, Y) − E d(X, X') − E d(Y, Y') between two distributions of tokens
-    (Székely and Rizzo, https://doi.org/10.1016/j.jspi.2013.03.018), where d is the square root of the share of tokens that
+    (Székely and Rizzo, https://doi.org/10.1016/j.jspi.2013.03.018). d is the square root of the share of tokens that
     differ.
 
-    With this d, a Euclidean distance of one-hot vectors, it is 0 only for equal distributions. Row i of both belongs to the
-    same prompt, and only pairs of different prompts count, so that the choice of prompts makes no difference.
+    This d is a Euclidean distance of one-hot vectors, so the energy distance is 0 only for equal distributions. Row i
+    of both arguments belongs to the same prompt. Only pairs of different prompts are compared, so that the choice of
+    prompts makes no difference.
 
     Args:
         x (`torch.LongTensor` of shape `(B, N)`):
-            B > 1 draws from the one, independent of each other.
+            B > 1 independent draws from the first distribution.
         y (`torch.LongTensor` of shape `(B, N)`):
-            B draws from the other.
+            B draws from the second distribution.
 
     Returns:
         `float`: The estimate, at most 2. It may be below 0.
@@ -208,13 +210,14 @@ def energy_distance(x: torch.LongTensor, y: torch.LongTensor) -> float:
 
 def save_diagnostics(path: str | Path, measurements: list[dict[str, Any]]) -> None:
     """
-    Plots measurements of [`DiagnosticsCallback`]: the first and the last by step of the grid, and changed tokens over training.
+    Plots measurements of [`DiagnosticsCallback`]: the first and the last one over the steps of the grid, and the share
+    of changed tokens over training.
 
     Args:
         path (`str` or `Path`):
-            The image to write.
+            Image file to write.
         measurements (`list[dict]`):
-            At least one.
+            Measurements, at least one.
     """
     figure = Figure(figsize=(16, 3.6))
     FigureCanvasAgg(figure)
@@ -222,7 +225,7 @@ def save_diagnostics(path: str | Path, measurements: list[dict[str, Any]]) -> No
     titles = {
         "state_distance": "energy distance of the states\nfrom the noised clean samples",
         "log_prob_variance": "variance of log π",
-        "entropy": "entropy, nats a token",
+        "entropy": "entropy per token, nats",
     }
     for axis, (name, title) in zip(axes[:3], titles.items(), strict=True):
         for measurement, style in ((measurements[0], "--"), (measurements[-1], "-")):
@@ -233,6 +236,6 @@ def save_diagnostics(path: str | Path, measurements: list[dict[str, Any]]) -> No
     axes[0].legend(fontsize=8)
     steps = [measurement["step"] for measurement in measurements]
     axes[3].plot(steps, [measurement["tokens_changed"] for measurement in measurements], "o-")
-    axes[3].set(xlabel="training step", title="share of tokens changed", ylim=(0, 1))
+    axes[3].set(xlabel="training step", title="share of changed tokens", ylim=(0, 1))
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Alarms for runs that go wrong while their reward looks right."""
+"""Guardrails: alarms for a run that goes wrong while its reward looks good."""
 
 import math
 import statistics
@@ -26,31 +26,32 @@ logger = get_logger(__name__)
 
 class GuardrailCallback(TrainerCallback):
     r"""
-    Raises an alarm when the policy runs away, collapses, or learns to please its reward only.
+    Raises an alarm when the policy runs away, collapses, or hacks its reward.
 
-    It looks at what is logged. A bound is compared with the mean of the last `num_smoothed` logs. The reward is hacked where,
-    from one window of logs to the next, it rises and the watched one falls, each by more than twice the standard error of
-    the difference. Each kind of alarm is raised once.
+    It reads the logs of training. A bound is compared with the mean of the last `num_smoothed` logged values. The
+    reward counts as hacked if it rises from one window of logs to the next while the watched metric falls, each by
+    more than twice the standard error of the difference. Logs in which a metric has no value are skipped. Each kind of
+    alarm is raised once.
 
     Args:
         max_kl (`float`, *optional*):
-            Bound on `kl`, in nats a token at the default sequence level.
+            Upper bound on `kl`, in nats per token at the default sequence level.
         min_entropy (`float`, *optional*):
-            Bound on `entropy`, in nats a token.
+            Lower bound on `entropy`, in nats per token.
         min_diversity (`float`, *optional*):
-            Bound on `diversity`, the share of tokens in which two samples of a group differ, in `[0, 1]`.
+            Lower bound on `diversity`, the share of tokens in which two samples of a group differ, in `[0, 1]`.
         watched (`str`, *optional*):
-            Name in the logs of what should rise with the reward, such as `"rewards/pickscore/mean"` of a reward function
-            of weight 0.
+            Logged metric that should rise with the reward, such as `"rewards/pickscore/mean"` of a reward function of
+            weight 0.
         window (`int`, *optional*, defaults to `20`):
-            Logs a window, > 1.
+            Number of logs in a window, > 1.
         num_smoothed (`int`, *optional*, defaults to `5`):
-            Logs that are averaged for the bounds, > 0.
+            Number of logs that are averaged for the bounds, > 0.
         stop (`bool`, *optional*, defaults to `False`):
-            Whether an alarm ends the training. By default it is a warning.
+            Whether an alarm also stops the training. By default it is only a warning.
 
     Raises:
-        `ValueError`: If a number is out of its range, or `watched` is not among what is logged.
+        ValueError: If a number is out of its range, or `watched` is not logged.
 
     Example:
 
@@ -81,7 +82,7 @@ class GuardrailCallback(TrainerCallback):
         self.num_smoothed = num_smoothed
         self.stop = stop
         self.alarms: dict[str, int] = {}
-        """From the kind of alarm, `"kl"`, `"entropy"`, `"diversity"` or `"hacking"`, to the global step at which it was raised."""
+        """Global step of each alarm by its kind: `"kl"`, `"entropy"`, `"diversity"` or `"hacking"`."""
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs
@@ -90,7 +91,7 @@ class GuardrailCallback(TrainerCallback):
             return
         history = [log for log in state.log_history if "reward" in log]
         for name, (bound, sign) in self.bounds.items():
-            values = [log[name] for log in history[-self.num_smoothed :] if name in log]
+            values = [log[name] for log in history if log.get(name) is not None][-self.num_smoothed :]
             if bound is None or len(values) < self.num_smoothed:
                 continue
             mean = statistics.fmean(values)
@@ -101,7 +102,8 @@ class GuardrailCallback(TrainerCallback):
             return
         if self.watched not in logs:
             raise ValueError(f"`watched` must be one of {sorted(logs)}, got {self.watched!r}.")
-        history = [log for log in history if log[self.watched] is not None]  # the watched function may abstain
+        # A log has None where no reward function gave a reward, and a metric of a function may not be in all logs
+        history = [log for log in history if log["reward"] is not None and log.get(self.watched) is not None]
         earlier, later = history[-2 * self.window : -self.window], history[-self.window :]
         if len(earlier) < self.window:
             return
@@ -121,7 +123,7 @@ class GuardrailCallback(TrainerCallback):
 
 
 def _change(earlier: list[float], later: list[float]) -> float:
-    """Difference of the means in standard errors."""
+    """The difference of two means, in standard errors."""
     error = math.sqrt((statistics.variance(earlier) + statistics.variance(later)) / len(earlier))
     difference = statistics.fmean(later) - statistics.fmean(earlier)
     return difference / error if error > 0 else math.copysign(math.inf, difference) if difference else 0.0
