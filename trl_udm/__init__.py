@@ -12,6 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+"""Reinforcement learning for uniform discrete diffusion models, on TRL, diffusers and PEFT."""
+
 from importlib import import_module
 from typing import TYPE_CHECKING
 
