@@ -16,7 +16,7 @@
 Peak memory and time of the scheduler's two draws on the CPU, at the size of URSA's largest tokenizer.
 
 Each row runs in a process of its own. "extra" is how much the peak of the resident memory (`VmHWM`) grows during the
-call, beside the logits, the codebook and everything else that was there before it.
+call, in addition to the logits, the codebook and everything else that was there before.
 
     python benchmarks/scheduler_memory.py
 """
@@ -43,7 +43,7 @@ def measure(name: str, args: argparse.Namespace, results: multiprocessing.Queue)
     torch.set_num_threads(args.num_threads)
     torch.manual_seed(0)
     scheduler = KineticOptimalScheduler(alpha=None if args.mixture else 0.9, shift=2.0)
-    # Drawn in place: building the inputs must not itself be the peak that the call is measured against.
+    # Drawn in place, so that building the inputs is not the peak that the call is measured against
     codebook = torch.empty(args.codebook_size, args.codebook_dim).normal_()
     scheduler.set_codebook(codebook)
     del codebook

@@ -13,18 +13,18 @@
 # limitations under the License.
 
 """
-Time, peak memory and arithmetic of each stage of a training step, beside a naive version of the same stage.
+Time, peak memory and arithmetic of each stage of a training step, and of a naive version of the same stage.
 
     python benchmarks/throughput.py --size mid --batch_size 4
     python benchmarks/throughput.py --size head --batch_size 1
     python benchmarks/throughput.py --size mid --batch_size 1 --grow
 
-The model has random weights of a named size. Each stage and version runs in a process of its own, which warms up with the
-stage itself. "Naive" is what one would write first: eager attention, logits of all positions in float32, a softmax over all of
-them, `torch.multinomial`, velocities of all tokens, nothing in chunks, adapters never merged. Peak memory is what the stage needs beside what was there
-before it: of the GPU, or of the process. The FLOPs are counted from the shapes, and the share of the device's rate (MFU) is
-against a matrix product measured in the same process. With `--grow` the library's versions are measured while one
-of batch, tokens, codes and training timesteps grows, with the exponent of each.
+The model has random weights and a named size. Each stage and version runs in a process of its own. "Naive" is what one
+would write first: eager attention, logits of all positions in float32, a softmax over all of them,
+`torch.multinomial`, velocities of all tokens, nothing in chunks, adapters never merged. Peak memory is the memory of
+the GPU, or of the process, that the stage adds. FLOPs are counted from the shapes. The model FLOPs utilization (MFU)
+is their rate relative to that of a matrix product in the same process. `--grow` measures the library's versions while
+one of batch, tokens, codes and training timesteps grows, and the exponent of each.
 """
 
 import argparse
@@ -123,7 +123,7 @@ class NaivePipeline(URSAPipeline):
             velocity = velocity.scatter(-1, sample.unsqueeze(-1), 0.0)
             rates = velocity.sum(dim=-1)
             jumps = torch.rand_like(rates) < 1 - torch.exp(-(scheduler.timestep_to_t(i + 1) - t) * rates)
-            # A token without a rate never jumps, but `multinomial` wants a weight
+            # A token with rate 0 never jumps, but `multinomial` needs a weight
             target = torch.multinomial((velocity + 1e-30).flatten(0, 1), 1).view(sample.shape)
             sample = torch.where(jumps, target, sample)
         return UDMSamplerOutput(clean_samples=sample, trajectory=None)
@@ -235,7 +235,7 @@ def build_trainer(size: Size, args: argparse.Namespace, naive: bool) -> UDMGRPOT
 
 
 def build_stage(trainer: UDMGRPOTrainer, stage: str, size: Size, args: argparse.Namespace) -> Callable[[], None]:
-    """What is measured: a call is one stage for `args.batch_size` samples."""
+    """A function whose call is one stage for `args.batch_size` samples."""
     pipeline, device = trainer.pipeline, trainer.accelerator.device
     shape = trainer.latent_shape
     ids = torch.randint(size.codebook_size, (args.batch_size, size.num_tokens), device=device)
@@ -292,7 +292,7 @@ def build_stage(trainer: UDMGRPOTrainer, stage: str, size: Size, args: argparse.
 
 
 def count_flops(stage: str, size: Size, args: argparse.Namespace) -> float:
-    """Of the library's version, for `args.batch_size` samples, from the shapes; the decoder's convolutions are left out."""
+    """FLOPs of the library's version for `args.batch_size` samples, by the shapes. The decoder is not counted."""
     length = size.num_text_tokens + 1 + size.num_tokens
     attention_width = size.num_heads * size.head_dim
     weights = size.hidden_size * (2 * attention_width + 2 * size.num_key_value_heads * size.head_dim)
@@ -300,7 +300,7 @@ def count_flops(stage: str, size: Size, args: argparse.Namespace) -> float:
     layers = size.num_layers * (2 * weights * length + 4 * length**2 * attention_width)
     head = 2 * size.hidden_size * size.codebook_size * size.num_tokens
     if stage == "rollout":
-        # Distances between the codes, for the tokens that are not yet what is predicted, at most all
+        # Distances between the codes, for the tokens that differ from the prediction, at most all
         jump = 2 * size.codebook_dim * size.codebook_size * size.num_tokens
         return args.batch_size * (NUM_STEPS * (layers + head) + (NUM_STEPS - 1) * jump)
     if stage == "decode":
@@ -308,13 +308,13 @@ def count_flops(stage: str, size: Size, args: argparse.Namespace) -> float:
     num_rows = args.batch_size * args.num_train_timesteps
     if stage == "scoring":
         return num_rows * (layers + head)
-    # Backward is twice the forward, once where the weights are frozen; the fused head computes its logits again
+    # Backward is twice the forward, or once with frozen weights. The head computes its logits again.
     backward = 1 if args.lora else 2
     return num_rows * ((1 + backward + args.activation_checkpointing) * layers + (2 + backward) * head)
 
 
 def matmul_rate(device: torch.device, bf16: bool) -> float:
-    """FLOPs a second of a large square product."""
+    """FLOPs per second of a large square product."""
     side = 8192 if device.type == "cuda" else 2048
     factor = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     seconds = []
@@ -384,7 +384,7 @@ def measure_in_a_process(stage: str, naive: bool, size: Size, args: argparse.Nam
 
 
 def compare(size: Size, args: argparse.Namespace) -> dict[str, Any]:
-    """Each stage, ours beside naive."""
+    """Measures each stage in both versions."""
     print(f"{args.size}, {args.batch_size} samples, K = {args.num_train_timesteps}")
     print("| stage | s a sample, naive | ours | ratio | peak MiB, naive | ours | ratio | GFLOPs a sample | MFU |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -410,7 +410,7 @@ def compare(size: Size, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def grow(size: Size, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds and peak memory of rollout and update while one thing grows, by axis and stage."""
+    """Seconds and peak memory of rollout and update while one quantity grows, by axis and stage."""
     axes = {
         "batch_size": [1, 2, 4, 8],
         "tokens": [64, 144, 256, 576],
@@ -440,7 +440,7 @@ def grow(size: Size, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def save_growth(path: Path, results: dict[str, Any]) -> None:
-    """Time above memory, a column an axis, with the exponents."""
+    """Draws time and memory, with the exponents: a column for each axis."""
     figure = Figure(figsize=(4 * len(results), 7))
     FigureCanvasAgg(figure)
     plots = figure.subplots(2, len(results), sharey="row", squeeze=False)
@@ -459,7 +459,7 @@ def save_growth(path: Path, results: dict[str, Any]) -> None:
             plot.grid(alpha=0.3, which="both")
         plots[1, column].set_xlabel(axis)
     plots[0, 0].set_ylabel("seconds")
-    plots[1, 0].set_ylabel("peak memory beside the weights, MiB")
+    plots[1, 0].set_ylabel("peak memory in addition to the weights, MiB")
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
@@ -470,15 +470,15 @@ def exponent(values: list[float], heights: list[float]) -> float:
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """What is measured, and how."""
+    """Options of the model and of the measurement."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="mid")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--batch_size", type=int, default=4, help="samples")
     parser.add_argument(
-        "--micro_batch_size", type=int, help="rows of a scoring or an update at a time; all by default"
+        "--micro_batch_size", type=int, help="rows that are scored or trained on at a time, all by default"
     )
-    parser.add_argument("--num_train_timesteps", type=int, default=3, help="K: rows a sample in scoring and update")
+    parser.add_argument("--num_train_timesteps", type=int, default=3, help="K: rows per sample in scoring and update")
     parser.add_argument("--num_repeats", type=int, default=3, help="calls of a stage")
     parser.add_argument("--num_threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--lora", action="store_true", help="train an adapter of rank 16 on all linear layers")
@@ -491,7 +491,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--skip_naive", action="store_true")
-    parser.add_argument("--grow", action="store_true", help="how the cost grows, instead of the comparison")
+    parser.add_argument("--grow", action="store_true", help="measure how the cost grows, instead of the comparison")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/throughput"))
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)

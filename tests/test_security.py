@@ -15,8 +15,9 @@
 """
 Nothing that is loaded can run code, and nothing is fetched by way of torchvision.
 
-In the package, the examples, the scripts and the benchmarks, nothing is unpickled (`pickle` is imported for its error
-only, `torch.load` has `weights_only=True`), no code of a repository is trusted, no text is evaluated, no shell is called.
+In the package, the examples, the scripts and the benchmarks nothing is unpickled: `pickle` is imported for its error
+only, and `torch.load` has `weights_only=True`. No code of a repository is trusted, no text is evaluated, no shell is
+called.
 """
 
 import ast

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Random tensors that one generator draws for every device."""
+"""Random tensors for any device, drawn on the device of their generator."""
 
 import torch
 
@@ -24,8 +24,8 @@ def rand_tensor(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """
-    Uniform numbers in `[0, 1)`, drawn on the generator's device. A generator on the CPU draws the same numbers for every
-    device, as with diffusers' `randn_tensor`.
+    Uniform numbers in `[0, 1)`, drawn on the generator's device. With a generator on the CPU all devices get the same
+    numbers, as with diffusers' `randn_tensor`.
 
     Args:
         shape (`int` or `tuple[int, ...]`):

@@ -13,8 +13,8 @@
 # limitations under the License.
 
 """
-Files of weights: safetensors, sharded or not, or a pickle that holds nothing but tensors. What is damaged, missing or of
-another shape is an error that names it.
+Files of weights: safetensors, sharded or not, or a pickle that holds nothing but tensors. Every file or weight that is
+damaged, missing or of another shape raises an error that names it.
 """
 
 import json
@@ -32,21 +32,21 @@ from safetensors.torch import load_file, save_file
 
 def find_file(pretrained_model_name_or_path: str | os.PathLike, names: list[str], **hub_kwargs: Any) -> Path:
     """
-    Finds the first of several files that a folder or a repository on the Hub has.
+    Finds a file in a folder or a repository on the Hub, by several names.
 
     Args:
         pretrained_model_name_or_path (`str` or `os.PathLike`):
             Folder, or id of a repository.
         names (`list[str]`):
-            Names of the files, the preferred one first.
+            Names of the file, in order of preference.
         hub_kwargs:
             `subfolder`, `cache_dir`, `force_download`, `proxies`, `local_files_only`, `token` and `revision`.
 
     Returns:
-        `Path`: The file, downloaded where it is on the Hub.
+        `Path`: The first that exists. From the Hub it is downloaded.
 
     Raises:
-        FileNotFoundError: If there is none of them.
+        FileNotFoundError: If none exists.
     """
     for name in names:
         try:
@@ -63,10 +63,9 @@ def load_tensors(file: str | os.PathLike, names: Iterable[str] | None = None) ->
 
     Args:
         file (`str` or `os.PathLike`):
-            A `.safetensors` file, or a pickle. Of a pickle nothing but tensors and plain containers is unpickled, so that
-            no code runs.
+            A `.safetensors` file or a pickle. No code runs: only tensors and plain containers are unpickled.
         names (`Iterable[str]`, *optional*):
-            The tensors to return. Without it, all of them, and the file must hold nothing else.
+            Names of the tensors to read. By default all are read, and the file must hold nothing else.
 
     Returns:
         `dict[str, torch.Tensor]`: The tensors.
@@ -93,14 +92,14 @@ def load_tensors(file: str | os.PathLike, names: Iterable[str] | None = None) ->
 
 def load_state_dict(folder: str | os.PathLike, name: str) -> dict[str, torch.Tensor]:
     """
-    Reads the weights of one component: `<name>.safetensors`, its shards where `<name>.safetensors.index.json` lists some,
-    or `<name>.bin`, in this order of preference: shards, safetensors, pickle.
+    Reads the weights of one component. Preferred are the shards that `<name>.safetensors.index.json` lists, then
+    `<name>.safetensors`, then the pickle `<name>.bin`.
 
     Args:
         folder (`str` or `os.PathLike`):
             The component's folder.
         name (`str`):
-            Name of the file without suffix.
+            Name of the file, without suffix.
 
     Returns:
         `dict[str, torch.Tensor]`: The tensors of all shards.
@@ -131,12 +130,12 @@ def check_state_dict(
         state_dict (`dict[str, torch.Tensor]`):
             The weights.
         expected (`dict[str, torch.Tensor]`):
-            The model's own, of any device.
+            The model's own weights, on any device.
         folder (`str` or `os.PathLike`):
-            Where the weights come from, for the message.
+            Where the weights come from, for the error message.
 
     Raises:
-        ValueError: If a weight is missing, is not the model's, or has the wrong shape.
+        ValueError: If a weight is missing, unexpected, or of another shape.
     """
     missing, unexpected = sorted(expected.keys() - state_dict.keys()), sorted(state_dict.keys() - expected.keys())
     if missing or unexpected:
@@ -155,8 +154,8 @@ def load_every_weight(
     from_pretrained: Callable, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
 ) -> Any:
     """
-    Calls a `from_pretrained` of transformers or diffusers. A weight that the checkpoint lacks is an error: both libraries
-    would leave it random and warn.
+    Calls a `from_pretrained` of transformers or diffusers, where a missing weight is an error. The libraries would
+    leave it random and warn.
 
     Args:
         from_pretrained (`Callable`):
@@ -164,14 +163,14 @@ def load_every_weight(
         pretrained_model_name_or_path (`str` or `os.PathLike`, *optional*):
             Folder, or id of a repository on the Hub.
         args, kwargs:
-            As in `from_pretrained`. With `ignore_mismatched_sizes=True` weights that are missing or of another shape are
-            left random.
+            As in `from_pretrained`. With `ignore_mismatched_sizes=True` weights that are missing or of another shape
+            are no error.
 
     Returns:
-        The model, or with `output_loading_info=True` the model and its loading info.
+        The model, or with `output_loading_info=True` a tuple of it and its loading info.
 
     Raises:
-        ValueError: If a weight is missing or has the wrong shape, or a file is damaged.
+        ValueError: If a weight is missing or of another shape, or a file is damaged.
     """
     settings = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
@@ -183,8 +182,8 @@ def load_every_weight(
     )
     if absent and not kwargs.get("ignore_mismatched_sizes", False):
         raise ValueError(
-            f"The weights in {pretrained_model_name_or_path} miss, or have in another shape than its config.json says: "
-            f"{absent}."
+            f"The weights in {pretrained_model_name_or_path} miss, or have in another shape than its config.json "
+            f"says: {absent}."
         )
     return (model, info) if kwargs.get("output_loading_info", False) else model
 

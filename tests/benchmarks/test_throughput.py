@@ -73,7 +73,7 @@ def test_the_naive_scoring_is_the_librarys(tmp_path, module, codebook_size):
 
 
 def test_the_naive_sampler_draws_from_the_librarys_distribution(tmp_path, module):
-    """Marginals of the tokens after a rollout of a network that ignores what it sees; two samples of 4,096 tokens each."""
+    """Marginals of two samples of 4,096 tokens each, by rollouts of a network that ignores its input."""
     size = module["replace"](module["SIZES"]["tiny"], codebook_size=16)
     counts = []
     for naive in (False, True):

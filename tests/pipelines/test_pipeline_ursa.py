@@ -244,8 +244,8 @@ def test_output_types_have_their_shapes_and_ranges(pipe):
     assert torch.equal(pipe.decode(latents.flatten(1), (1, 4, 6), output_type="pt"), tensor)
 
 
-def test_images_are_the_references_to_a_grey_level(pipe, oracle_dir):
-    # The reference cuts fractions of a grey level off, where diffusers' image processor rounds
+def test_images_are_the_references_to_a_gray_level(pipe, oracle_dir):
+    # The reference cuts fractions of a gray level off, where diffusers' image processor rounds
     oracle = load_file(oracle_dir / "vq.safetensors")
     images = np.stack(pipe.decode(oracle["image.ids"].flatten(1), (1, 8, 8))).astype(int)
     assert np.abs(images - oracle["image.decoded_uint8"].numpy()).max() <= 1
@@ -385,7 +385,7 @@ def test_diffusers_callbacks_say_which_tensors_they_take(pipe):
         ({"prompt": None}, "`prompt` must be a string or a non-empty list of strings, got None."),
         ({"prompt": []}, "`prompt` must be a string or a non-empty list of strings, got []."),
         ({"prompt": ["a", 1]}, "`prompt` must be a string or a non-empty list of strings, got ['a', 1]."),
-        ({"negative_prompt": ["a"]}, "`negative_prompt` must have one entry a prompt (2), got 1."),
+        ({"negative_prompt": ["a"]}, "`negative_prompt` must have one entry for each prompt (2), got 1."),
         ({"negative_prompt": 3}, "`negative_prompt` must be a string or a list of strings, got 3."),
         (
             {"negative_prompt": ["a", None]},
@@ -429,7 +429,7 @@ def test_bad_arguments_are_refused(pipe, changes, message):
 
 
 def test_videos_are_not_decoded_as_images(pipe):
-    with pytest.raises(ValueError, match="`decode` takes images, of one frame; got 2 frames."):
+    with pytest.raises(ValueError, match="`decode` takes images, of one frame, got 2 frames."):
         pipe.decode(torch.zeros(1, 128, dtype=torch.long), (2, 8, 8))
 
 

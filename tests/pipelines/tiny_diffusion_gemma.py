@@ -48,7 +48,9 @@ def build_tokenizer():
         pad_token="<pad>",
         eos_token="<eos>",
         chat_template=(
-            "{% for message in messages %}{{ message['role'][0] + ':' + message['content'] + '<turn_end>' }}{% endfor %}"
+            "{% for message in messages %}"
+            "{{ message['role'][0] + ':' + message['content'] + '<turn_end>' }}"
+            "{% endfor %}"
             "{% if add_generation_prompt %}{{ 'm:' }}{% endif %}"
         ),
     )

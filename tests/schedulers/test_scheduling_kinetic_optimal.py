@@ -12,7 +12,8 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-# The files in tests/oracle come from an independent run of the public reference code Yovecent/UDM-GRPO, commit d1bec49.
+# The files in tests/oracle come from an independent run of the public reference code Yovecent/UDM-GRPO, commit
+# d1bec49.
 
 import copy
 import json
@@ -646,7 +647,7 @@ def test_settings_without_codes_fail_at_first_use_and_take_codes(tmp_path):
     token_ids = torch.zeros(2, 3, dtype=torch.long)
     for settings in (KineticOptimalScheduler.load_config(tmp_path), dict(scheduler.config)):
         loaded = KineticOptimalScheduler.from_config(settings, shift=3.0)
-        with pytest.raises(ValueError, match="a plain dictionary of settings has no codes"):
+        with pytest.raises(ValueError, match="A plain dictionary of settings has no codes"):
             loaded.add_noise(token_ids, 0.5)
         loaded.set_codebook(scheduler.codebook)
         assert torch.equal(loaded.add_noise(token_ids, 1.0), token_ids)

@@ -28,19 +28,19 @@ from ..weights import load_every_weight
 class AutoencoderVQ(VQModel):
     r"""
     Image tokenizer: diffusers' [`~diffusers.VQModel`], whose codes are looked up by the largest inner product (index
-    backpropagation quantisation, https://huggingface.co/papers/2412.02692), as the image tokenizers of URSA do. Its
+    backpropagation quantization, https://huggingface.co/papers/2412.02692), as the image tokenizers of URSA do. Its
     arguments are those of [`~diffusers.VQModel`].
 
-    Of the original quantizers, `"VQuantizer"` (a learned codebook, IBQ) and `"LFQuantizer"` (lookup-free: the channels of
-    code `k` are the signs of its bits, so the largest inner product is the sign of each channel) are supported.
-    `"FSQuantizer"` belongs to the video tokenizers, which have another encoder and decoder, and is refused.
+    Two of the original quantizers are supported: `"VQuantizer"`, a learned codebook (IBQ), and `"LFQuantizer"`, which
+    is lookup-free: the channels of code `k` are the signs of its bits, so the largest inner product is the sign of
+    each channel. `"FSQuantizer"` is refused: it belongs to the video tokenizers, which have another encoder and
+    decoder.
     """
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "AutoencoderVQ":
         """
-        As in diffusers, except that a weight which the checkpoint lacks is an error: diffusers would leave it random and
-        warn.
+        As in diffusers, except that a missing weight is an error. Diffusers would leave it random and warn.
 
         Raises:
             ValueError: If a weight is missing or has the wrong shape.
@@ -49,36 +49,36 @@ class AutoencoderVQ(VQModel):
 
     @property
     def spatial_stride(self) -> int:
-        """`int`: Pixels a token covers in each direction."""
+        """`int`: Number of pixels that a token covers in each direction."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
     @property
     def codebook(self) -> torch.Tensor:
-        """`torch.Tensor` of shape `(num_vq_embeddings, vq_embed_dim)`: The codes as they are stored, not normalised."""
+        """`torch.Tensor` of shape `(num_vq_embeddings, vq_embed_dim)`: The codes as stored, not normalized."""
         return self.quantize.embedding.weight
 
     @apply_forward_hook
     def encode_to_ids(self, sample: torch.Tensor) -> torch.LongTensor:
         """
-        Image to token ids, by the largest inner product with a code.
+        Encodes images to token ids, by the largest inner product with a code.
 
         Args:
             sample (`torch.Tensor` of shape `(batch_size, in_channels, height, width)`):
-                Images in `[-1, 1]`; sides are multiples of `spatial_stride`.
+                Images in `[-1, 1]`. Their sides are multiples of `spatial_stride`.
 
         Returns:
             `torch.LongTensor` of shape `(batch_size, height / spatial_stride, width / spatial_stride)`: Ids in
             `[0, num_vq_embeddings)`.
         """
         latents = self.encode(sample).latents.permute(0, 2, 3, 1)  # (B, h, w, d)
-        # 256 tokens at a time: 128 MiB of products in float32 for 131,072 codes, where all would be 0.5 GiB an image
+        # 256 tokens at a time: for 131,072 codes their products take 128 MiB in float32, all of an image 0.5 GiB
         ids = [nn.functional.linear(chunk, self.codebook).argmax(dim=-1) for chunk in latents.flatten(0, 2).split(256)]
         return torch.cat(ids).view(latents.shape[:3])
 
     @apply_forward_hook
     def decode_ids(self, ids: torch.LongTensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
         """
-        Token ids to image.
+        Decodes token ids to images.
 
         Args:
             ids (`torch.LongTensor` of shape `(batch_size, height, width)`):
@@ -103,13 +103,13 @@ class AutoencoderVQ(VQModel):
 
         Args:
             config (`dict`):
-                The configuration, whose quantizer is named by `_quantizer_name`.
+                The configuration. Its `_quantizer_name` names the quantizer.
 
         Returns:
-            [`AutoencoderVQ`]: With random weights, but for the fixed codebook of an `"LFQuantizer"`.
+            [`AutoencoderVQ`]: With random weights, except for the fixed codebook of an `"LFQuantizer"`.
 
         Raises:
-            ValueError: If its quantizer is not supported.
+            ValueError: If the quantizer is not supported.
         """
         quantizer = config.get("_quantizer_name", "VQuantizer")
         if quantizer not in ("VQuantizer", "LFQuantizer"):

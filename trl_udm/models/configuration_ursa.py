@@ -20,18 +20,21 @@ from transformers import Qwen3Config
 class URSAConfig(Qwen3Config):
     r"""
     Configuration of [`URSAForImageGeneration`], the network of URSA (https://huggingface.co/papers/2510.24717): Qwen3
-    decoder layers over `[text tokens, beginning-of-vision token, image tokens]` with bidirectional attention, three-axis
-    rotary positions and a head over the image codebook. Everything that is not listed here is as in
+    decoder layers over `[text tokens, beginning-of-vision token, image tokens]` with bidirectional attention,
+    three-axis rotary positions and a head over the image codebook. All other arguments are those of
     [`~transformers.Qwen3Config`].
 
     Args:
         text_vocab_size (`int`, *optional*, defaults to `151669`):
-            Number of text tokens. Image code `k` is embedded as token `text_vocab_size + k`, so `vocab_size` is
+            Number of text tokens. Image code `k` is embedded as token `text_vocab_size + k`, so that `vocab_size` is
             `text_vocab_size + codebook_size`.
         codebook_size (`int`, *optional*, defaults to `131072`):
             Number of image codes V, the width of the head.
         bov_token_id (`int`, *optional*, defaults to `151652`):
-            Text token that stands between the text and the image tokens (beginning of vision).
+            Text token between the text and the image tokens (beginning of vision).
+
+    Raises:
+        ValueError: If `bov_token_id` is not a text token, or `use_sliding_window` is set.
     """
 
     model_type = "ursa"
@@ -48,7 +51,7 @@ class URSAConfig(Qwen3Config):
     use_cache: bool = False
 
     def __post_init__(self, **kwargs):
-        # The vocabulary is derived, so that a caller states each size once
+        # Derived, so that a caller states each size once
         self.vocab_size = self.text_vocab_size + self.codebook_size
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": 1e6}
@@ -69,7 +72,7 @@ class URSAConfig(Qwen3Config):
             config (`dict`):
                 Its keys are `hidden_size`, `intermediate_size`, `num_attention_heads`, `num_key_value_heads`,
                 `num_hidden_layers`, `rope_theta`, `lm_vocab_size` (text tokens), `lm_head_size` (codes) and
-                `bov_token_id`. Heads have 128 channels whatever the hidden size.
+                `bov_token_id`. A head has 128 channels for every hidden size.
 
         Returns:
             [`URSAConfig`]: The configuration.

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What is done to the repeated layers of a transformer: their compilation, and the checkpointing of their activations."""
+"""The repeated layers of a transformer: compilation, and a context without activation checkpointing."""
 
 import contextlib
 import inspect
@@ -29,12 +29,12 @@ RECOMPILE_LIMIT = 32
 
 def compile_layers(model: nn.Module, backend: str, mode: str | None = None) -> None:
     """
-    Compiles the repeated layers in place, so that rollouts, scoring and updates all run what is compiled, and that
-    the weights keep their names. Layers of one class share what is compiled for the first.
+    Compiles the repeated layers in place. Rollouts, scoring and updates all run the compiled layers, and the weights
+    keep their names. Layers of one class share the compiled code.
 
-    Each case that a layer meets, such as a batch size, is compiled once, up to `RECOMPILE_LIMIT` of them. Further cases run
-    as if they were not compiled. Versions of PyTorch whose `torch.compile` has no argument `recompile_limit` compile 8 cases,
-    or as many as `torch._dynamo.config.recompile_limit` says.
+    Each case that a layer meets, such as a batch size, is compiled once, up to `RECOMPILE_LIMIT` of them. Further
+    cases run as if they were not compiled. Versions of PyTorch whose `torch.compile` has no argument `recompile_limit`
+    compile 8 cases, or as many as `torch._dynamo.config.recompile_limit` says.
 
     Args:
         model (`nn.Module`):
@@ -51,11 +51,11 @@ def compile_layers(model: nn.Module, backend: str, mode: str | None = None) -> N
     if not layers:
         raise ValueError(
             f"`torch_compile` must be False, got True: {type(model).__name__} has no layers of the class "
-            "`GradientCheckpointingLayer` of transformers, which are what is compiled."
+            "`GradientCheckpointingLayer` of transformers, which are compiled."
         )
     settings = {"backend": backend, "mode": mode}
-    # A layer meets more cases than the 8 that PyTorch allows by default: with and without gradients, the adapter on, off and
-    # merged, and some batch sizes of each. Older versions of `torch.compile` do not take the limit.
+    # A layer meets more cases than the 8 that PyTorch allows by default: with and without gradients, the adapter on,
+    # off and merged, and some batch sizes of each. Older versions of `torch.compile` do not take the limit.
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         settings["recompile_limit"] = RECOMPILE_LIMIT
     for layer in layers:
@@ -65,12 +65,12 @@ def compile_layers(model: nn.Module, backend: str, mode: str | None = None) -> N
 @contextlib.contextmanager
 def without_checkpointing(model: nn.Module) -> Iterator[None]:
     """
-    A context in which no activations are checkpointed, for passes without gradients. TRL's own switches all layers on
-    again after, and forgets `every_n_layers` and `offload`.
+    A context without activation checkpointing, for passes without gradients. It restores each layer, also after an
+    exception. TRL's own context would switch on all layers afterwards, and forget `every_n_layers` and `offload`.
 
     Args:
         model (`nn.Module`):
-            The transformer, or what is around it.
+            The transformer, or a module that contains it.
     """
     checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     for module in checkpointed:

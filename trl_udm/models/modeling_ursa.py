@@ -34,9 +34,9 @@ class URSARotaryEmbedding(Qwen3RotaryEmbedding):
     r"""
     Rotary embedding over three axes (frame, row, column).
 
-    Of the D/2 frequencies base^(−2j/D) of a head with D channels, the first 3·(D/8) turn with the axes frame, row,
-    column, frame, row, column, …, the others with row, column, row, column, … . On text, where the three positions are
-    equal, it is the ordinary rotary embedding.
+    A head with D channels has D/2 frequencies base^(−2j/D). The first 3·(D/8) of them take the axes frame, row,
+    column, frame, row, column, …, and the others row, column, row, column, … . On text, where the three positions are
+    equal, this is the ordinary rotary embedding.
     """
 
     @torch.no_grad()
@@ -68,8 +68,8 @@ class URSAPreTrainedModel(Qwen3PreTrainedModel):
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs
     ) -> "URSAPreTrainedModel":
         """
-        As in transformers, except that a weight which the checkpoint lacks is an error: transformers would leave it random
-        and warn. With `ignore_mismatched_sizes=True` it does that here too.
+        As in transformers, except that a missing weight is an error. Transformers would leave it random and warn, and
+        does so here with `ignore_mismatched_sizes=True`.
 
         Raises:
             ValueError: If a weight is missing or has the wrong shape, or a file is damaged.
@@ -83,7 +83,7 @@ class URSAModel(URSAPreTrainedModel, Qwen3Model):
 
     Args:
         config ([`URSAConfig`]):
-            Its configuration.
+            The configuration.
     """
 
     def __init__(self, config: URSAConfig):
@@ -159,7 +159,7 @@ class URSAForImageGeneration(URSAPreTrainedModel):
 
     Args:
         config ([`URSAConfig`]):
-            Its configuration.
+            The configuration.
 
     Example:
 
@@ -200,19 +200,20 @@ class URSAForImageGeneration(URSAPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
                 Text ids, the beginning-of-vision id, and image codes plus `config.text_vocab_size`.
             attention_mask (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
-                0 for tokens to hide. URSA was trained with its text padding visible: leave it out for URSA's weights.
+                0 for tokens to hide. Leave it out for URSA's weights, which were trained with visible text padding.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length, 3)`):
                 Frame, row and column of each token.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Instead of `input_ids`.
             logits_to_keep (`int`, *optional*, defaults to `0`):
-                Compute the logits of the last `logits_to_keep` positions only; 0 means all.
+                Number of positions, at the end, to compute logits for. 0 means all.
             shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                Image codes to score at the positions that predict them, and -100 elsewhere. With them there are no logits.
+                Image codes to score, at the positions that predict them, and -100 elsewhere. With labels no logits are
+                returned.
 
         Returns:
             [`~transformers.modeling_outputs.MaskedLMOutput`]: With `logits` of shape `(batch_size, sequence_length,
-            codebook_size)`; or, with `shift_labels`, [`URSAScoreOutput`].
+            codebook_size)`. With `shift_labels` a [`URSAScoreOutput`] instead.
         """
         outputs = self.model(
             input_ids=input_ids,

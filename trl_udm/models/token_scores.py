@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Log-probabilities of tokens from a head with many codes, for devices on which TRL's fused head has no Triton kernel."""
+"""Log-probabilities of tokens under a head with many codes, where TRL's fused head has no Triton kernel."""
 
 import torch
 from torch import nn
@@ -20,31 +20,31 @@ from torch.utils.checkpoint import checkpoint
 
 
 TILE_WIDTH = 512
-"""Codes in a tile: with 4,096 tokens 8 MiB of float32 logits, which caches hold."""
+"""Number of codes in a tile. With 4,096 tokens a tile is 8 MiB of float32 logits, which caches hold."""
 CHUNK_LENGTH = 256
-"""Tokens in a chunk, for heads that are more than a matrix."""
+"""Number of tokens in a chunk, for heads that are more than a matrix."""
 
 
 def score_tokens(
     head: nn.Module, hidden_states: torch.Tensor, labels: torch.LongTensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Log-probabilities of tokens and the entropies of their distributions, without the logits of all codes for all tokens.
+    Log-probabilities of tokens and entropies of their distributions. No tensor of all tokens and all codes is made.
 
-    A head that is a matrix is read in tiles of codes, each of which passes through all operations while a cache holds it.
-    Another head, such as one with an adapter or one whose weight is sharded, is called on chunks of tokens, and called again
-    in the backward pass.
+    A head that is one matrix is split into tiles of codes. All operations on a tile are done while a cache holds it.
+    Any other head, such as one with an adapter or with a sharded weight, is called as a module on chunks of tokens.
+    The backward pass computes the logits again.
 
     Args:
         head (`nn.Module`):
-            From `(num_tokens, hidden_size)` to logits of shape `(num_tokens, codebook_size)`.
+            The head, from `(num_tokens, hidden_size)` to logits of shape `(num_tokens, codebook_size)`.
         hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`):
-            What the head reads, for the tokens to score.
+            Inputs of the head, one for each token to score.
         labels (`torch.LongTensor` of shape `(num_tokens,)`):
             The tokens, in `[0, codebook_size)`.
 
     Returns:
-        `tuple`: Log-probabilities and entropies, each of shape `(num_tokens,)` in float32. Both have gradients.
+        `tuple`: Log-probabilities and entropies, each of shape `(num_tokens,)` in float32. Both are differentiable.
     """
     is_matrix = type(head) is nn.Linear and head.bias is None and type(head.weight) is nn.Parameter
     if is_matrix and head.weight.shape == (head.out_features, head.in_features):  # DeepSpeed empties a sharded weight
@@ -68,11 +68,12 @@ def _score_chunk(
 
 class _TileScores(torch.autograd.Function):
     """
-    With logits z = W h, log-normalizer ℓ = log Σ_k exp z_k, p_k = exp(z_k − ℓ) and entropy H = ℓ − Σ_k p_k z_k:
+    Scores under a head that is one matrix W. With logits z = W h, normalizer ℓ = log Σ_k exp z_k, probabilities
+    p_k = exp(z_k − ℓ) and entropy H = ℓ − Σ_k p_k z_k, the gradients are
 
         ∂ log p_y / ∂z_k = [k = y] − p_k,        ∂H / ∂z_k = −p_k · (log p_k + H).
 
-    The backward pass computes the logits again. Products have the dtype that is asked for, gradients are float32.
+    Logits are products in `dtype`. All else is float32.
     """
 
     @staticmethod

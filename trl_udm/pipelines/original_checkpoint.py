@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Reads the folders of the original URSA repositories, whose `model_index.json` names classes of the authors' package."""
+"""Loading of the original URSA repositories, whose `model_index.json` names classes of the authors' package."""
 
 import json
 from pathlib import Path
@@ -42,16 +42,17 @@ _WEIGHTS_NAME = "diffusion_pytorch_model"
 
 def is_original_checkpoint(pretrained_model_name_or_path: str | Path, **kwargs) -> bool:
     """
-    Whether a folder or Hub repository is in the original format, by the class its `model_index.json` gives the transformer.
+    Whether a folder or Hub repository is in the original format. Its `model_index.json` says so by the class of the
+    transformer.
 
     Args:
         pretrained_model_name_or_path (`str` or `Path`):
             Folder or repository.
         kwargs:
-            Hub options; others are ignored.
+            Hub options. Others are ignored.
 
     Returns:
-        `bool`: Whether it is.
+        `bool`: Whether it is in the original format.
     """
     hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
     index = DiffusionPipeline.load_config(pretrained_model_name_or_path, **hub_kwargs)
@@ -60,17 +61,17 @@ def is_original_checkpoint(pretrained_model_name_or_path: str | Path, **kwargs) 
 
 def check_configs(folder: Path, **components) -> None:
     """
-    Checks that a folder in either format has the configuration of every component. Without one, transformers would take
-    the default configuration, and an empty tokenizer.
+    Checks that a folder in either format has the configuration of every component. If one were missing, transformers
+    would take the default configuration or an empty tokenizer.
 
     Args:
         folder (`Path`):
             The folder.
         components:
-            Those which are not loaded from it; others are ignored.
+            The components that are not loaded from it. Others are ignored.
 
     Raises:
-        FileNotFoundError: If one is missing.
+        FileNotFoundError: If a configuration is missing.
     """
     for name, config_name in _CONFIG_NAMES.items():
         path = folder / name / config_name
@@ -91,9 +92,9 @@ def load_original_components(
         pretrained_model_name_or_path (`str` or `Path`):
             Folder or Hub repository.
         dtype (`torch.dtype`, *optional*):
-            Dtype of transformer and VQ autoencoder; float32 by default. The scheduler's codebook is always float32.
+            Dtype of transformer and VQ autoencoder. Defaults to float32. The scheduler's codebook is always float32.
         torch_dtype (`torch.dtype`, *optional*):
-            The name that diffusers had for `dtype`.
+            The older name of `dtype` in diffusers.
         kwargs:
             Hub options, `max_prompt_length`, and components to use instead of the stored ones.
 
@@ -103,7 +104,7 @@ def load_original_components(
     Raises:
         OSError: If a part is missing.
         TypeError: If an argument is unknown.
-        ValueError: If a part has the wrong shape, or holds more than tensors.
+        ValueError: If a part is damaged, lacks a weight, has the wrong shape, or holds more than tensors.
     """
     unknown = sorted(set(kwargs) - {*HUB_KWARGS, *_CONFIG_NAMES, "max_prompt_length"})
     if unknown:
@@ -131,11 +132,11 @@ def load_original_components(
             name.replace("quantizer.", "quantize."): tensor
             for name, tensor in load_state_dict(folder / "vae", _WEIGHTS_NAME).items()
         }
-        # An LFQuantizer's codebook follows from its size, and the original format leaves it out
+        # The codebook of an `LFQuantizer` follows from its size, and the original format leaves it out
         if not vae.codebook.requires_grad:
             state_dict["quantize.embedding.weight"] = vae.codebook
         check_state_dict(state_dict, vae.state_dict(), folder / "vae")
-        # Assigned rather than cast with `to`, of which diffusers warns
+        # Not cast by diffusers' `to`, which would warn
         vae.load_state_dict({name: tensor.to(dtype) for name, tensor in state_dict.items()}, assign=True)
         components["vae"] = vae.eval()
     if "scheduler" not in components:

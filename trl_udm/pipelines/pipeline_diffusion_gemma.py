@@ -36,41 +36,45 @@ from .text import TextMixin
 
 
 LORA_TARGET_MODULES = r".*\.decoder\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-"""Layers for a LoRA: the decoder's attention and dense layers. Encoder, router, experts and embeddings stay as they are."""
+"""Layers for a LoRA: the decoder's attention and dense layers, without encoder, router, experts and embeddings."""
 
-# diffusers 0.42 writes "diffusion_gemma" for "transformers", the name of a package of its own too, where it then looks for the
-# class in vain
+# diffusers 0.42 writes "diffusion_gemma" instead of "transformers". That is also a package of diffusers, which does
+# not have this class.
 _MODEL_CLASS = ("transformers", "DiffusionGemmaForBlockDiffusion")
 
 
 class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
     r"""
-    DiffusionGemma, for training by [`UDMGRPOTrainer`]. It is diffusers' [`~diffusers.DiffusionGemmaPipeline`], with its
-    components, its folders and its `__call__`, and implements [`UDMPipeline`] beside it, for text.
+    DiffusionGemma, for training by [`UDMGRPOTrainer`]. This is diffusers' [`~diffusers.DiffusionGemmaPipeline`], with
+    the same components, folders and `__call__`, and with the methods of [`UDMPipeline`] for text.
 
-    A completion has M canvases of C tokens. A causal encoder reads the prompt and the clean canvases before, and a
-    bidirectional decoder denoises the next one, so that
+    A completion has M canvases of C tokens. A causal encoder reads the prompt and the clean canvases so far, and a
+    bidirectional decoder denoises the next canvas, so that
 
         log π = Σ_b Σ_n m^{b,n} log p_θ(x̂₁^{b,n} | x̂_t^b, x̂₁^{<b}, c) / Σ_b Σ_n m^{b,n},
 
     where m is 1 up to the first token that ends the completion, and 0 after it.
 
-    The interface's `transformer` is the component `model`, its `tokenizer` is the `processor`, or the tokenizer inside it.
+    `transformer` is the component `model`. `tokenizer` is the component `processor`, or the tokenizer inside it.
 
     Args:
         model ([`~transformers.DiffusionGemmaForBlockDiffusion`]):
             The network.
         scheduler ([`UniformDDIMScheduler`], [`~diffusers.DiscreteDDIMScheduler`], or another of diffusers):
-            The forward and reverse process. A [`~diffusers.DiscreteDDIMScheduler`] without corrector becomes a
-            [`UniformDDIMScheduler`], which is the same with what rollouts need. Others serve `__call__` only.
+            The forward and reverse process. A [`~diffusers.DiscreteDDIMScheduler`] without corrector is replaced by a
+            [`UniformDDIMScheduler`], which has the same reverse process and what rollouts need. Other schedulers serve
+            `__call__` only.
         processor ([`~transformers.ProcessorMixin`] or [`~transformers.PreTrainedTokenizerBase`]):
-            What applies the chat template. A tokenizer is enough for text.
+            Applies the chat template. A tokenizer is enough for text.
         self_conditioning (`bool`, *optional*, defaults to `False`):
-            Whether the network sees its own prediction in rollouts and scores. If so, each of their predictions takes two
-            passes of the decoder: the first without it, and the second with the logits of the first at the same state.
-            `__call__` is diffusers' and always hands on the logits of the step before. Not saved.
+            Whether the network sees its own prediction in rollouts and in scoring. If so, each prediction takes two
+            passes of the decoder: the first without self-conditioning, the second with the logits of the first at the
+            same state. `__call__` is diffusers' and always passes on the logits of the previous step. Not saved.
         train_router (`bool`, *optional*, defaults to `False`):
-            Whether the routers of the experts are trained where all weights are. Not saved.
+            Whether full fine-tuning trains the routers of the experts. Not saved.
+
+    Raises:
+        ValueError: If the tokenizer has no padding token, or no token ends a completion.
 
     Example:
 
@@ -98,7 +102,7 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
             scheduler = UniformDDIMScheduler(vocab_size, scheduler.config.num_inference_steps)
         super().__init__(model=model, scheduler=scheduler, processor=processor)
         self.register_to_config(model=_MODEL_CLASS)
-        # As `GRPOTrainer` has it: every token that the model declares, such as that of the end of a turn
+        # As in `GRPOTrainer`: every token that the model declares, such as the one that ends a turn
         end_token_ids = model.generation_config.eos_token_id
         if not isinstance(end_token_ids, list):
             end_token_ids = [end_token_ids]
@@ -116,17 +120,18 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "DiffusionGemmaUDMPipeline":
         """
-        Loads a pipeline from a folder or a Hub repository: a pipeline, as [`~diffusers.DiffusionGemmaPipeline`] saves it, or
-        a model of transformers, such as `"google/diffusiongemma-26B-A4B-it"`. The latter gets its tokenizer for a
-        processor and a [`UniformDDIMScheduler`].
+        Loads a pipeline from a folder or a Hub repository. This may be a pipeline, as
+        [`~diffusers.DiffusionGemmaPipeline`] saves it, or a model of transformers, such as
+        `"google/diffusiongemma-26B-A4B-it"`. The processor of a model is its tokenizer, and its scheduler a
+        [`UniformDDIMScheduler`].
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`):
                 The folder or repository.
             kwargs:
-                Components, `self_conditioning`, `train_router`, and for a pipeline, what
-                [`~diffusers.DiffusionPipeline.from_pretrained`] takes, for a model, what
-                [`~transformers.PreTrainedModel.from_pretrained`] takes.
+                Components, `self_conditioning` and `train_router`. Further arguments are those of
+                [`~diffusers.DiffusionPipeline.from_pretrained`] for a pipeline, and of
+                [`~transformers.PreTrainedModel.from_pretrained`] for a model.
 
         Returns:
             [`DiffusionGemmaUDMPipeline`]: The pipeline, in evaluation mode.
@@ -169,6 +174,9 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
 
         Returns:
             `tuple[int, int]`: (M, C), whose product is that number.
+
+        Raises:
+            ValueError: If `gen_length` is not a positive multiple of `canvas_length`.
         """
         canvas_length = self.model.config.canvas_length
         gen_length = canvas_length if gen_length is None else gen_length
@@ -189,7 +197,7 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
         )
         return encoded["input_ids"][0].tolist()
 
-    # Called by diffusers' `__call__`, which does not pad the prompts of a list to one length
+    # diffusers' `__call__` calls this method, whose own version does not pad the prompts of a list to one length
     def _prepare_inputs(self, *, prompt, messages, image, add_generation_prompt):
         if isinstance(prompt, list) and image is None and add_generation_prompt:
             return *self.encode_prompt(prompt), {}
@@ -200,7 +208,7 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
     def extend_prompt(
         self, prompt_ids: torch.LongTensor, prompt_mask: torch.Tensor, clean_samples: torch.LongTensor
     ) -> tuple[torch.LongTensor, torch.Tensor]:
-        """Appends all canvases but the last: `(B, T + (M - 1) * C)` each."""
+        """As in [`UDMPipeline`]: all canvases but the last are appended, `(B, T + (M - 1) * C)` in all."""
         canvases = clean_samples[:, : clean_samples.size(1) - self.model.config.canvas_length]
         prompt_ids = torch.cat([prompt_ids, canvases], dim=1)
         return prompt_ids, torch.cat([prompt_mask, torch.ones_like(canvases)], dim=1)
@@ -215,11 +223,13 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
         t: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """
-        A row for each canvas, `B * M` of them, sample by sample. `prompt_ids` and `prompt_mask` are from `extend_prompt`; a
-        row's encoder sees the prompt and the canvases before its own. The network takes no time, so `t` is not used.
+        As in [`UDMPipeline`], with a row for each canvas: `B * M` rows, sample by sample.
+
+        `prompt_ids` and `prompt_mask` are from `extend_prompt`. The encoder of a row sees the prompt and the canvases
+        before the row's own. The network takes no time, so that `t` is not used.
         """
         num_canvases, canvas_length = latent_shape
-        # Later canvases are cut off on the right, and as much padding put on the left
+        # Canvases after a row's own are cut off on the right, and replaced by padding on the left
         hidden = [later * canvas_length for later in reversed(range(num_canvases))]
         input_ids, attention_mask = (
             torch.stack([pad(x[:, : x.size(1) - length], (length, 0)) for length in hidden], dim=1).flatten(0, 1)
@@ -249,8 +259,8 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
         """
-        As in [`UDMPipeline`], with `prompt_ids` and `prompt_mask` from `extend_prompt`. `past_key_values` holds what the
-        encoder has read of them; it reads the rest into it.
+        As in [`UDMPipeline`], with `prompt_ids` and `prompt_mask` from `extend_prompt`. `past_key_values` caches the
+        part that the encoder has read. The rest is read into it.
         """
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape)
         num_read = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -282,7 +292,7 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
         if self.self_conditioning:
             with torch.no_grad():
                 inputs["self_conditioning_logits"] = model(**inputs).logits
-            # Versions of PyTorch without https://github.com/pytorch/pytorch/pull/165068 would reuse, under autocast, the
+            # Under autocast, versions of PyTorch without https://github.com/pytorch/pytorch/pull/165068 would reuse
             # weights that were cast without gradients
             torch.clear_autocast_cache()
         outputs = model(**inputs, shift_labels=shift_labels, fused_lm_head=True)
@@ -301,16 +311,19 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
         **kwargs,
     ) -> UDMSamplerOutput:
         """
-        Draws the canvases one after the other, each as [`UDMPipeline.sample_tokens`] does, at temperature 1, in all steps,
-        and to the last canvas. `prompt_ids` and `prompt_mask` are from `encode_prompt`; `callback` counts the steps of each
-        canvas anew; there is no guidance.
+        Draws the canvases one after the other, each as [`UDMPipeline.sample_tokens`] does: at temperature 1, without
+        guidance, and without stopping early. `prompt_ids` and `prompt_mask` are from `encode_prompt`. `callback` gets
+        the number of the step within its canvas.
+
+        Raises:
+            ValueError: If there is guidance, or the scheduler is not a [`UniformDDIMScheduler`].
         """
         if guidance_scale != 1.0:
             raise ValueError(f"`guidance_scale` must be 1.0 for DiffusionGemma, got {guidance_scale}.")
         if not isinstance(self.scheduler, UniformDDIMScheduler):
             raise ValueError(
-                f"`scheduler` must be a `UniformDDIMScheduler` for rollouts, got {type(self.scheduler).__name__}, whose states "
-                "are not those of the forward process. Set `pipeline.scheduler = "
+                f"`scheduler` must be a `UniformDDIMScheduler` for rollouts, got {type(self.scheduler).__name__}, "
+                "whose states are not those of the forward process. Set `pipeline.scheduler = "
                 f"UniformDDIMScheduler({self.model.config.get_text_config().vocab_size})`."
             )
         num_canvases, canvas_length = latent_shape

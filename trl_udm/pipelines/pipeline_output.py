@@ -23,15 +23,15 @@ from diffusers.utils import BaseOutput
 @dataclass
 class UDMTrajectory(BaseOutput):
     """
-    The way a sampler took, S steps long.
+    The states of a sampler in S steps.
 
     Args:
         timesteps (`torch.LongTensor` of shape `(S,)`):
             Step indices, as `scheduler.timesteps` has them.
         noised_samples (`torch.LongTensor` of shape `(S, batch_size, num_tokens)`):
-            The state x_t that entered each step; the first is uniform noise.
+            The state x_t before each step. The first is uniform noise.
         pred_original_samples (`torch.LongTensor` of shape `(S, batch_size, num_tokens)`):
-            The clean tokens x₁ drawn in each step; the last are the sample.
+            The clean tokens x₁ drawn in each step. The last are the sample.
     """
 
     timesteps: torch.LongTensor
@@ -48,7 +48,7 @@ class UDMSamplerOutput(BaseOutput):
         clean_samples (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
             The final tokens x̂₁, in `[0, codebook_size)`.
         trajectory ([`UDMTrajectory`], *optional*):
-            The way there, where asked for.
+            The states of the sampler, with `return_trajectory=True`.
     """
 
     clean_samples: torch.LongTensor
@@ -59,11 +59,11 @@ class UDMSamplerOutput(BaseOutput):
         """Joins outputs of the same sampler along the batch, or with `dim=1` along the tokens."""
         trajectory = None
         if outputs[0].trajectory is not None:
-            ways = [output.trajectory for output in outputs]
+            trajectories = [output.trajectory for output in outputs]
             trajectory = UDMTrajectory(
-                timesteps=ways[0].timesteps,
-                noised_samples=torch.cat([way.noised_samples for way in ways], dim=dim + 1),
-                pred_original_samples=torch.cat([way.pred_original_samples for way in ways], dim=dim + 1),
+                timesteps=trajectories[0].timesteps,
+                noised_samples=torch.cat([each.noised_samples for each in trajectories], dim=dim + 1),
+                pred_original_samples=torch.cat([each.pred_original_samples for each in trajectories], dim=dim + 1),
             )
         return cls(clean_samples=torch.cat([output.clean_samples for output in outputs], dim), trajectory=trajectory)
 
@@ -75,10 +75,11 @@ class URSAPipelineOutput(BaseOutput):
 
     Args:
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
-            By `output_type`: PIL images; `(batch_size, height, width, 3)` or `(batch_size, 3, height, width)` floats in
-            `[0, 1]`; or, for `"latent"`, token ids of shape `(batch_size, *latent_shape)`.
+            What `output_type` asks for: PIL images (`"pil"`), floats in `[0, 1]` of shape `(batch_size, height, width,
+            3)` (`"np"`) or `(batch_size, 3, height, width)` (`"pt"`), or token ids of shape `(batch_size,
+            *latent_shape)` (`"latent"`).
         trajectory ([`UDMTrajectory`], *optional*):
-            The states that the sampler passed through, where asked for.
+            The states of the sampler, with `return_trajectory=True`.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
@@ -94,7 +95,7 @@ class TextUDMPipelineOutput(BaseOutput):
         texts (`list[str]`):
             The completions.
         trajectory ([`UDMTrajectory`], *optional*):
-            The states that the sampler passed through, where asked for.
+            The states of the sampler, with `return_trajectory=True`.
     """
 
     texts: list[str]

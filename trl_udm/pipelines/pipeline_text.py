@@ -28,31 +28,35 @@ from .text import TextMixin
 
 class TextUDMPipeline(TextMixin, UDMPipeline):
     r"""
-    Text generation by uniform discrete diffusion, with any network of the form of a masked language model: a
+    Text generation by uniform discrete diffusion, with any network that has the form of a masked language model: a
     bidirectional transformer with logits over its vocabulary at every position, such as `AutoModelForMaskedLM` loads.
 
-    The network reads `[prompt, canvas]`: the prompt left-padded with its padding hidden, and `max_completion_length` tokens
-    that are noise at first. Corruption is uniform over the whole vocabulary, so no mask token is used. The logits at a
-    canvas position predict the clean token of that position. A completion ends with the first end-of-sequence token (the
-    tokenizer's `eos_token`, or its `sep_token` where it has none, as BERT's); what the canvas has after it is neither
-    decoded nor scored.
+    The network reads `[prompt, canvas]`. The prompt is padded on the left, and its padding is hidden. The canvas has
+    `max_completion_length` tokens, which are noise at first. Corruption is uniform over the whole vocabulary, so that
+    no mask token is used. The logits at a canvas position predict the clean token of that position.
 
-    Positions are counted from the first token of the prompt. Networks with segments (`config.type_vocab_size` of 2 or more,
-    as BERT) see the prompt as segment 0 and the canvas as segment 1; others tell the two apart by what the prompt ends
-    with. Networks that take the time have the name of that input in `time_argument`.
+    A completion ends with the first end-of-sequence token. This is the tokenizer's `eos_token`, or its `sep_token` if
+    it has no `eos_token`, like BERT's. The tokens after it are neither decoded nor scored.
+
+    Positions are counted from the first token of the prompt. Networks with segments, such as BERT
+    (`config.type_vocab_size` of 2 or more), see the prompt as segment 0 and the canvas as segment 1. Other networks
+    must recognize the end of the prompt by its last tokens.
 
     Args:
         transformer ([`~transformers.PreTrainedModel`]):
-            The denoiser. It takes `input_ids`, `attention_mask` and `position_ids`, and returns `logits`.
+            The denoiser, which takes `input_ids`, `attention_mask` and `position_ids`, and returns `logits`.
         scheduler ([`UniformDDIMScheduler`] or [`KineticOptimalScheduler`]):
             The forward and reverse process, over the network's vocabulary.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
-            The tokenizer, with a chat template where prompts are messages.
+            The tokenizer. It needs a chat template if prompts are messages.
         max_completion_length (`int`, *optional*, defaults to `64`):
             Number of tokens N of the canvas.
         time_argument (`str`, *optional*):
-            Name of the argument of the network's `forward` that takes the time t, of shape `(B,)`: 0 for noise, 1 for a
-            clean sample. For another convention override `prepare_denoiser_inputs`.
+            Name of the argument of the network's `forward` that takes the time t, of shape `(B,)`, if it takes one: 0
+            for noise, 1 for a clean sample. For another convention override `prepare_denoiser_inputs`.
+
+    Raises:
+        ValueError: If the components do not fit each other, or `time_argument` is not an argument of the network.
 
     Example:
 
@@ -79,13 +83,14 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
         if scheduler.config.codebook_size != transformer.config.vocab_size:
             raise ValueError(
                 "`scheduler.config.codebook_size` must be the network's vocabulary, "
-                f"`transformer.config.vocab_size` {transformer.config.vocab_size}, got {scheduler.config.codebook_size}."
+                f"`transformer.config.vocab_size` {transformer.config.vocab_size}, got "
+                f"{scheduler.config.codebook_size}."
             )
         arguments = inspect.signature(type(transformer).forward).parameters
         if time_argument is not None and time_argument not in arguments:
             raise ValueError(
-                f"`time_argument` must be an argument of `{type(transformer).__name__}.forward`, one of {[*arguments][1:]}, "
-                f"got {time_argument!r}. Leave it out for a network that does not take the time."
+                f"`time_argument` must be an argument of `{type(transformer).__name__}.forward`, one of "
+                f"{[*arguments][1:]}, got {time_argument!r}. Leave it out for a network that does not take the time."
             )
         if tokenizer.pad_token_id is None or self.end_token_id is None:
             raise ValueError(
@@ -95,13 +100,14 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
 
     @property
     def end_token_id(self) -> int | None:
-        """The token that ends a completion."""
+        """`int`, *optional*: The token that ends a completion."""
         if self.tokenizer.eos_token_id is None:
             return self.tokenizer.sep_token_id
         return self.tokenizer.eos_token_id
 
     @property
     def end_token_ids(self) -> list[int]:
+        """`list[int]`: That token alone."""
         return [self.end_token_id]
 
     def latent_shape(self, max_completion_length: int | None = None) -> tuple[int]:
@@ -110,10 +116,13 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
 
         Args:
             max_completion_length (`int`, *optional*):
-                Its number of tokens. Defaults to the pipeline's.
+                Its number of tokens, > 0. Defaults to the pipeline's.
 
         Returns:
             `tuple[int]`: That number.
+
+        Raises:
+            ValueError: If the number is not positive.
         """
         length = self.config.max_completion_length if max_completion_length is None else max_completion_length
         if length < 1:
@@ -184,8 +193,8 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
         labels: torch.LongTensor,
         t: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # From logits, since many of these networks have more than a linear head over the backbone, such as BERT's
-        # transform, which TRL's fused head would leave out
+        # From logits: many of these networks have more than a linear head on the backbone, such as BERT's transform,
+        # which TRL's fused head would leave out
         logits = self._denoise(model, prompt_ids, prompt_mask, noised_samples, latent_shape, t)
         log_probs = logits.float().log_softmax(dim=-1)  # (B, N, V)
         entropies = -(log_probs.exp() * log_probs).sum(dim=-1)
@@ -212,14 +221,14 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
             num_inference_steps (`int`, *optional*, defaults to `32`):
                 Number of denoising steps, > 0.
             num_completions_per_prompt (`int`, *optional*, defaults to `1`):
-                Completions a prompt, > 0.
+                Number of completions of each prompt, > 0.
             generator (`torch.Generator`, *optional*):
                 Source of every random draw.
             return_trajectory (`bool`, *optional*, defaults to `False`):
-                Whether to return the states that the sampler passed through as well.
+                Whether to also return the states that the sampler passed through.
 
         Returns:
-            [`TextUDMPipelineOutput`]: The completions, prompt by prompt.
+            [`TextUDMPipelineOutput`]: The completions, in the order of the prompts.
         """
         latent_shape = self.latent_shape(max_completion_length)
         is_one = isinstance(prompt, str) or isinstance(prompt[0], dict)

@@ -27,27 +27,32 @@ from .pipeline_output import UDMSamplerOutput, UDMTrajectory
 
 
 HUB_KWARGS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
-"""Arguments of `from_pretrained` that say how to download from the Hub."""
+"""Arguments of `from_pretrained` for downloads from the Hub."""
 
 
 class UDMPipeline(DiffusionPipeline):
     """
-    What a uniform discrete diffusion model must offer to be sampled and to be trained by [`UDMGRPOTrainer`].
+    Base class of the model families that [`UDMGRPOTrainer`] trains.
 
-    A family registers the components `transformer` (a [`~transformers.PreTrainedModel`] whose output embeddings are the
-    head over its codebook), `scheduler` (which offers `config.codebook_size`, `set_timesteps`, `timesteps`, `timestep_to_t`,
-    `step` and `add_noise`, see [`KineticOptimalScheduler`]), `tokenizer`, and a decoder where it has one. It implements
-    the five methods below that raise `NotImplementedError`, and `__call__`, which takes a prompt, `num_inference_steps`,
-    `guidance_scale`, `generator` and the size options, and returns an output with `images` or `texts`. The sampler, LoRA
-    and what concerns the Hub are common to all; `score` and `completion_mask` have defaults that fit most.
+    A family registers these components:
+
+    * `transformer`, a [`~transformers.PreTrainedModel`] whose output embeddings are the head over its codebook;
+    * `scheduler`, which offers `config.codebook_size`, `set_timesteps`, `timesteps`, `timestep_to_t`, `step` and
+      `add_noise`, such as [`KineticOptimalScheduler`];
+    * `tokenizer`, and a decoder if it has one.
+
+    It implements the five methods below that raise `NotImplementedError`. It also implements `__call__`, which takes a
+    prompt, `num_inference_steps`, `guidance_scale`, `generator` and the size options, and returns an output with
+    `images` or `texts`. The sampler, adapters and the Hub are the same for all families. The defaults of `score`,
+    `extend_prompt` and `completion_mask` fit most of them.
 
     Shapes: B samples, N tokens a sample (the product of the latent shape), T prompt tokens, V codes.
 
     Attributes:
         modality (`str`, defaults to `"image"`):
-            What `decode` gives: `"image"` for PIL images, `"text"` for strings.
+            What `decode` returns: `"image"` for PIL images, `"text"` for strings.
         transformer_name (`str`, defaults to `"transformer"`):
-            Name that the transformer is registered under, and of its folder in a saved pipeline.
+            Name of the transformer among the components, and of its folder in a saved pipeline.
     """
 
     modality: str = "image"
@@ -55,8 +60,12 @@ class UDMPipeline(DiffusionPipeline):
 
     def latent_shape(self, **kwargs) -> tuple[int, ...]:
         """
-        Shape of a sample's token grid for the family's own size options, such as `height` and `width` or a length.
-        Without options, the model's native size.
+        Shape of a sample's token grid.
+
+        Args:
+            kwargs:
+                The family's own size options, such as `height` and `width` or a length. Without options, the shape is
+                the model's native one.
 
         Returns:
             `tuple[int, ...]`: Its product is the number of tokens N.
@@ -65,15 +74,15 @@ class UDMPipeline(DiffusionPipeline):
 
     def encode_prompt(self, prompt: list[Any]) -> tuple[torch.LongTensor, torch.Tensor]:
         """
-        Prompts to the conditioning.
+        Encodes prompts.
 
         Args:
             prompt (`list[str]` or `list[list[dict]]`):
                 B prompts, as text or as messages.
 
         Returns:
-            `tuple`: `prompt_ids` and `prompt_mask` (1 for prompt, 0 for padding), each of shape `(B, T)`. The prompts of one
-            call are padded to one length; those of another may have another.
+            `tuple`: `prompt_ids` and `prompt_mask` (1 for prompt, 0 for padding), each of shape `(B, T)`. All prompts
+            of a call are padded to the same length T, which may differ from call to call.
         """
         raise NotImplementedError
 
@@ -87,7 +96,7 @@ class UDMPipeline(DiffusionPipeline):
         t: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """
-        Keyword arguments of the network for given conditioning and noised tokens.
+        Keyword arguments of the network.
 
         Args:
             prompt_ids (`torch.LongTensor` of shape `(B, T)`):
@@ -99,10 +108,10 @@ class UDMPipeline(DiffusionPipeline):
             latent_shape (`tuple[int, ...]`):
                 From `latent_shape`.
             labels (`torch.LongTensor` of shape `(B, N)`, *optional*):
-                Tokens to score. With them, the result also has `shift_labels` of the sequence's length: each label where
-                the network predicts it, in the order of the tokens, and -100 elsewhere.
+                Tokens to score. With them, the result also has `shift_labels`, as long as the sequence: each label is
+                at the position that predicts it, in the order of the tokens, and all other positions are -100.
             t (`torch.Tensor` of shape `(B,)`, *optional*):
-                Time of each state in `[0, 1]`, for networks that take it. Sampler and trainer always give it.
+                Time of each state in `[0, 1]`, for networks that take it. Sampler and trainer always pass it.
 
         Returns:
             `dict[str, torch.Tensor]`: The keyword arguments.
@@ -113,8 +122,9 @@ class UDMPipeline(DiffusionPipeline):
         self, prompt_ids: torch.LongTensor, prompt_mask: torch.Tensor, clean_samples: torch.LongTensor
     ) -> tuple[torch.LongTensor, torch.Tensor]:
         """
-        The conditioning that a sample is scored with: that which it was drawn with, unless a family says otherwise. Families
-        that draw a sample part by part append the parts that later ones were conditioned on.
+        Conditioning that samples are scored with. By default it is the one that they were drawn with.
+
+        A family that draws a sample part by part appends the parts that later parts were conditioned on.
 
         Args:
             prompt_ids, prompt_mask (of shape `(B, T)`):
@@ -136,7 +146,7 @@ class UDMPipeline(DiffusionPipeline):
         t: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        One call of the network.
+        Calls the network once.
 
         Args:
             prompt_ids, prompt_mask, noised_samples, latent_shape, t:
@@ -160,18 +170,19 @@ class UDMPipeline(DiffusionPipeline):
         """
         Log-probabilities of tokens, for the trainer.
 
-        By default TRL's fused head computes them in tiles, without logits. It takes a backbone that returns
-        `last_hidden_state` and a linear head, with nothing between; a family of other networks overrides this method.
+        By default TRL's fused head computes them without logits. It needs a backbone that returns `last_hidden_state`,
+        and a linear head directly on it. A family of other networks overrides this method.
 
         Args:
             model (`nn.Module`):
-                The transformer as the trainer holds it: with TRL's fused head, and perhaps wrapped for several devices.
+                The transformer as the trainer holds it: with TRL's fused head, and possibly wrapped for several
+                devices.
             prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t:
                 As in `prepare_denoiser_inputs`.
 
         Returns:
-            `tuple`: log p_θ(labels | x_t, c) and the entropies of the tokens, each of shape `(B, N)`. The entropies are
-            `None` for a reference model.
+            `tuple`: log p_θ(labels | x_t, c) and the entropies of the tokens, each of shape `(B, N)`. The entropies
+            may be `None` for a reference model.
         """
         inputs = self.prepare_denoiser_inputs(
             prompt_ids, prompt_mask, noised_samples, latent_shape, labels=labels, t=t
@@ -188,20 +199,21 @@ class UDMPipeline(DiffusionPipeline):
 
     def completion_mask(self, clean_samples: torch.LongTensor) -> torch.LongTensor:
         """
-        The tokens whose probability is scored: all of them, unless a family says otherwise.
+        The tokens whose probability is scored. By default these are all tokens.
 
         Args:
             clean_samples (`torch.LongTensor` of shape `(B, N)`):
                 Clean tokens.
 
         Returns:
-            `torch.LongTensor` of shape `(B, N)`: 1 for tokens that count, at least one a sample, else 0.
+            `torch.LongTensor` of shape `(B, N)`: 1 for tokens that count, else 0. At least one token of a sample
+            counts.
         """
         return torch.ones_like(clean_samples)
 
     def decode(self, clean_samples: torch.LongTensor, latent_shape: tuple[int, ...]) -> list[Any]:
         """
-        Tokens to what reward functions see.
+        Decodes tokens to what reward functions see.
 
         Args:
             clean_samples (`torch.LongTensor` of shape `(B, N)`):
@@ -232,7 +244,7 @@ class UDMPipeline(DiffusionPipeline):
         **denoise_kwargs,
     ) -> UDMSamplerOutput:
         """
-        Draws clean tokens, from uniform noise at t = 0 to the sample at t = 1.
+        Draws clean tokens: from uniform noise at t = 0 to the sample at t = 1.
 
         With guidance the logits are z = z_uncond + w·(z_cond − z_uncond) while t < `guidance_trunc`, and z_cond after.
 
@@ -246,11 +258,11 @@ class UDMPipeline(DiffusionPipeline):
             num_inference_steps (`int`):
                 Number of denoising steps S, > 0.
             guidance_scale (`float`, *optional*, defaults to `1.0`):
-                Guidance weight w. No guidance, and no second forward, at 1.
+                Guidance weight w. At 1 there is no guidance, and no second forward pass.
             guidance_trunc (`float`, *optional*, defaults to `0.9`):
-                Time from which on there is no guidance, in `[0, 1]`.
+                Time in `[0, 1]` from which there is no guidance.
             negative_prompt_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
-                Conditioning of z_uncond. Needed with guidance.
+                Conditioning of z_uncond. Required with guidance.
             negative_prompt_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
                 Its mask.
             latents (`torch.LongTensor` of shape `(B, N)`, *optional*):
@@ -260,13 +272,13 @@ class UDMPipeline(DiffusionPipeline):
             return_trajectory (`bool`, *optional*, defaults to `False`):
                 Whether to return the states that the sampler passed through.
             callback (`Callable`, *optional*):
-                Called after each step with the step's number, its timestep and `{"latents", "logits"}`; the `latents`
-                it returns replace the state.
+                Called after each step with the step's number, its timestep and a dictionary of `latents` and `logits`.
+                The `latents` in the dictionary that it returns replace the state.
             denoise_kwargs:
-                What a family's `denoise` takes beyond the arguments that all have, such as a cache.
+                Further arguments of the family's `denoise`, such as a cache.
 
         Returns:
-            [`UDMSamplerOutput`]: The clean tokens and, where asked for, the trajectory.
+            [`UDMSamplerOutput`]: The clean tokens and, with `return_trajectory=True`, the trajectory.
         """
         batch_size, device = prompt_ids.size(0), prompt_ids.device
         num_tokens = torch.Size(latent_shape).numel()
@@ -286,7 +298,7 @@ class UDMPipeline(DiffusionPipeline):
                     **denoise_kwargs,
                 ).chunk(2)
                 logits = torch.lerp(negative_logits, logits, guidance_scale)
-                del negative_logits  # a view, which would keep both halves
+                del negative_logits  # a view, which would keep both halves in memory
             else:
                 logits = self.denoise(
                     prompt_ids, prompt_mask, latents, latent_shape, t=t, **denoise_kwargs
@@ -298,7 +310,7 @@ class UDMPipeline(DiffusionPipeline):
             latents = output.prev_sample
             if callback is not None:
                 latents = callback(i, timestep, {"latents": latents, "logits": logits}).pop("latents", latents)
-            del logits  # else they would stay while the next ones are made
+            del logits  # they would stay in memory while the next ones are computed
         trajectory = None
         if return_trajectory:
             trajectory = UDMTrajectory(
@@ -310,31 +322,34 @@ class UDMPipeline(DiffusionPipeline):
 
     def load_lora_weights(self, pretrained_model_name_or_path: str, adapter_name: str = "default", **kwargs) -> None:
         """
-        Loads a PEFT adapter, such as a LoRA run of [`UDMGRPOTrainer`] saves, into the transformer and activates it.
+        Loads a PEFT adapter into the transformer and activates it, such as one that [`UDMGRPOTrainer`] saved.
 
         Args:
             pretrained_model_name_or_path (`str`):
                 Folder or Hub repository with `adapter_model.safetensors` and `adapter_config.json`.
             adapter_name (`str`, *optional*, defaults to `"default"`):
-                Name to refer to it by.
+                Its name in the transformer.
             kwargs:
                 As in `transformer.load_adapter`.
 
         Raises:
-            ValueError: If the adapter was trained on another model, or lacks a weight.
+            ValueError: If the adapter lacks a weight, or was trained on another model.
         """
         path = str(pretrained_model_name_or_path)
-        # transformers leaves a weight that does not fit random, with a warning at most
+        # transformers leaves a weight that does not fit random, and only warns
         settings = {**kwargs, "adapter_name": adapter_name, "ignore_mismatched_sizes": True}
         info = self.transformer.load_adapter(path, **settings)
         unfit = sorted(info.missing_and_mismatched() | info.unexpected_keys)
         if unfit:
             self.transformer.delete_adapter(adapter_name)
-            raise ValueError(f"The adapter in {path} does not fit the transformer: {unfit} are missing or unlike it.")
+            raise ValueError(
+                f"The adapter in {path} does not fit the transformer: {unfit} are missing, unexpected, or of another "
+                "shape."
+            )
 
     def unload_lora_weights(self, adapter_name: str = "default") -> None:
         """
-        Removes an adapter again.
+        Removes an adapter.
 
         Args:
             adapter_name (`str`, *optional*, defaults to `"default"`):
@@ -345,14 +360,16 @@ class UDMPipeline(DiffusionPipeline):
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> str:
         """
-        Downloads a pipeline, for `from_pretrained`. The method of [`~diffusers.DiffusionPipeline`] takes a component's module
-        that is not in diffusers or transformers for code in the repository.
+        Downloads a pipeline for `from_pretrained`.
+
+        The method of [`~diffusers.DiffusionPipeline`] does not serve here: if a component's class is not in diffusers
+        or transformers, it looks for code in the repository.
 
         Args:
             pretrained_model_name (`str`):
                 Repository on the Hub.
             kwargs:
-                Hub options, and components that need not be downloaded; others are ignored.
+                Hub options, and components that need not be downloaded. Others are ignored.
 
         Returns:
             `str`: The folder, with `model_index.json` and the components' folders.
@@ -369,15 +386,17 @@ class UDMPipeline(DiffusionPipeline):
         Repository on the Hub that the pipeline was loaded from.
 
         Returns:
-            `str`, *optional*: Its id, or `None` where the pipeline was loaded from a folder or built from components.
+            `str`, *optional*: Its id, or `None` if the pipeline was loaded from a folder or built from components.
         """
         name_or_path = self.name_or_path
         return None if name_or_path is None or os.path.exists(name_or_path) else str(name_or_path)
 
     def forget_local_paths(self) -> None:
         """
-        Makes the pipeline and its components name the repository on the Hub that they were loaded from, or nothing. They
-        would else write the folder, which may lie in a cache, into what they save.
+        Removes the names of local folders from the configurations of the pipeline and its components. The repository
+        on the Hub that they were loaded from takes their place, if there is one.
+
+        Otherwise a saved model would name folders of this machine.
         """
         hub_id = self.hub_id
         for part in (self, *self.components.values()):

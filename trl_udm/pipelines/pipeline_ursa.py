@@ -37,10 +37,11 @@ class URSAPipeline(UDMPipeline):
     r"""
     Text-to-image generation with URSA (https://huggingface.co/papers/2510.24717).
 
-    The network reads `[text, BOV, image tokens]`: the text left-padded to `max_prompt_length` with its padding visible,
-    the beginning-of-vision token, and the image's codes plus the text vocabulary's size. Text token i stands at (i, i, i),
-    BOV at (T, T, T), the image token of frame f, row r, column q at (T + 1 + f, r, q). Its logits are shifted by one: those
-    at BOV predict image token 0.
+    The network reads `[text, BOV, image tokens]`: the text, padded on the left to `max_prompt_length` with its padding
+    visible; the beginning-of-vision token; and the codes of the image plus the size of the text vocabulary.
+
+    The position of text token i is (i, i, i), that of BOV is (T, T, T), and that of the image token in frame f, row r
+    and column q is (T + 1 + f, r, q). Logits are shifted by one: those at BOV predict image token 0.
 
     Args:
         transformer ([`URSAForImageGeneration`]):
@@ -52,7 +53,10 @@ class URSAPipeline(UDMPipeline):
         vae ([`AutoencoderVQ`]):
             The image tokenizer.
         max_prompt_length (`int`, *optional*, defaults to `320`):
-            Length T that every prompt is padded or truncated to, in tokens.
+            Length T in tokens that every prompt is padded or truncated to.
+
+    Raises:
+        ValueError: If the components have codebooks of different sizes.
 
     Example:
 
@@ -91,16 +95,17 @@ class URSAPipeline(UDMPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "URSAPipeline":
         """
-        Loads a pipeline from a folder or a Hub repository, in this library's format or in the original one (whose
-        `model_index.json` names classes of the authors' package: none of their code is run, and no pickle that holds
-        more than tensors is opened).
+        Loads a pipeline from a folder or a Hub repository, in this library's format or in the original one.
+
+        In the original format `model_index.json` names classes of the authors' package. None of their code is run, and
+        no pickle that holds more than tensors is loaded.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`):
                 A folder, or a repository such as `"BAAI/URSA-1.7B-IBQ512"`.
             kwargs:
-                As in [`~diffusers.DiffusionPipeline.from_pretrained`], with `use_safetensors=True` by default. For the
-                original format: `dtype`, `cache_dir`, `revision`, `token`, `local_files_only`, `force_download`,
+                As in [`~diffusers.DiffusionPipeline.from_pretrained`], with `use_safetensors=True` by default. The
+                original format takes `dtype`, `cache_dir`, `revision`, `token`, `local_files_only`, `force_download`,
                 `max_prompt_length` and components.
 
         Returns:
@@ -124,8 +129,8 @@ class URSAPipeline(UDMPipeline):
         cls, pretrained_model_name_or_path: str | Path, dtype: torch.dtype = torch.float32, **kwargs
     ) -> "URSAPipeline":
         """
-        Builds a pipeline without its weights, on PyTorch's `"meta"` device, such as for [`estimate_memory`]. Of a Hub
-        repository, in either format, configurations and tokenizer are downloaded.
+        Builds a pipeline without its weights, on PyTorch's `"meta"` device. [`estimate_memory`] needs no more. From a
+        Hub repository, in either format, only the configurations and the tokenizer are downloaded.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`):
@@ -184,13 +189,16 @@ class URSAPipeline(UDMPipeline):
 
         Args:
             height (`int`, *optional*):
-                Image height in pixels, a multiple of the tokenizer's stride. Defaults to `vae.config.sample_size`, which
-                is a number, or height and width.
+                Height of the image in pixels, a multiple of the image tokenizer's stride. Defaults to
+                `vae.config.sample_size`, which is one number or a height and a width.
             width (`int`, *optional*):
-                Image width in pixels, likewise.
+                Width of the image in pixels, likewise.
 
         Returns:
-            `tuple[int, int, int]`: Frames, which is 1, rows and columns.
+            `tuple[int, int, int]`: The numbers of frames (always 1), rows and columns.
+
+        Raises:
+            ValueError: If `height` or `width` is not a positive multiple of the stride.
         """
         sample_size = self.vae.config.sample_size
         native_height, native_width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
@@ -248,7 +256,7 @@ class URSAPipeline(UDMPipeline):
         labels: torch.LongTensor | None = None,
         t: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
-        # `prompt_mask` and `t` have no use: URSA was trained with its padding visible, and without the time
+        # `prompt_mask` and `t` are not used: URSA was trained with visible padding and without the time
         batch_size, num_text_tokens = prompt_ids.shape
         config = self.transformer.config
         bov = prompt_ids.new_full((batch_size, 1), config.bov_token_id)
@@ -286,8 +294,8 @@ class URSAPipeline(UDMPipeline):
         t: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        As in [`UDMPipeline`], except for large codebooks on a CPU. There TRL's fused head has no Triton kernel, and is slower
-        than a plain softmax over all logits. The network then scores the tokens itself, by `score_tokens`.
+        As in [`UDMPipeline`], except for large codebooks on a CPU. TRL's fused head has no Triton kernel there, and is
+        slower than a plain softmax over all logits, so that the network scores the tokens itself.
         """
         if labels.device.type != "cpu" or self.scheduler.config.codebook_size <= TILE_WIDTH:
             return super().score(model, prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
@@ -299,7 +307,7 @@ class URSAPipeline(UDMPipeline):
         self, clean_samples: torch.LongTensor, latent_shape: tuple[int, ...], output_type: str = "pil"
     ) -> list[Any]:
         """
-        Tokens to images.
+        Decodes tokens to images.
 
         Args:
             clean_samples (`torch.LongTensor` of shape `(B, N)`):
@@ -311,9 +319,12 @@ class URSAPipeline(UDMPipeline):
 
         Returns:
             `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`: As in [`URSAPipelineOutput`].
+
+        Raises:
+            ValueError: If there is more than one frame.
         """
         if latent_shape[0] != 1:
-            raise ValueError(f"`decode` takes images, of one frame; got {latent_shape[0]} frames.")
+            raise ValueError(f"`decode` takes images, of one frame, got {latent_shape[0]} frames.")
         images = self.vae.decode_ids(clean_samples.view(-1, *latent_shape[1:])).sample
         return self.image_processor.postprocess(images.float(), output_type=output_type)
 
@@ -335,7 +346,7 @@ class URSAPipeline(UDMPipeline):
             raise ValueError(f"`negative_prompt` must be a string or a list of strings, got {negative_prompt!r}.")
         if isinstance(negative_prompt, list) and len(negative_prompt) != len(prompts):
             raise ValueError(
-                f"`negative_prompt` must have one entry a prompt ({len(prompts)}), got {len(negative_prompt)}."
+                f"`negative_prompt` must have one entry for each prompt ({len(prompts)}), got {len(negative_prompt)}."
             )
         if num_inference_steps < 1:
             raise ValueError(f"`num_inference_steps` must be > 0, got {num_inference_steps}.")
@@ -348,7 +359,8 @@ class URSAPipeline(UDMPipeline):
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, but found {unknown}."
+                f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, but found "
+                f"{unknown}."
             )
 
     @torch.no_grad()
@@ -378,39 +390,39 @@ class URSAPipeline(UDMPipeline):
 
         Args:
             prompt (`str` or `list[str]`):
-                What to draw.
+                What the images show.
             negative_prompt (`str` or `list[str]`, *optional*):
-                What to guide away from; the empty prompt by default. Of no use without guidance.
+                What to guide away from. Defaults to the empty prompt. Not used without guidance.
             height (`int`, *optional*):
-                Height in pixels, a multiple of the tokenizer's stride. Defaults to `vae.config.sample_size`.
+                Height in pixels, a multiple of the image tokenizer's stride. Defaults to `vae.config.sample_size`.
             width (`int`, *optional*):
                 Width in pixels, likewise.
             num_inference_steps (`int`, *optional*, defaults to `25`):
                 Number of denoising steps, > 0.
             guidance_scale (`float`, *optional*, defaults to `7.0`):
-                Weight of classifier-free guidance; 1 for none, as for models trained CFG-Free.
+                Weight of classifier-free guidance. At 1 there is none, as for models that were trained without it.
             guidance_trunc (`float`, *optional*, defaults to `0.9`):
-                Time from which on there is no guidance, in `[0, 1]`.
+                Time in `[0, 1]` from which there is no guidance.
             num_images_per_prompt (`int`, *optional*, defaults to `1`):
-                Images a prompt, > 0.
+                Number of images of each prompt, > 0.
             generator (`torch.Generator`, *optional*):
-                Source of every random draw; a CPU generator serves any device.
+                Source of every random draw. A CPU generator serves any device.
             latents (`torch.LongTensor` of shape `(batch_size * num_images_per_prompt, num_tokens)`, *optional*):
                 Token ids to start from instead of uniform noise.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`, `"np"`, `"pt"` or `"latent"` (token ids).
             return_dict (`bool`, *optional*, defaults to `True`):
-                Whether to return a [`URSAPipelineOutput`] or a tuple of its fields that are set.
+                Whether to return a [`URSAPipelineOutput`], or a tuple of its fields that are set.
             return_trajectory (`bool`, *optional*, defaults to `False`):
-                Whether to return the states that the sampler passed through as well.
+                Whether to also return the states that the sampler passed through.
             callback_on_step_end (`Callable`, `PipelineCallback` or `MultiPipelineCallbacks`, *optional*):
-                Called after each step with `(pipeline, step, timestep, callback_kwargs)`; `latents` in the dictionary it
-                returns replace the state.
+                Called after each step with `(pipeline, step, timestep, callback_kwargs)`. The `latents` in the
+                dictionary that it returns replace the state.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
                 What goes into `callback_kwargs`: `"latents"` (the state) and `"logits"`.
 
         Returns:
-            [`URSAPipelineOutput`] or `tuple`: The images, prompt by prompt.
+            [`URSAPipelineOutput`] or `tuple`: The images, in the order of the prompts.
 
         Raises:
             ValueError: If an argument is out of its range.
@@ -435,8 +447,8 @@ class URSAPipeline(UDMPipeline):
             codebook_size = self.transformer.config.codebook_size
             if latents.shape != size or latents.min() < 0 or latents.max() >= codebook_size:
                 raise ValueError(
-                    f"`latents` must have shape {size} and ids in [0, {codebook_size}), got shape {tuple(latents.shape)} "
-                    f"and ids in [{latents.min().item()}, {latents.max().item()}]."
+                    f"`latents` must have shape {size} and ids in [0, {codebook_size}), got shape "
+                    f"{tuple(latents.shape)} and ids in [{latents.min().item()}, {latents.max().item()}]."
                 )
         negative_prompts = negative_prompt
         if not isinstance(negative_prompt, list):

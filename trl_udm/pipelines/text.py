@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""What the families of text have in common: prompts padded on the left, and completions that end early."""
+"""What text families share: prompts padded on the left, and completions that end before the canvas does."""
 
 from typing import Any
 
@@ -22,14 +22,16 @@ from torch.nn.utils.rnn import pad_sequence
 
 class TextMixin:
     """
-    Prompts to token ids and token ids to text, for a [`UDMPipeline`]. Needs `tokenizer`, `end_token_ids` (the tokens that
-    end a completion) and the method `_encode(text_or_messages)`, which gives the ids of one prompt.
+    Encoding and decoding of text, for a [`UDMPipeline`].
+
+    Needs `tokenizer`, `end_token_ids` (the tokens that end a completion) and the method `_encode(text_or_messages)`,
+    which returns the ids of one prompt.
     """
 
     modality = "text"
 
     def encode_prompt(self, prompt: list[Any]) -> tuple[torch.LongTensor, torch.Tensor]:
-        """As in [`UDMPipeline`]. Messages are written by the chat template."""
+        """As in [`UDMPipeline`]. The chat template turns messages into text."""
         ids = [torch.tensor(self._encode(text_or_messages), dtype=torch.long) for text_or_messages in prompt]
         padded = {"batch_first": True, "padding_side": "left"}
         prompt_ids = pad_sequence(ids, padding_value=self.tokenizer.pad_token_id, **padded)  # (B, T)
@@ -37,7 +39,7 @@ class TextMixin:
         return prompt_ids.to(self._execution_device), prompt_mask.to(self._execution_device)
 
     def completion_mask(self, clean_samples: torch.LongTensor) -> torch.LongTensor:
-        """As in [`UDMPipeline`]: 1 up to the first token that ends the completion, which counts, and 0 after it."""
+        """As in [`UDMPipeline`]. The first token that ends the completion is the last one that counts."""
         is_end = self._is_end(clean_samples).long()
         return (is_end.cumsum(dim=1) - is_end == 0).long()
 

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The codes of a scheduler: its weights, which it keeps when it is saved, loaded, or made anew from another's config."""
+"""The codes of a scheduler: weights of its own, which are saved, loaded and passed on to schedulers made from it."""
 
 import os
 from typing import Any
@@ -25,9 +25,13 @@ from ..weights import find_file, load_tensors, save_tensors
 
 class CodebookConfig(FrozenDict):
     """
-    The config of a scheduler with codes: a dictionary of its settings, as diffusers has it, with the codes as an attribute.
-    So `from_config` finds the codes of the scheduler whose config it is given. They are no item of the dictionary, so that no
-    JSON holds them, and a plain dictionary of the same settings lacks them.
+    Config of a scheduler with codes: a dictionary of the settings, as in diffusers, with the codes as an attribute.
+
+    `from_config` finds the codes there. They are not an item of the dictionary, so that no JSON holds them.
+
+    Attributes:
+        codebook (`torch.Tensor` of shape `(codebook_size, codebook_dim)`, *optional*):
+            The codes, or `None`.
     """
 
     codebook: torch.Tensor | None = None
@@ -35,15 +39,17 @@ class CodebookConfig(FrozenDict):
 
 class CodebookMixin:
     """
-    Codes that are a scheduler's own weights. Needs what diffusers' `SchedulerMixin` and `ConfigMixin` offer, after it in the
-    list of bases, and the settings `eps`, `codebook_size` and `codebook_dim`.
+    Codes as weights of a scheduler.
+
+    Needs diffusers' `SchedulerMixin` and `ConfigMixin` after it in the list of bases, the settings `eps`,
+    `codebook_size` and `codebook_dim`, and the property `needs_codebook`.
 
     Attributes:
         codebook (`torch.Tensor` of shape `(codebook_size, codebook_dim)`, *optional*):
-            The codes, L2-normalized, in float32. `None` until there are some.
+            The L2-normalized codes in float32, or `None` if there are none yet.
     """
 
-    # Diffusers tells by this name that a folder of a repository holds weights that it can load
+    # By this name diffusers recognizes that a folder of a repository holds weights that it can load
     weights_name = "diffusion_pytorch_model.safetensors"
     original_weights_name = "scheduler_model.pth"
     codebook: torch.Tensor | None = None
@@ -54,7 +60,7 @@ class CodebookMixin:
 
         Args:
             embeddings (`torch.Tensor` of shape `(codebook_size, codebook_dim)`):
-                The codebook, one code a row, as the image tokenizer has it. It is not changed.
+                The codebook of the image tokenizer, with a code in each row. It is not changed.
 
         Raises:
             ValueError: If the shape is not that of a codebook or differs from the config's, or an entry is not finite.
@@ -97,10 +103,10 @@ class CodebookMixin:
                 Settings that override the config's.
 
         Returns:
-            The scheduler and, if `return_unused_kwargs` is `True`, a dictionary of the unused keyword arguments.
+            The scheduler, or with `return_unused_kwargs=True` a tuple of it and the unused keyword arguments.
 
         Raises:
-            ValueError: If `codebook_size` or `codebook_dim` is overridden and differs from that of the codes.
+            ValueError: If `codebook_size` or `codebook_dim` is overridden by another size than that of the codes.
         """
         scheduler, unused_kwargs = super().from_config(config, return_unused_kwargs=True, **kwargs)
         if isinstance(config, CodebookConfig) and config.codebook is not None:
@@ -133,11 +139,11 @@ class CodebookMixin:
                 `local_files_only`, `token` and `revision`.
 
         Returns:
-            The scheduler and, if `return_unused_kwargs` is `True`, a dictionary of the unused keyword arguments.
+            The scheduler, or with `return_unused_kwargs=True` a tuple of it and the unused keyword arguments.
 
         Raises:
-            OSError: If the config, or a codebook that the path needs, is missing.
-            ValueError: If the file of the codebook does not hold one.
+            OSError: If the config is missing, or a codebook that the path needs.
+            ValueError: If the codebook's file is damaged, or does not hold a codebook.
         """
         scheduler, unused_kwargs = super().from_pretrained(
             pretrained_model_name_or_path, subfolder=subfolder, return_unused_kwargs=True, **kwargs
@@ -159,7 +165,7 @@ class CodebookMixin:
         name = "path.emb" if is_original else "codebook"
         codebook = load_tensors(file, names=[name])[name]
         try:
-            # Those of the original repositories are not normalized
+            # The original repositories store the codes before normalization
             register = self.set_codebook if is_original else self._register_codebook
             register(codebook)
         except ValueError as error:
@@ -167,7 +173,7 @@ class CodebookMixin:
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
-        Save the config and, if there is one, the codebook to a folder that `from_pretrained` loads.
+        Save the config and the codebook, if there is one, to a folder that `from_pretrained` loads.
 
         Args:
             save_directory (`str` or `os.PathLike`):
@@ -175,7 +181,7 @@ class CodebookMixin:
             push_to_hub (`bool`, *optional*, defaults to `False`):
                 Whether to push the folder to the Hub afterwards.
             kwargs (`dict[str, Any]`, *optional*):
-                Passed along to [`~utils.PushToHubMixin.push_to_hub`].
+                As in [`~utils.PushToHubMixin.push_to_hub`].
         """
         if self.codebook is not None:
             save_tensors({"codebook": self.codebook}, os.path.join(save_directory, self.weights_name))

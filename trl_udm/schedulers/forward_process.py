@@ -12,15 +12,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The forward process of a scheduler: noised samples, and what their times may be."""
+"""The forward process of a scheduler, with the checks of token ids and times."""
 
 import torch
 
 
 class ForwardProcessMixin:
     """
-    Noised samples x_t ~ p_t(· | x₁). Needs the setting `codebook_size` and the method
-    `_draw_noised_samples(original_samples, t, generator)`, which is given a time for each token.
+    Noised samples x_t ~ p_t(· | x₁).
+
+    Needs the setting `codebook_size` and the method `_draw_noised_samples(original_samples, t, generator)`, where `t`
+    has a time for each token.
     """
 
     @torch.no_grad()
@@ -38,7 +40,8 @@ class ForwardProcessMixin:
                 Clean token ids x₁, in `[0, codebook_size)`.
             t (`float` or `torch.Tensor`):
                 Times in `[0, 1]`: one for all, or a tensor whose shape is that of the first dimensions of
-                `original_samples`, so `(batch_size,)` is a time per sample and the full shape a time per token.
+                `original_samples`. Shape `(batch_size,)` is a time for each sample, the full shape a time for each
+                token.
             generator (`torch.Generator`, *optional*):
                 RNG of the draw.
 

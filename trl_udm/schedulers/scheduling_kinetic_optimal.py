@@ -52,7 +52,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
     Time runs from noise, t = 0, to the clean sample, t = 1. Tokens are independent given the clean sample x₁, and V is
     `codebook_size`.
 
-    **Metric path** (`alpha` is a number). The codes are the L2-normalised rows e of a codebook, `d(j, k) = ‖e_j −
+    **Metric path** (`alpha` is a number). The codes are the L2-normalized rows e of a codebook, `d(j, k) = ‖e_j −
     e_k‖²`, `beta_t = c · (t / (1 − t))^alpha`, and
 
         p_t(k | x₁) = softmax_k(−beta_t · d(x₁, k)).
@@ -68,27 +68,35 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         u(k) = p_t(k | x₁) · beta'_t · max(0, d(x_t, x₁) − d(k, x₁))        metric path
         u(k) = [k = x₁] / (1 − t)                                           mixture path
 
-    with `beta'_t = c · alpha · t^(alpha − 1) / (1 − t)^(alpha + 1)`, and 0 at t = 0: it jumps with probability
-    `1 − exp(−h · λ)`, λ = Σ_k u(k), to k ~ u / λ, and else it stays. The last step returns x₁ itself.
+    with `beta'_t = c · alpha · t^(alpha − 1) / (1 − t)^(alpha + 1)`, which is taken as 0 at t = 0. With λ = Σ_k u(k),
+    the token jumps to k ~ u / λ with probability `1 − exp(−h · λ)`, and otherwise stays. The last step returns x₁
+    itself.
 
-    `step` and `add_noise` work in chunks of tokens of at most `max_chunk_elements` probabilities. At most three float32
-    tensors of that size exist at once, 192 MiB beside the caller's logits, whatever the batch. Codes, distances and
-    probabilities are float32, whatever dtype the logits have and also under autocast. Leave TF32 matrix products off,
-    as PyTorch does by default: they round codes to 10 bits, which moves p_t by up to about 1e-3 in total variation.
+    **Memory and precision.** `step` and `add_noise` work in chunks of tokens of at most `max_chunk_elements`
+    probabilities. At most three float32 tensors of that size exist at once, which is 192 MiB for every batch size.
+    Codes, distances and probabilities are float32 for every dtype of the logits, also under autocast. Leave TF32
+    matrix products off, as PyTorch does by default: they round codes to 10 bits, which changes p_t by up to about 1e-3
+    in total variation.
+
+    **Codes** are the scheduler's own weights. They are saved and loaded with it, and a scheduler that `from_config`
+    makes from `other.config` has a copy of the other's.
 
     Args:
         alpha (`float`, *optional*, defaults to 0.9):
-            Exponent of `beta_t`, in `(0, ∞)`. `None` selects the mixture path.
+            Exponent of `beta_t`, in `(0, ∞)`. `None` means the mixture path.
         c (`float`, *optional*, defaults to 3.0):
             Factor of `beta_t`, in `(0, ∞)`. Not used by the mixture path.
         shift (`float`, defaults to 1.0):
-            Shift of the time grid, in `(0, ∞)`. Above 1, more steps are spent close to the noise.
+            Shift of the time grid, in `(0, ∞)`. Above 1, more steps are close to the noise.
         eps (`float`, defaults to 1e-5):
-            Smallest norm by which an embedding is divided when it is normalised.
+            Smallest norm by which an embedding is divided when it is normalized.
         codebook_size (`int`, *optional*):
-            Number of codes V. Taken from the codebook when there is one.
+            Number of codes V. Taken from the codebook if there is one.
         codebook_dim (`int`, *optional*):
-            Length of a code. Taken from the codebook when there is one.
+            Length of a code. Taken from the codebook if there is one.
+
+    Raises:
+        ValueError: If a setting is not in its range.
 
     Example:
 
@@ -127,7 +135,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
             if not is_unused and (value is None or not 0 < value < math.inf):
                 raise ValueError(f"`{name}` must be a number > 0, got {value}.")
 
-        # Not by diffusers' decorator, which marks what is given by position as defaults, and `from_config` leaves those out
+        # Diffusers' decorator would mark arguments given by position as defaults, which `from_config` leaves out
         self.register_to_config(
             alpha=alpha, c=c, shift=shift, eps=eps, codebook_size=codebook_size, codebook_dim=codebook_dim
         )
@@ -136,7 +144,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
 
     @property
     def needs_codebook(self) -> bool:
-        """`bool`: Whether the path is the metric path, which is made of the distances between codes."""
+        """`bool`: Whether the path is the metric path, which depends on the distances between codes."""
         return self.config.alpha is not None
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
@@ -147,7 +155,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
             num_inference_steps (`int`):
                 Number of steps, in `[1, ∞)`.
             device (`str` or `torch.device`, *optional*):
-                Where `timesteps`, and the codebook with it, shall be.
+                Device of `timesteps` and of the codebook.
 
         Raises:
             ValueError: If `num_inference_steps` is not positive.
@@ -171,7 +179,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
             `float`: The time t, in `[0, 1)`.
 
         Raises:
-            ValueError: If `set_timesteps` was not called or the grid has no such step.
+            ValueError: If `set_timesteps` was not called, or the grid has no such step.
         """
         return self._sigma_to_t(1 - self._step_index(timestep) / self.num_inference_steps)
 
@@ -212,12 +220,12 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         return self._sigma_to_t(1 - 0.999 * rand_tensor(size, generator, device, torch.float32))
 
     def beta(self, t: float | torch.Tensor) -> torch.Tensor:
-        """Inverse temperature `beta_t` of the metric path at times `t` in `[0, 1]`: 0 at t = 0, infinite at t = 1."""
+        """Inverse temperature `beta_t` of the metric path at times `t` in `[0, 1]`: from 0 to infinity."""
         t = torch.as_tensor(t)
         return self.config.c * (t / (1 - t)) ** self.config.alpha
 
     def beta_derivative(self, t: float | torch.Tensor) -> torch.Tensor:
-        """Derivative `beta'_t` in time of `beta_t`, at times `t` in `[0, 1)`, with 0 at t = 0."""
+        """Derivative `beta'_t` of `beta_t` at times `t` in `[0, 1)`, taken as 0 at t = 0."""
         t = torch.as_tensor(t)
         alpha = self.config.alpha
         return torch.where(t > 0, self.config.c * alpha * t ** (alpha - 1) / (1 - t) ** (alpha + 1), 0.0)
@@ -266,15 +274,15 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         if distances is None:
             distances = self._distances(original_samples.squeeze(-1))
         # At t = 1, beta_t is infinite and x₁'s own logit must be 0, not NaN. No distance is 0, so all others are −∞.
-        # `distances` is given up here: a tensor less of (T, V), in memory and in time.
+        # `distances` is overwritten, which saves a tensor of (T, V).
         logits = distances.mul_(-self.beta(t)).scatter_(-1, original_samples, 0.0)  # (T, V)
         return torch.softmax(logits, dim=-1)
 
     def _distances(self, token_ids: torch.LongTensor) -> torch.Tensor:
         if self.codebook is None:
             raise ValueError(
-                "The metric path needs a codebook: call `set_codebook`, load one with `from_pretrained`, or give "
-                "`from_config` another scheduler's `config` itself, since a plain dictionary of settings has no codes."
+                "The metric path needs a codebook: call `set_codebook`, load one with `from_pretrained`, or pass "
+                "`from_config` the `config` of a scheduler that has one. A plain dictionary of settings has no codes."
             )
         self.codebook = self.codebook.to(token_ids.device)
         squared_norms = self.codebook.square().sum(dim=-1)
@@ -369,10 +377,10 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
                 f"dimensions, with `codebook_size` {self.config.codebook_size}, got {tuple(model_output.shape)} and "
                 f"{tuple(sample.shape)}."
             )
-        # Drawn at once, so that no draw depends on the size of the chunks or on what other tokens do.
+        # Drawn at once, so that no draw depends on the size of the chunks or on other tokens
         uniforms = rand_tensor((*sample.shape, 5), generator, sample.device, torch.float64)
         pred_original_sample = torch.empty_like(sample)
-        # Logits are often a slice of the model's output: slices of both dimensions, unlike `flatten`, copy none of it.
+        # Logits are often a slice of the model's output. Slices of both dimensions do not copy it, as `flatten` would.
         num_tokens = self._chunk_length
         num_samples = max(1, num_tokens // sample.shape[1])
         for i, j in itertools.product(range(0, sample.shape[0], num_samples), range(0, sample.shape[1], num_tokens)):
@@ -403,7 +411,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         step_size = self.timestep_to_t(step_index + 1) - t
         prev_samples = noised_samples.flatten().clone()  # (B * N,)
         original_samples, uniforms = original_samples.flatten(), uniforms.flatten(0, 1)  # (B * N,), (B * N, 3)
-        # A token at x₁ has no rate to leave it, and costs no pass over V.
+        # A token at x₁ never leaves it, and needs no pass over V
         moving = (prev_samples != original_samples).nonzero().squeeze(1)
         for rows in moving.split(self._chunk_length):
             x_t, x_1 = prev_samples[rows], original_samples[rows]  # (T,), (T,)
@@ -421,12 +429,13 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
 
 def _draw(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.LongTensor:
     """
-    Draw a code per row of `probabilities` (T, V) with the uniforms (T, 2), by inverting the cumulative distribution:
-    first that of blocks of about √V codes, then that of the codes in the block. Rows with a NaN or infinity give -1.
+    Draw a code for each row of `probabilities` (T, V) with the uniforms (T, 2), by inverting the cumulative
+    distribution: first that of blocks of about √V codes, then that of the codes in the block. Rows with a NaN or
+    infinity return -1.
 
-    Whatever V is, this costs one pass over the row and two random numbers. `torch.multinomial` draws V of them, and
-    one cumulative sum over the row is a second copy of it and must be in float64: in float32 its last places are
-    6e-8, 1 % of the mean probability at V = 131,072.
+    For every V this takes one pass over the row and two random numbers. `torch.multinomial` would draw V numbers. One
+    cumulative sum over the row would be a second copy of it, in float64: in float32 its last digit is 6e-8, 1 % of
+    the mean probability at V = 131,072.
     """
     codebook_size = probabilities.shape[-1]
     block_size = max(size for size in range(1, math.isqrt(codebook_size) + 1) if codebook_size % size == 0)
@@ -439,7 +448,7 @@ def _draw(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.LongTens
 
 
 def _check_drawn(codes: torch.LongTensor) -> None:
-    # Once for all chunks: the host waits for the device here
+    # Once for all chunks, since the host waits for the device here
     if (codes < 0).any():
         raise ValueError("Cannot draw tokens: the logits must be finite, got NaN or infinite values.")
 
@@ -448,5 +457,5 @@ def _invert_cumulative(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.L
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
     # 1 − u is in (0, 1]: the first entry to reach the threshold always exists and never has weight 0.
     thresholds = (1 - uniforms).unsqueeze(-1) * cumulative[:, -1:]
-    # Only among NaN is there no such entry; the index stays in bounds there, for `_draw` to say so
+    # Only a row with NaN has no such entry. Its index stays in bounds, and `_draw` returns -1 for it.
     return torch.searchsorted(cumulative, thresholds).squeeze(-1).clamp_(max=weights.shape[-1] - 1)

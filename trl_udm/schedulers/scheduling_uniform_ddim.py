@@ -26,7 +26,7 @@ from .forward_process import ForwardProcessMixin
 @dataclass
 class UniformDDIMSchedulerOutput(DiscreteDDIMSchedulerOutput):
     """
-    Output class for the uniform DDIM scheduler's `step`: that of its parent, with another name for `sampled_tokens`.
+    Output class for the uniform DDIM scheduler's `step`: its parent's, with another name for `sampled_tokens`.
 
     Args:
         prev_sample (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
@@ -40,27 +40,27 @@ class UniformDDIMSchedulerOutput(DiscreteDDIMSchedulerOutput):
 
 class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
     r"""
-    Scheduler of uniform corruption, for text: diffusers' [`~diffusers.DiscreteDDIMScheduler`] with the forward process and
-    the time that [`UDMPipeline`] asks a scheduler for.
+    Scheduler of uniform corruption, for text: diffusers' [`~diffusers.DiscreteDDIMScheduler`] with the forward process
+    and the times that [`UDMPipeline`] needs.
 
-    Time runs from noise, t = 0, to the clean sample, t = 1, so that t is the chance that a token has survived. Tokens are
-    independent given the clean sample x₁, V is `codebook_size`, and
+    Time runs from noise, t = 0, to the clean sample, t = 1, and t is the probability that a token has survived. Tokens
+    are independent given the clean sample x₁. V is `codebook_size`, and
 
         p_t(k | x₁) = t · [k = x₁] + (1 − t) / V.
 
     **Time grid.** Step i of N has t = i / N.
 
-    **Reverse step** from t to s = t + 1 / N. Draw x₁ ~ softmax(logits), at temperature 1 by default, then x_s from the exact posterior
+    **Reverse step** from t to s = t + 1 / N. Draw x₁ ~ softmax(logits), at temperature 1 by default, then x_s from the
+    exact posterior
 
         p(x_s | x_t, x₁) ∝ p_s(x_s | x₁) · ((t / s) · [x_t = x_s] + (1 − t / s) / V),
 
-    so that states have the distribution of the forward process whatever N is. Unlike the jumps of
-    [`KineticOptimalScheduler`] on the same path, it may also noise a token again, and so mends early mistakes. The last
-    step returns x₁ itself.
+    so that states have the distribution of the forward process for every N. Unlike [`KineticOptimalScheduler`] on the
+    same path, a step may also noise a token again, which corrects early mistakes. The last step returns x₁ itself.
 
     Args:
         codebook_size (`int`):
-            Number of tokens V: the vocabulary, special tokens included.
+            Number of tokens V of the vocabulary, including special tokens.
         num_inference_steps (`int`, defaults to 32):
             Number of steps N, until `set_timesteps` is called.
 
@@ -76,8 +76,8 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
     """
 
     def __init__(self, codebook_size: int, num_inference_steps: int = 32):
-        # Not by the parent's `__init__`, which would register the settings of a corrector that the sampler does not use, and
-        # not by diffusers' decorator, which marks what is given by position as defaults: `from_config` leaves those out
+        # The parent's `__init__` would register the settings of a corrector, which the sampler does not use.
+        # Diffusers' decorator would mark arguments given by position as defaults, which `from_config` leaves out.
         self.register_to_config(codebook_size=codebook_size, num_inference_steps=num_inference_steps)
         self.set_timesteps(num_inference_steps)
 
@@ -124,14 +124,14 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
             sample (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
                 Token ids of the state x_t. It is not changed.
             temperature (`float`, *optional*, defaults to `1.0`):
-                Temperature of the draw of x₁. 0 takes the likeliest tokens.
+                Temperature of the draw of x₁. 0 takes the most likely tokens.
             generator (`torch.Generator`, *optional*):
                 RNG of the draws, on the device of the logits.
             return_dict (`bool`, *optional*, defaults to `True`):
-                Whether to return the output class, or a tuple of its fields.
+                Whether to return a [`UniformDDIMSchedulerOutput`], or a tuple of its fields.
 
         Returns:
-            [`UniformDDIMSchedulerOutput`]: The next state, and the clean sample drawn on the way.
+            [`UniformDDIMSchedulerOutput`] or `tuple`: The next state, and the clean sample drawn on the way.
         """
         output = super().step(model_output, timestep, sample, temperature=temperature, generator=generator)
         output = UniformDDIMSchedulerOutput(**output, pred_original_sample=output.sampled_tokens)
