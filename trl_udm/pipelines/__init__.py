@@ -12,4 +12,4 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Pipelines: text to tokens to image, and the interface that every model family implements."""
+"""Pipelines: the interface that every model family implements, and one file for each family."""
