@@ -27,9 +27,11 @@ from diffusers.utils import logging
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from trl.trainer.utils import add_fused_lm_head
 
 from trl_udm import URSAConfig, URSAForImageGeneration, URSAPipeline
 from trl_udm.models.autoencoder_vq import AutoencoderVQ
+from trl_udm.models.token_scores import TILE_WIDTH
 from trl_udm.pipelines.pipeline_output import UDMSamplerOutput, UDMTrajectory, URSAPipelineOutput
 from trl_udm.schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
 from trl_udm.schedulers.scheduling_uniform_ddim import UniformDDIMScheduler
@@ -166,6 +168,30 @@ def test_labels_stand_where_the_network_predicts_them(pipe):
 
 
 # Guidance
+
+
+@pytest.mark.parametrize("codebook_size", [TILE_WIDTH, TILE_WIDTH + 1])
+def test_large_codebooks_are_scored_by_the_network_on_a_cpu_and_others_by_trl(pipe, codebook_size):
+    torch.manual_seed(0)
+    config = URSAConfig.from_dict({**pipe.transformer.config.to_dict(), "codebook_size": codebook_size})
+    transformer = URSAForImageGeneration(config)
+    add_fused_lm_head(transformer, outputs=("log_probs", "entropy"))
+    scheduler = KineticOptimalScheduler(alpha=None, codebook_size=codebook_size)
+    vae = AutoencoderVQ(num_vq_embeddings=codebook_size)
+    pipe = URSAPipeline(transformer, scheduler, pipe.tokenizer, vae, max_prompt_length=8)
+    calls = []
+
+    def watch(**inputs):
+        calls.append("fused_lm_head" in inputs)
+        return transformer(**inputs)
+
+    encoded = pipe.encode_prompt(PROMPTS)
+    noised_samples, labels = torch.randint(codebook_size, (2, 2, 16), generator=seeded())
+    log_probs, entropies = pipe.score(watch, *encoded, noised_samples, (1, 4, 4), labels)
+    assert calls == [codebook_size == TILE_WIDTH]
+    expected = pipe.denoise(*encoded, noised_samples, (1, 4, 4)).log_softmax(dim=-1)
+    torch.testing.assert_close(log_probs, expected.gather(-1, labels.unsqueeze(-1)).squeeze(-1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(entropies, -(expected.exp() * expected).sum(dim=-1), atol=1e-5, rtol=1e-5)
 
 
 def test_guidance_is_the_formula_until_it_is_cut_off(pipe):

@@ -80,15 +80,16 @@ class _TileScores(torch.autograd.Function):
     def forward(
         ctx, hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.LongTensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        tiles = _tiles(weight)
         label_logits = torch.empty(len(labels), device=labels.device)  # (T,)
-        normalizers, means = [], []  # of each tile, (T,)
-        for start, tile in _tiles(weight):
+        # Not lists: small tensors that stay between large ones that go would fragment the memory
+        normalizers, means = label_logits.new_empty(2, len(tiles), len(labels))  # (V / W, T), (V / W, T)
+        for (start, tile), tile_normalizer, tile_mean in zip(tiles, normalizers, means, strict=True):
             logits = (hidden_states.to(dtype) @ tile.to(dtype).T).float()  # (T, W)
             tokens, columns = _find_labels(labels, start)
             label_logits[tokens] = logits[tokens, columns]
-            normalizers.append(logits.logsumexp(dim=-1))
-            means.append((logits.softmax(dim=-1) * logits).sum(dim=-1))
-        normalizers, means = torch.stack(normalizers), torch.stack(means)  # (V / W, T), (V / W, T)
+            tile_normalizer.copy_(logits.logsumexp(dim=-1))
+            tile_mean.copy_(logits.softmax(dim=-1).mul_(logits).sum(dim=-1))
         normalizer = normalizers.logsumexp(dim=0)  # (T,)
         entropies = normalizer - (normalizers.softmax(dim=0) * means).sum(dim=0)
         ctx.save_for_backward(hidden_states, weight, labels, normalizer, entropies)
