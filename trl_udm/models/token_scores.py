@@ -16,6 +16,7 @@
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 
@@ -46,7 +47,8 @@ def score_tokens(
     Returns:
         `tuple`: Log-probabilities and entropies, each of shape `(num_tokens,)` in float32. Both are differentiable.
     """
-    is_matrix = type(head) is nn.Linear and head.bias is None and type(head.weight) is nn.Parameter
+    # Sharded and quantized weights are wrappers around others
+    is_matrix = type(head) is nn.Linear and head.bias is None and not is_traceable_wrapper_subclass(head.weight)
     if is_matrix and head.weight.shape == (head.out_features, head.in_features):  # DeepSpeed empties a sharded weight
         device_type = hidden_states.device.type
         is_autocast = torch.is_autocast_enabled(device_type)
