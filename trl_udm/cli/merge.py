@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from peft import PeftModel
-
 from .arguments import ModelArguments, load_pipeline
 
 
@@ -56,14 +54,16 @@ def run(arguments: Arguments) -> None:
 
     Raises:
         FileExistsError: If there is something in the folder.
-        ValueError: If the adapter does not fit the model.
+        ValueError: If the adapter does not fit the model, or PEFT cannot merge its type.
     """
     output_dir = arguments.output_dir
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"`--output_dir` must be new or empty, and {output_dir} is not. Give another folder.")
-    load_pipeline(arguments, arguments.adapter)  # refuses what does not fit; PEFT would leave weights random
-    pipeline = load_pipeline(arguments)
-    PeftModel.from_pretrained(pipeline.transformer, arguments.adapter).merge_and_unload()
+    pipeline = load_pipeline(arguments, arguments.adapter)
+    try:
+        pipeline.peft_model.merge_and_unload(safe_merge=True)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise ValueError(f"PEFT cannot merge the adapter in {arguments.adapter}: {error} Use it as it is.") from error
     pipeline.forget_local_paths()
     pipeline.save_pretrained(output_dir)
     print(output_dir)

@@ -23,6 +23,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from ..random_tensor import randint_tensor
+from .lora import LoraMixin
 from .pipeline_output import UDMSamplerOutput, UDMTrajectory
 
 
@@ -30,7 +31,7 @@ HUB_KWARGS = ("cache_dir", "revision", "token", "local_files_only", "force_downl
 """Arguments of `from_pretrained` for downloads from the Hub."""
 
 
-class UDMPipeline(DiffusionPipeline):
+class UDMPipeline(LoraMixin, DiffusionPipeline):
     """
     Base class of the model families that [`UDMGRPOTrainer`] trains.
 
@@ -319,43 +320,6 @@ class UDMPipeline(DiffusionPipeline):
                 pred_original_samples=torch.stack(pred_original_samples),
             )
         return UDMSamplerOutput(clean_samples=latents, trajectory=trajectory)
-
-    def load_lora_weights(self, pretrained_model_name_or_path: str, adapter_name: str = "default", **kwargs) -> None:
-        """
-        Loads a PEFT adapter into the transformer and activates it, such as one that [`UDMGRPOTrainer`] saved.
-
-        Args:
-            pretrained_model_name_or_path (`str`):
-                Folder or Hub repository with `adapter_model.safetensors` and `adapter_config.json`.
-            adapter_name (`str`, *optional*, defaults to `"default"`):
-                Its name in the transformer.
-            kwargs:
-                As in `transformer.load_adapter`.
-
-        Raises:
-            ValueError: If the adapter lacks a weight, or was trained on another model.
-        """
-        path = str(pretrained_model_name_or_path)
-        # transformers leaves a weight that does not fit random, and only warns
-        settings = {**kwargs, "adapter_name": adapter_name, "ignore_mismatched_sizes": True}
-        info = self.transformer.load_adapter(path, **settings)
-        unfit = sorted(info.missing_and_mismatched() | info.unexpected_keys)
-        if unfit:
-            self.transformer.delete_adapter(adapter_name)
-            raise ValueError(
-                f"The adapter in {path} does not fit the transformer: {unfit} are missing, unexpected, or of another "
-                "shape."
-            )
-
-    def unload_lora_weights(self, adapter_name: str = "default") -> None:
-        """
-        Removes an adapter.
-
-        Args:
-            adapter_name (`str`, *optional*, defaults to `"default"`):
-                Its name.
-        """
-        self.transformer.delete_adapter(adapter_name)
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> str:

@@ -17,14 +17,12 @@
 import contextlib
 import copy
 import dataclasses
-from collections import Counter
 from collections.abc import Iterator
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import DynamoBackend, is_peft_model
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -32,6 +30,8 @@ from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generat
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from ..models.layers import compile_layers, without_checkpointing
+from ..pipelines.lora import can_merge, check_peft_config, has_adapters, merged_adapter, starts_at_zero, try_merging
+from ..pipelines.pipeline_udm import UDMPipeline
 
 
 logger = get_logger(__name__)
@@ -44,7 +44,8 @@ class PolicyMixin:
     Needs `pipeline`, `args`, `model`, `model_wrapped`, `accelerator`, and of [`~trl.GRPOTrainer`] `_dist`.
     """
 
-    def _prepare_policy(self) -> None:
+    def _prepare_policy(self, is_new_adapter: bool) -> None:
+        self.initial_weights = self._copy_initial_weights(is_new_adapter)
         # TRL writes what ZeRO-3 needs under the name that transformers had for it before
         self.args.activation_checkpointing_kwargs = self.args.gradient_checkpointing_kwargs
         self.merge_adapter = self._resolve_merge_adapter()
@@ -57,15 +58,51 @@ class PolicyMixin:
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
             compile_layers(self.model, self.args.torch_compile_backend, self.args.torch_compile_mode)
 
+    def _copy_initial_weights(self, is_new_adapter: bool) -> dict[nn.Parameter, torch.Tensor] | None:
+        """The trained weights as they are before the first step, where the policy is not that without the adapter."""
+        trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        if not trained:
+            raise ValueError(
+                "Nothing is trained: no weight of the model has `requires_grad`. Call `requires_grad_(True)` on the "
+                "transformer, or give a `peft_config` without `inference_mode`."
+            )
+        starts_at_base = is_new_adapter and starts_at_zero(self.model, trained)
+        if self.beta == 0.0 or not is_peft_model(self.model) or starts_at_base:
+            return None
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "With FSDP and DeepSpeed ZeRO-3 the reference policy is the model without the adapter, and this one "
+                "does not start at that. Use a new LoRA that starts at zero, DDP, or `beta=0`."
+            )
+        return {weight: weight.detach().clone() for weight in trained.values()}
+
+    @contextlib.contextmanager
+    def _reference_weights(self) -> Iterator[None]:
+        """A context in which a model with an adapter is the reference: the policy as it was before the first step."""
+        if self.initial_weights is None:
+            with self.accelerator.unwrap_model(self.model).disable_adapter():
+                yield
+            return
+        trained = {weight: weight.data for weight in self.initial_weights}
+        try:
+            for weight, initial in self.initial_weights.items():
+                weight.data = initial.to(weight.device, weight.dtype)
+            yield
+        finally:
+            for weight, value in trained.items():
+                weight.data = value
+
     def _resolve_merge_adapter(self) -> bool:
         is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if self.args.merge_adapter and (is_sharded or not is_peft_model(self.model)):
-            reason = "DeepSpeed and FSDP shard the weights" if is_sharded else "there is no adapter"
+        is_exact = is_peft_model(self.model) and not is_sharded and self.accelerator.mixed_precision == "no"
+        if not (self.args.merge_adapter or (self.args.merge_adapter is None and is_exact and can_merge(self.model))):
+            return False
+        reason = "DeepSpeed and FSDP shard the weights" if is_sharded else "there is no adapter"
+        if is_peft_model(self.model) and not is_sharded:
+            reason = try_merging(self.model)
+        if self.args.merge_adapter and reason is not None:
             raise ValueError(f"`merge_adapter` must be False or None, got True: {reason}.")
-        if self.args.merge_adapter is not None:
-            return self.args.merge_adapter
-        is_float32 = self.accelerator.mixed_precision == "no"
-        return is_peft_model(self.model) and not is_sharded and is_float32 and can_merge(self.model)
+        return reason is None
 
     def _prepare_reference(self, reference: PreTrainedModel) -> nn.Module:
         """Does for the reference model what `GRPOTrainer.__init__` does for one that it loads."""
@@ -112,13 +149,22 @@ class PolicyMixin:
                 setattr(pipeline, name, transformer)
 
 
+def prepare_model(pipeline: UDMPipeline, peft_config: PeftConfig | None) -> tuple[nn.Module, PeftConfig | None]:
+    """The model to train, a transformer or the adapter that it has, and the configuration of a new adapter."""
+    if peft_config is None and has_adapters(pipeline.transformer):
+        return pipeline.unfreeze_adapter(), None
+    return pipeline.transformer, prepare_peft_config(pipeline.transformer, peft_config)
+
+
 def prepare_peft_config(transformer: PreTrainedModel, peft_config: PeftConfig | None) -> PeftConfig | None:
     """Checks that a transformer can be trained as asked. Returns the adapter's configuration for a denoiser."""
-    if getattr(transformer, "_hf_peft_config_loaded", False):
+    if has_adapters(transformer):
         raise ValueError(
             f"The pipeline has adapters already ({sorted(transformer.peft_config)}): training would overwrite them. "
             "Merge them into the weights first, as docs/checkpoints.md shows, or unload them."
         )
+    if peft_config is not None or isinstance(transformer, PeftModel):
+        check_peft_config(peft_config or transformer.active_peft_config, is_trained=True)
     if peft_config is None:
         if any(parameter.dtype != torch.float32 for parameter in transformer.parameters()):
             logger.warning(
@@ -139,49 +185,4 @@ def copy_reference(transformer: PreTrainedModel) -> PreTrainedModel:
 
         gathered = deepspeed.zero.GatheredParameters(list(transformer.parameters()))
     with gathered:
-        reference = copy.deepcopy(transformer)
-    return reference.requires_grad_(False).eval()
-
-
-def can_merge(model: PeftModel) -> bool:
-    """
-    Tells whether merging the adapter leaves the policy as it is, up to float32 rounding.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The model.
-
-    Returns:
-        `bool`: Whether the weights under the adapter are float32 and belong to one module each. Narrower weights would
-        round a small adapter away. Of two modules that share a weight, only one has the adapter.
-    """
-    uses = Counter(parameter for module in model.modules() for parameter in module.parameters(recurse=False))
-    return all(parameter.dtype == torch.float32 and uses[parameter] == 1 for parameter in _base_parameters(model))
-
-
-@contextlib.contextmanager
-def merged_adapter(model: PeftModel) -> Iterator[None]:
-    """
-    A context in which the adapter is merged into the weights under it, so that forward passes skip its small products.
-
-    Subtracting the adapter again would round. So the original tensors are kept meanwhile, and put back exactly.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The model, for whose weights [`can_merge`] holds.
-    """
-    parameters = _base_parameters(model)
-    originals = [parameter.data for parameter in parameters]
-    try:
-        model.merge_adapter(safe_merge=True)  # into copies
-        yield
-    finally:
-        model.unmerge_adapter()
-        for parameter, original in zip(parameters, originals, strict=True):
-            parameter.data = original
-
-
-def _base_parameters(model: PeftModel) -> list[nn.Parameter]:
-    """The parameters under the adapter."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    return [parameter for layer in layers for parameter in layer.get_base_layer().parameters(recurse=False)]
+        return copy.deepcopy(transformer).requires_grad_(False).eval()

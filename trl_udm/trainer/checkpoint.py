@@ -260,12 +260,13 @@ class CheckpointMixin:
 
     @functools.cached_property
     def _reference_checksum(self) -> int | None:
-        """A checksum of the reference policy's weights: those of its copy, or the frozen ones under the adapter."""
+        """A checksum of the reference policy's weights: of its copy, or those under the adapter and of its start."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # each process has only a part of them
             return None
         model = self.model if self.ref_model is None else self.ref_model
         integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         frozen = [parameter.detach() for parameter in model.parameters() if not parameter.requires_grad]
+        frozen += (self.initial_weights or {}).values()
         sums = [weights.view(integers[weights.element_size()]).sum(dtype=torch.int64).item() for weights in frozen]
         return sum(place * total for place, total in enumerate(sums, start=1))
 

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from datasets import Dataset
 from peft import PeftConfig
 from torch import nn
@@ -29,12 +30,11 @@ from transformers import GenerationConfig, TrainerCallback
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.extras.profiling import profiling_context, profiling_decorator
-from trl.trainer.utils import use_adapter
 
 from ..models.layers import without_checkpointing
 from ..pipelines.pipeline_output import UDMSamplerOutput
 from ..pipelines.pipeline_udm import UDMPipeline
-from .adapters import PolicyMixin, copy_reference, prepare_peft_config
+from .adapters import PolicyMixin, copy_reference, prepare_model
 from .checkpoint import CheckpointMixin, EpochRepeatSampler
 from .completions import CompletionsMixin
 from .ema import EMAMixin
@@ -167,8 +167,8 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
 
         # Model
         transformer = pipeline.transformer
-        peft_config = prepare_peft_config(transformer, peft_config)
-        has_reference = args.beta != 0.0 and peft_config is None
+        model, peft_config = prepare_model(pipeline, peft_config)
+        has_reference = args.beta != 0.0 and peft_config is None and not is_peft_model(model)
         reference = copy_reference(transformer) if has_reference else None
         if not hasattr(transformer, "generation_config"):  # `GRPOTrainer` writes the padding token into it
             transformer.generation_config = GenerationConfig()
@@ -176,20 +176,23 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         # With a `beta`, `GRPOTrainer` would load a reference model by the name of the model's class, so it is told 0.
         # The detour can go once it takes the reference model as an argument (docs/upstream.md).
         beta, args.beta = args.beta, 0.0
-        super().__init__(
-            model=transformer,
-            reward_funcs=self._wrap_reward_funcs(reward_funcs, eval_reward_funcs, args),
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=pipeline.tokenizer,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            peft_config=peft_config,
-        )
+        with pipeline.keep_base_weights(peft_config) as base_weights:
+            super().__init__(
+                model=model,
+                reward_funcs=self._wrap_reward_funcs(reward_funcs, eval_reward_funcs, args),
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=pipeline.tokenizer,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                peft_config=peft_config,
+            )
+        if peft_config is not None:
+            pipeline.attach_adapters(self.model, base_weights)
         self.beta = self.args.beta = beta
         self.max_completion_length = math.prod(self.latent_shape)
-        self._prepare_policy()
+        self._prepare_policy(is_new_adapter=peft_config is not None)
         if args.async_rewards:
             self._start_reward_threads()
         if reference is not None:
@@ -382,7 +385,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
                 if self.ref_model is not None:
                     batch["ref_per_token_logps"] = score(self.ref_model)[0]
                 else:
-                    with use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None):
+                    with self._reference_weights():
                         batch["ref_per_token_logps"] = score(self.model)[0]
         return batch
 
