@@ -12,16 +12,36 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import inspect
+from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import FourierFTConfig, LoraConfig, OSFConfig, PeftModel, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from trl_udm.trainer.adapters import can_merge, merged_adapter
+from trl_udm import UDMGRPOTrainer
+from trl_udm.pipelines.lora import has_adapters
+from trl_udm.trainer.adapters import can_merge, merged_adapter, try_merging
 
-from .test_udm_grpo_trainer import LORA, build_trainer
+from ..pipelines.test_lora import assert_same_state, build_pipeline, copy_state, predict
+from .test_udm_grpo_trainer import LORA, PROMPTS, build_args, build_trainer, count_a
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "checkpoints.md"
+LINEAR = ["q_proj", "down_proj"]
+
+
+def train(pipeline, output_dir, peft_config=None, **kwargs):
+    """A run of two steps, and its KL at each."""
+    args = build_args(output_dir, max_steps=2, **kwargs)
+    trainer = UDMGRPOTrainer(pipeline, count_a, args, train_dataset=PROMPTS, peft_config=peft_config)
+    trainer.train()
+    trainer.model.eval()
+    return trainer, [log["kl"] for log in trainer.state.log_history if "kl" in log]
 
 
 def randomize(model):
@@ -82,3 +102,271 @@ def test_only_what_stays_the_same_policy_is_merged_unasked(tmp_path):
 def test_without_an_adapter_there_is_nothing_to_merge(tmp_path):
     with pytest.raises(ValueError, match="`merge_adapter` must be False or None, got True: there is no adapter"):
         build_trainer(tmp_path, merge_adapter=True)
+
+
+def test_quantized_weights_are_not_merged():
+    model = get_peft_model(build_pipeline().transformer, LORA)
+    assert can_merge(model) and try_merging(model) is None
+    layer = model.base_model.model.model.layers[0].mlp.up_proj.get_base_layer()
+    weight = layer.weight.detach()
+    layer.weight = nn.Parameter(TwoTensor(weight, weight.clone()), requires_grad=False)  # a subclass, as torchao's
+    assert layer.weight.dtype == torch.float32
+    assert not can_merge(model)
+    assert try_merging(model) == "weights under them are quantized, and would be rounded anew"
+
+
+def test_what_peft_cannot_merge_is_used_as_it_is(tmp_path):
+    config = LoraConfig(r=4, target_modules=LINEAR, lora_bias=True)
+    trainer, kl = train(build_pipeline(), tmp_path, config)
+    assert not trainer.merge_adapter and kl[0] == 0 and kl[1] > 0
+    with pytest.raises(ValueError, match=r"got True: PEFT cannot merge it \(.*the base layer has no bias"):
+        build_trainer(tmp_path, peft_config=config, merge_adapter=True)
+
+
+# --- What is trained ---
+
+
+def test_two_runs_with_all_weights_on_one_pipeline_are_two_runs(tmp_path):
+    pipeline = build_pipeline()
+    _, first = train(pipeline, tmp_path)
+    start = copy_state(pipeline)
+    trainer, second = train(pipeline, tmp_path)
+    assert first[0] == second[0] == 0 and second[1] > 0
+    assert all(torch.equal(value, start[name][0]) for name, value in trainer.ref_model.named_parameters())
+
+
+def test_a_trained_adapter_is_not_overwritten_and_is_trained_further(tmp_path):
+    pipeline = build_pipeline()
+    train(pipeline, tmp_path, LORA)
+    trained = predict(pipeline)
+    with pytest.raises(ValueError, match=r"has adapters already \(\['default'\]\): training would overwrite them"):
+        train(pipeline, tmp_path, LORA)
+    assert torch.equal(predict(pipeline), trained)
+    trainer, kl = train(pipeline, tmp_path)
+    assert kl[0] == 0 and kl[1] > 0
+    pipeline.transformer.eval()
+    with trainer._reference_weights():
+        assert torch.equal(predict(pipeline), trained)
+    assert not torch.equal(predict(pipeline), trained)
+    trainer.save_model(str(tmp_path / "saved"))
+    other = build_pipeline()
+    other.load_lora_weights(tmp_path / "saved")
+    assert torch.equal(predict(other), predict(pipeline))
+
+
+@pytest.mark.parametrize("way", ["loaded", "a PeftModel", "a trainable PeftModel"])
+@pytest.mark.parametrize("bias", ["none", "all", "lora_only"])
+def test_an_adapter_that_is_handed_in_is_trained_further(tmp_path, way, bias):
+    config = LoraConfig(r=4, target_modules=LINEAR, bias=bias)
+    first, _ = train(build_pipeline(with_biases=True), tmp_path, config)
+    assert any("bias" in name for name, parameter in first.model.named_parameters() if parameter.requires_grad) == (
+        bias != "none"
+    )
+    names = {name for name, parameter in first.model.named_parameters() if parameter.requires_grad}
+    first.save_model(str(tmp_path / "first"))
+    pipeline = build_pipeline(with_biases=True)
+    if way == "loaded":
+        pipeline.load_lora_weights(tmp_path / "first")
+    else:
+        model = PeftModel.from_pretrained(
+            pipeline.transformer, str(tmp_path / "first"), is_trainable=way == "a trainable PeftModel"
+        )
+        pipeline.transformer = model
+    given = predict(pipeline)
+    torch.testing.assert_close(given, predict(first.pipeline), atol=1e-5, rtol=1e-5)
+    trainer, kl = train(pipeline, tmp_path)
+    assert {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad} == names
+    assert kl[0] == 0 and kl[1] > 0
+    with trainer._reference_weights():
+        assert torch.equal(predict(pipeline), given)
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_after_a_run_and_without_its_adapter_the_transformer_is_as_it_was(tmp_path, bias):
+    pipeline = build_pipeline(with_biases=True)
+    state = copy_state(pipeline)
+    for init in (True, "pissa", "olora"):
+        train(pipeline, tmp_path, LoraConfig(r=4, target_modules=LINEAR, bias=bias, init_lora_weights=init))
+        pipeline.unload_lora_weights()
+        assert_same_state(pipeline, state)
+    trainer, kl = train(pipeline, tmp_path)
+    assert sum(parameter.requires_grad for parameter in trainer.model.parameters()) == len(state)
+    assert kl[0] == 0 and kl[1] > 0
+
+
+def test_nothing_trained_is_an_error_before_the_first_rollout(tmp_path):
+    pipeline = build_pipeline()
+    pipeline.transformer.requires_grad_(False)
+    with pytest.raises(ValueError, match="Nothing is trained: no weight of the model has `requires_grad`"):
+        UDMGRPOTrainer(pipeline, count_a, build_args(tmp_path), train_dataset=PROMPTS)
+    with pytest.raises(ValueError, match="Nothing is trained"):
+        build_trainer(tmp_path, peft_config=LoraConfig(target_modules=LINEAR, inference_mode=True))
+
+
+def test_adapters_of_which_none_can_be_saved_alone_are_not_trained(tmp_path):
+    train(build_pipeline(), tmp_path, LORA)[0].save_model(str(tmp_path / "a"))
+    pipeline = build_pipeline()
+    pipeline.load_lora_weights(tmp_path / "a", adapter_name="mine")
+    with pytest.raises(ValueError, match=r"has adapters \['mine'\]. One alone can be trained further"):
+        train(pipeline, tmp_path)
+    pipeline.load_lora_weights(tmp_path / "a")
+    with pytest.raises(ValueError, match=r"has adapters \['default', 'mine'\]. One alone"):
+        train(pipeline, tmp_path)
+    pipeline.unload_lora_weights("mine")
+    pipeline.fuse_lora()
+    with pytest.raises(ValueError, match="not fused"):
+        train(pipeline, tmp_path)
+    fused = predict(pipeline)
+    pipeline.unload_lora_weights()
+    assert torch.equal(predict(pipeline), fused)
+    assert train(pipeline, tmp_path)[1][0] == 0
+
+
+def test_layers_that_nobody_handed_in_are_not_trained_around(tmp_path):
+    train(build_pipeline(), tmp_path, LORA)[0].save_model(str(tmp_path / "a"))
+    pipeline = build_pipeline()
+    PeftModel.from_pretrained(pipeline.transformer, str(tmp_path / "a"))
+    with pytest.raises(ValueError, match="layers of an adapter that the pipeline did not load"):
+        train(pipeline, tmp_path)
+
+
+def test_a_trainer_that_fails_leaves_no_adapter_behind(tmp_path):
+    pipeline = build_pipeline()
+    state = copy_state(pipeline)
+    for config in (
+        LoraConfig(target_modules=[*LINEAR, "lm_head"], init_lora_weights="olora"),
+        LoraConfig(target_modules=["nowhere"]),
+    ):
+        with pytest.raises(ValueError, match="lm_head|nowhere"):
+            UDMGRPOTrainer(pipeline, count_a, build_args(tmp_path), train_dataset=PROMPTS, peft_config=config)
+        assert_same_state(pipeline, state)
+        assert not has_adapters(pipeline.transformer)
+
+
+def test_a_run_does_not_go_on_from_another_start_of_its_adapter(tmp_path):
+    def build(r_seed):
+        torch.manual_seed(r_seed)
+        config = LoraConfig(r=4, target_modules=LINEAR, init_lora_weights="gaussian")
+        return get_peft_model(build_pipeline().transformer, config)
+
+    sums = []
+    for value in (0.0, 0.0, 0.1):
+        pipeline = build_pipeline()
+        pipeline.transformer = build(0)
+        next(p for n, p in pipeline.transformer.named_parameters() if "lora_B" in n).data += value
+        trainer = UDMGRPOTrainer(pipeline, count_a, build_args(tmp_path), train_dataset=PROMPTS)
+        sums.append(trainer._reference_checksum)
+    assert sums[0] == sums[1] != sums[2]
+
+
+# --- The types that PEFT has ---
+
+
+SETTINGS = {
+    "ADALORA": {"total_step": 10},
+    "C3A": {"block_size": 16},
+    "CPT": {"task_type": "CAUSAL_LM"},
+    "FOURIERFT": {"n_frequency": 64},
+    "IA3": {"feedforward_modules": ["down_proj"]},
+    "LN_TUNING": {"target_modules": ["input_layernorm"]},
+    "MISS": {"r": 8},
+    "RANDLORA": {"r": 8},
+    "ROAD": {"group_size": 16},
+    "SHIRA": {"r": 4},
+    "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": [2, 3]},
+    "VBLORA": {"vector_length": 16, "num_vectors": 16},
+    "VERA": {"r": 8},
+    "WAVEFT": {"n_frequency": 64},
+}
+VARIANTS = {
+    "LORA, `use_dora`": {"use_dora": True},
+    "LORA, `init_lora_weights=False`": {"init_lora_weights": False},
+    'LORA, `init_lora_weights="pissa"`': {"init_lora_weights": "pissa"},
+    'LORA, `init_lora_weights="pissa_niter_4"`': {"init_lora_weights": "pissa_niter_4"},
+    'LORA, `init_lora_weights="olora"`': {"init_lora_weights": "olora"},
+    'LORA, `bias="all"`': {"bias": "all"},
+    "LORA, `lora_bias`": {"lora_bias": True},
+    "LORA, `modules_to_save`": {"modules_to_save": ["embed_tokens"]},
+    "LORA, `alora_invocation_tokens`": {"alora_invocation_tokens": [1]},
+    "LORA, `layer_replication`": {"layer_replication": [(0, 2), (0, 2)]},
+}
+
+
+def build_adapter_config(name):
+    if name in VARIANTS:
+        return LoraConfig(r=4, target_modules=LINEAR, **VARIANTS[name])
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)]
+    fields = inspect.signature(config_class).parameters
+    common = {"target_modules": LINEAR, "num_virtual_tokens": 2}
+    settings = {field: value for field, value in common.items() if field in fields}
+    return config_class(**{**settings, **SETTINGS.get(name, {})})
+
+
+def make_row(name, tmp_path):
+    """One row of the table in docs/checkpoints.md."""
+    pipeline = build_pipeline()
+    state = copy_state(pipeline)
+    base = predict(pipeline)
+    try:
+        trainer, kl = train(pipeline, tmp_path / "first", build_adapter_config(name))
+    except ValueError as error:
+        assert_same_state(pipeline, state)
+        reason = str(error).removeprefix("The adapter cannot be used here: ").partition(". ")[0].partition(" (")[0]
+        return f"| {name} | refused: {reason} | | | | |"
+    assert kl[0] == pytest.approx(0, abs=1e-7) and kl[1] != 0
+    trained = predict(pipeline)
+    assert (trained - base).abs().max() > 1e-4
+    trainer.save_model(str(tmp_path / "saved"))
+
+    def is_trained(other):
+        return torch.allclose(predict(other), trained, atol=1e-5, rtol=1e-5)
+
+    peft_pipeline, loaded = build_pipeline(), build_pipeline()
+    PeftModel.from_pretrained(peft_pipeline.transformer, str(tmp_path / "saved"))
+    assert is_trained(peft_pipeline)
+    loaded.load_lora_weights(tmp_path / "saved")
+    assert is_trained(loaded)
+    adapted = copy_state(loaded)
+    try:
+        loaded.fuse_lora()
+        assert torch.allclose(predict(loaded), trained, atol=1e-4, rtol=1e-4)
+        loaded.unfuse_lora()
+        fused = "yes"
+    except ValueError:
+        fused = "refused"
+    assert_same_state(loaded, adapted)
+    loaded.save_lora_weights(tmp_path / "again")
+    again = build_pipeline()
+    again.load_lora_weights(tmp_path / "again")
+    assert is_trained(again)
+    _, further = train(loaded, tmp_path / "further")
+    assert further[0] == pytest.approx(0, abs=1e-7) and further[1] != 0
+    for one in (pipeline, loaded):
+        one.unload_lora_weights()
+        assert_same_state(one, state)
+    return f"| {name} | yes | 0 | yes | {fused} | yes |"
+
+
+@pytest.mark.parametrize("name", [*sorted(peft_type.value for peft_type in PEFT_TYPE_TO_CONFIG_MAPPING), *VARIANTS])
+def test_the_table_of_adapter_types(tmp_path, name):
+    if name == "ADAMSS":
+        pytest.importorskip("sklearn")
+    row = make_row(name, tmp_path)
+    assert row in DOCS.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "config", [FourierFTConfig(n_frequency=64, target_modules=LINEAR), OSFConfig(target_modules=LINEAR)]
+)
+def test_the_reference_of_an_adapter_that_is_not_the_base_at_the_start_is_that_start(tmp_path, config):
+    trainer = build_trainer(tmp_path, peft_config=config)
+    trainer.model.eval()
+    start, state = predict(trainer.pipeline), copy_state(trainer.pipeline)
+    for parameter in trainer.initial_weights:
+        parameter.data += 0.1
+    moved = predict(trainer.pipeline)
+    with pytest.raises(KeyError), trainer._reference_weights():
+        assert torch.equal(predict(trainer.pipeline), start)
+        assert_same_state(trainer.pipeline, state)
+        raise KeyError  # the weights come back on the way out of an error too
+    assert torch.equal(predict(trainer.pipeline), moved)

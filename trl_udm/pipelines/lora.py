@@ -481,6 +481,7 @@ class BaseWeights:
         self.transformer = transformer
         self._requires_grad = {parameter: parameter.requires_grad for parameter in transformer.parameters()}
         self._values = {parameter: parameter.data for parameter in transformer.parameters()}
+        self._trained: set[nn.Parameter] = set()
         self.keep(peft_config)
 
     @property
@@ -500,13 +501,15 @@ class BaseWeights:
             if changes_in_place(peft_config, parameter):
                 self._values.setdefault(parameter, parameter.data)
                 parameter.data = parameter.data.clone()
+                self._trained |= {parameter} if parameter.dim() == 1 else set()  # biases
 
     def forget_unchanged(self) -> None:
-        """Lets go of the values of the weights that adapters have left as they were."""
+        """Lets go of the values of the weights that adapters have left as they were, and do not train."""
         self._values = {
             parameter: value
             for parameter, value in self._values.items()
-            if parameter.data_ptr() != value.data_ptr()
+            if parameter in self._trained
+            or parameter.data_ptr() != value.data_ptr()
             and not torch.equal(parameter.data, value.to(parameter.device, parameter.dtype))
         }
 
@@ -627,8 +630,11 @@ def merge(model: PeftModel, adapter_names: list[str] | None = None, safe_merge: 
 
 def unmerge(model: PeftModel, originals: dict[nn.Parameter, torch.Tensor]) -> None:
     """Puts the weights under the adapters back, as they were before `merge`."""
+    with warnings.catch_warnings(), contextlib.suppress(NotImplementedError):
+        warnings.simplefilter("ignore")  # PEFT's about layers that are not merged
+        model.unmerge_adapter()  # which subtracts, and so rounds
     for layer in tuner_layers(model):
-        layer.merged_adapters.clear()  # PEFT's own way would subtract, which rounds, and some types cannot
+        layer.merged_adapters.clear()  # some types cannot subtract, and would stay merged
     for parameter, original in originals.items():
         parameter.data = original.to(parameter.device, parameter.dtype)
 
