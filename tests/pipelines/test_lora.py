@@ -16,6 +16,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +32,10 @@ from peft import (
 )
 from safetensors.torch import load_file, save_file
 
+from trl_udm import URSAPipeline
+from trl_udm.cli import main
 from trl_udm.pipelines.lora import has_adapters
+from trl_udm.worlds.shapes import CHECKPOINT_PATH
 
 from ..trainer.toy_text_family import build_toy_text_pipeline
 
@@ -432,3 +436,41 @@ def test_layers_of_unknown_origin_are_named_and_can_be_taken_off(tmp_path):
             method()
     pipeline.unload_lora_weights()
     assert_same_state(pipeline, state)
+
+
+# --- Merge ---
+
+
+@pytest.fixture
+def shapes_adapter(tmp_path):
+    """A saved adapter of the model of shapes, with random weights."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=1, target_modules=LINEAR, init_lora_weights=False)
+    transformer = URSAPipeline.from_pretrained(CHECKPOINT_PATH).transformer
+    get_peft_model(transformer, config).save_pretrained(str(tmp_path / "adapter"))
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_merge_takes_weights_without_the_prefix_of_peft(tmp_path, shapes_adapter, prefix):
+    argv = ["merge", "--model", "shapes", "--adapter", str(shapes_adapter), "--output_dir"]
+    main([*argv, str(tmp_path / "expected")])
+    weights = load_file(shapes_adapter / "adapter_model.safetensors")
+    bare = {prefix + name.removeprefix("base_model.model."): tensor for name, tensor in weights.items()}
+    save_file(bare, shapes_adapter / "adapter_model.safetensors")
+    main([*argv, str(tmp_path / "merged")])
+    folders = (tmp_path / "expected", tmp_path / "merged", CHECKPOINT_PATH)
+    expected, merged, base = (load_file(Path(folder) / "transformer" / "model.safetensors") for folder in folders)
+    assert expected.keys() == merged.keys() == base.keys()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
+    assert sum(not torch.equal(merged[name], tensor.float()) for name, tensor in base.items()) == len(weights) / 2
+
+
+def test_merge_refuses_what_peft_cannot_merge(tmp_path):
+    transformer = URSAPipeline.from_pretrained(CHECKPOINT_PATH).transformer
+    config = LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True)
+    get_peft_model(transformer, config).save_pretrained(str(tmp_path / "adapter"))
+    argv = ["merge", "--model", "shapes", "--adapter", str(tmp_path / "adapter"), "--output_dir"]
+    with pytest.raises(ValueError, match="PEFT cannot merge the adapter in .* Use it as it is"):
+        main([*argv, str(tmp_path / "merged")])
+    assert not (tmp_path / "merged").exists()

@@ -802,7 +802,8 @@ def _attach(
     if unfit:
         names = sorted(name.removeprefix(PREFIX) for name in unfit)
         raise ValueError(
-            f"The adapter in {label} does not fit the transformer: {names} are missing, unexpected, or of another shape."
+            f"The adapter in {label} does not fit the transformer: {names} are missing, unexpected, or of another "
+            "shape."
         )
     return model
 
