@@ -82,12 +82,12 @@ class _TileScores(torch.autograd.Function):
     def forward(
         ctx, hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.LongTensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        tiles = _tiles(weight)
+        tiles, inputs = _tiles(weight), hidden_states.to(dtype)
         label_logits = torch.empty(len(labels), device=labels.device)  # (T,)
         # Not lists: small tensors that stay between large ones that go would fragment the memory
         normalizers, means = label_logits.new_empty(2, len(tiles), len(labels))  # (V / W, T), (V / W, T)
         for (start, tile), tile_normalizer, tile_mean in zip(tiles, normalizers, means, strict=True):
-            logits = (hidden_states.to(dtype) @ tile.to(dtype).T).float()  # (T, W)
+            logits = (inputs @ tile.to(dtype).T).float()  # (T, W)
             tokens, columns = _find_labels(labels, start)
             label_logits[tokens] = logits[tokens, columns]
             tile_normalizer.copy_(logits.logsumexp(dim=-1))
@@ -105,10 +105,11 @@ class _TileScores(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         hidden_states, weight, labels, normalizer, entropies = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        inputs, float_inputs = hidden_states.to(ctx.dtype), hidden_states.float()
         grad_hidden = torch.zeros_like(hidden_states, dtype=torch.float32) if needs_hidden else None
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs_weight else None
         for start, tile in _tiles(weight):
-            logits = (hidden_states.to(ctx.dtype) @ tile.to(ctx.dtype).T).float()  # (T, W)
+            logits = (inputs @ tile.to(ctx.dtype).T).float()  # (T, W)
             logits.sub_(normalizer.unsqueeze(-1))
             factors = 0.0
             if grad_entropies is not None:
@@ -122,7 +123,7 @@ class _TileScores(torch.autograd.Function):
             if needs_hidden:
                 grad_hidden.addmm_(grad_logits, tile.float())
             if needs_weight:
-                torch.mm(grad_logits.T, hidden_states.float(), out=grad_weight[start : start + len(tile)])
+                torch.mm(grad_logits.T, float_inputs, out=grad_weight[start : start + len(tile)])
         grad_hidden = grad_hidden.to(hidden_states.dtype) if needs_hidden else None
         return grad_hidden, grad_weight.to(weight.dtype) if needs_weight else None, None, None
 
