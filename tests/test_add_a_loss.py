@@ -15,29 +15,20 @@
 """The code of docs/add_a_loss.md, run as a reader would."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
-
-PAGE = Path(__file__).parents[1] / "docs" / "add_a_loss.md"
+from .pages import DOCS_DIR, run_page
 
 
 @pytest.fixture(scope="module")
 def namespace(tmp_path_factory):
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 2
-    variables = {"__name__": "page"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("page"))
-        for block in blocks:
-            exec(compile(block, str(PAGE), "exec"), variables)
-    return variables
+    return run_page("add_a_loss.md", tmp_path_factory.mktemp("page"), num_blocks=2)
 
 
 def test_the_loss_of_the_page_has_15_lines():
-    page = PAGE.read_text(encoding="utf-8")
+    page = (DOCS_DIR / "add_a_loss.md").read_text(encoding="utf-8")
     method = re.search(r"^    def _compute_loss.*?(?=^```)", page, re.DOTALL | re.MULTILINE)
     assert len(method[0].splitlines()) <= 15
 

@@ -15,27 +15,16 @@
 """The code of docs/add_a_model_family.md, run as a reader would: a family that follows the page alone trains."""
 
 import math
-import re
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 
-
-PAGE = Path(__file__).parents[1] / "docs" / "add_a_model_family.md"
+from .pages import run_page
 
 
 @pytest.fixture(scope="module")
 def namespace(tmp_path_factory):
-    blocks = re.findall(r"^( *)```python\n(.*?)^\1```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 4
-    variables = {"__name__": "page"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("page"))
-        for _, block in blocks:
-            exec(compile(textwrap.dedent(block), str(PAGE), "exec"), variables)
-    return variables
+    return run_page("add_a_model_family.md", tmp_path_factory.mktemp("page"), num_blocks=4)
 
 
 @pytest.mark.parametrize("name", ["trainer", "dice_trainer"])

@@ -41,7 +41,7 @@ class PolicyMixin:
     """
     Arrangements for the model that is trained and for its reference, and the context in which samples are drawn.
 
-    Needs `pipeline`, `args`, `model`, `model_wrapped`, `accelerator`, and of [`~trl.GRPOTrainer`] `_dist`.
+    Needs `pipeline`, `args`, `model`, `model_wrapped`, `accelerator`, `beta`, and of [`~trl.GRPOTrainer`] `_dist`.
     """
 
     def _prepare_policy(self, is_new_adapter: bool) -> None:
