@@ -38,17 +38,23 @@ class KilledTrainer(UDMGRPOTrainer):
 
     moment, step, signal = None, None, signal.SIGKILL
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.rollouts, self.rows = [], []
+
     def reach(self, moment):
         if self.moment == moment and self.state.global_step == self.step:
             os.kill(os.getpid(), self.signal)
 
-    def _rollout(self, *args, **kwargs):
-        outputs = super()._rollout(*args, **kwargs)
+    def _rollout(self, prompts, mode, *args, **kwargs):
+        self.rollouts.append((self.state.global_step, self._step, prompts))
+        outputs = super()._rollout(prompts, mode, *args, **kwargs)
         self.reach("rollout")
         return outputs
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
+        self.rows.append((self.state.global_step, len(self.rollouts)))
         self.reach("backward")
         return loss
 
@@ -84,6 +90,7 @@ def build_trainer(output_dir, lora=False, ema=False, num_iterations=1, max_steps
         count_a,
         UDMGRPOConfig(str(output_dir), **{**args, **kwargs}),
         train_dataset=PROMPTS,
+        eval_dataset=PROMPTS if "eval_strategy" in kwargs else None,
         peft_config=LORA if lora else None,
     )
     return trainer

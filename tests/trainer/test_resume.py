@@ -13,12 +13,16 @@
 # limitations under the License.
 
 import os
+import random
+import re
+import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from trl.trainer.utils import RepeatSampler
 
@@ -135,6 +139,75 @@ def test_a_checkpoint_without_a_state_goes_on_with_a_warning(tmp_path, caplog):
     trainer.train(resume_from_checkpoint=True)
     assert "checkpoint-3 has no rollout_state_0.pth" in caplog.text
     assert trainer.state.global_step == trainer._step == 4
+
+
+# Another geometry
+FIRST = {"per_device_train_batch_size": 24, "gradient_accumulation_steps": 2, "steps_per_generation": 2}
+GEOMETRIES = {
+    "accumulation": {"gradient_accumulation_steps": 4, "steps_per_generation": 4, "per_device_train_batch_size": 12},
+    "accumulation of one": {"gradient_accumulation_steps": 1},
+    "steps_per_generation": {"steps_per_generation": 4, "per_device_train_batch_size": 12},
+    "num_iterations": {"num_iterations": 3},
+    "batch": {"per_device_train_batch_size": 36},
+    "num_generations": {"num_generations": 8},
+}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_with_another_geometry_rollouts_begin_with_updates_to_the_end(tmp_path, caplog, geometry, lora):
+    """The checkpoint is in the middle of a rollout with two iterations. After it, an update is of rows of one rollout, and
+    the prompts are those that an unbroken run of the new geometry has there."""
+    first = {**FIRST, "num_iterations": 2, "lora": lora}
+    second = {**first, **GEOMETRIES[geometry], "max_steps": 9}
+    build_trainer(tmp_path, max_steps=3, **first).train()
+    trainer = build_trainer(tmp_path, **second)
+    caplog.clear()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    warnings = [record.getMessage() for record in caplog.records if "unfinished rollouts" in record.getMessage()]
+    (name,) = list(GEOMETRIES[geometry])[:1]
+    assert len(warnings) == 1 and f"'{name}': {GEOMETRIES[geometry][name]}" in warnings[0]
+    num_rollouts = {step: {rollout for at, rollout in trainer.rows if at == step} for step in range(3, 9)}
+    assert all(len(rollouts) == 1 for rollouts in num_rollouts.values())
+    assert trainer.rollouts[0][0] == 3
+
+    unbroken = build_trainer(tmp_path / "unbroken", save_strategy="no", **second)
+    unbroken.train()
+    of_unbroken = {step: prompts for step, _, prompts in unbroken.rollouts}
+    of_resumed = {step: prompts for step, _, prompts in trainer.rollouts[1:]}
+    assert of_resumed == {step: prompts for step, prompts in of_unbroken.items() if step > 3}
+    last = [prompts for step, prompts in of_unbroken.items() if step <= 3][-1]
+    assert trainer.rollouts[0][2] == last
+
+
+def test_a_run_resumed_with_another_geometry_is_exact_from_there(tmp_path):
+    first, second = {**FIRST, "num_iterations": 2}, {"gradient_accumulation_steps": 1, "num_iterations": 2, "max_steps": 6}
+    build_trainer(tmp_path, max_steps=3, **first).train()
+    shutil.copytree(tmp_path / "checkpoint-3", tmp_path / "broken" / "checkpoint-3")
+    shutil.copytree(tmp_path / "checkpoint-3", tmp_path / "unbroken" / "checkpoint-3")
+    assert run(tmp_path / "unbroken", resume=True, **second) == 0
+    assert run(tmp_path / "broken", resume=True, moment="backward", step=4, **second) == -signal.SIGKILL
+    assert run(tmp_path / "broken", resume=True, **second) == 0
+    assert_equal(outcome(tmp_path / "unbroken"), outcome(tmp_path / "broken"))
+
+
+def test_a_checkpoint_of_version_0_2_without_a_geometry_resumes_exactly(tmp_path):
+    kwargs = {"num_iterations": 2, "max_steps": 4}
+    assert run(tmp_path / "unbroken", **kwargs) == 0
+    assert run(tmp_path / "broken", moment="backward", step=3, **kwargs) == -signal.SIGKILL
+    path = tmp_path / "broken" / "checkpoint-3" / "rollout_state_0.pth"
+    state = torch.load(path, weights_only=True)
+    del state["geometry"]
+    torch.save(state, path)
+    assert run(tmp_path / "broken", resume=True, **kwargs) == 0
+    assert_equal(outcome(tmp_path / "unbroken"), outcome(tmp_path / "broken"))
+
+
+def test_a_second_training_draws_its_own_rollouts(tmp_path):
+    trainer = build_trainer(tmp_path, max_steps=1, num_iterations=2, save_strategy="no")
+    trainer.train()
+    trainer.train()
+    assert [step for step, *_ in trainer.rollouts] == [0, 0]
 
 
 def test_sigterm_saves_at_the_end_of_the_step_and_exits(tmp_path):
@@ -298,3 +371,115 @@ def test_the_state_of_a_checkpoint_is_small_where_no_rollout_is_pending(tmp_path
     )
     assert pending["buffered_inputs"][0]["completion_ids"].shape == (24, 6)
     assert done["buffered_inputs"] is None
+
+
+# What must not be lost
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("change", ["missing", "renamed"])
+def test_a_checkpoint_without_some_weights_is_refused_by_their_names(tmp_path, lora, change):
+    build_trainer(tmp_path, lora=lora, max_steps=1).train()
+    path = tmp_path / "checkpoint-1" / ("adapter_model.safetensors" if lora else "transformer/model.safetensors")
+    weights = load_file(path)
+    name = sorted(weights)[0]
+    value = weights.pop(name)
+    if change == "renamed":
+        weights["another"] = value
+    save_file(weights, path, metadata={"format": "pt"})
+    lacks = f"it lacks ['{name}'] and has {['another'] if change == 'renamed' else []} besides"
+    with pytest.raises(ValueError, match=re.escape(lacks)):
+        build_trainer(tmp_path, lora=lora).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_best_model_has_the_average_of_its_step(tmp_path, lora):
+    trainer = build_trainer(
+        tmp_path,
+        lora=lora,
+        ema=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        per_device_eval_batch_size=6,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_reward",
+        greater_is_better=True,
+    )
+    rewards = iter([0.1, 0.9, 0.2, 0.3])
+    evaluate = trainer._calculate_rewards
+
+    def peaks_at_two(*args):
+        calculated = evaluate(*args)
+        return calculated if trainer.model.training else torch.full_like(calculated, next(rewards))
+
+    trainer._calculate_rewards = peaks_at_two
+    trainer.train()
+    assert trainer.state.best_global_step == 2
+    trainer.save_model(tmp_path / "best")
+    folder = Path("transformer_ema", "adapter_model.safetensors" if lora else "model.safetensors")
+    average = load_file(tmp_path / "best" / folder)
+    assert_equal(average, load_file(tmp_path / "checkpoint-2" / folder))
+    assert any(
+        not torch.equal(value, average[name]) for name, value in load_file(tmp_path / "checkpoint-4" / folder).items()
+    )
+    assert trainer.ema.optimization_step == 2
+
+
+def test_an_average_that_began_later_keeps_its_count_of_steps(tmp_path, caplog):
+    build_trainer(tmp_path, max_steps=2).train()
+    trainer = build_trainer(tmp_path, ema=True, max_steps=3)
+    trainer.train(resume_from_checkpoint=True)
+    assert "checkpoint-2 has no average of the weights: a new one begins" in caplog.text
+    assert trainer.ema.optimization_step == 1
+    trainer = build_trainer(tmp_path, ema_decay=0.5, max_steps=4)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.ema.optimization_step == 2
+    assert "`ema_decay` is 0.5, and" in caplog.text and "checkpoint-3 was saved with 0.9" in caplog.text
+
+
+def test_without_the_average_none_is_left_beside_new_weights(tmp_path, caplog):
+    trainer = build_trainer(tmp_path, ema=True, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "transformer_ema").is_dir()
+    trainer = build_trainer(tmp_path, max_steps=3)
+    trainer.train(resume_from_checkpoint=True)
+    assert "checkpoint-2 is dropped, since `ema_decay` is None" in caplog.text
+    trainer.save_model()
+    assert not (tmp_path / "transformer_ema").exists()
+
+
+@pytest.mark.parametrize("save_strategy", ["no", "steps"])
+def test_evaluation_leaves_the_rollouts_as_they_are_without_it(tmp_path, save_strategy):
+    outcomes = []
+    for is_evaluated in (False, True):
+        trainer = build_trainer(
+            tmp_path / str(is_evaluated),
+            save_strategy=save_strategy,
+            eval_strategy="steps" if is_evaluated else "no",
+            eval_steps=1,
+            per_device_eval_batch_size=6,
+        )
+        trainer.train()
+        streams = (random.random(), np.random.rand(), torch.rand(1))
+        outcomes.append((trainer.model.state_dict(), trainer.optimizer.state_dict(), streams))
+    assert_equal(*outcomes)
+
+
+def test_evaluations_of_one_model_are_equal(tmp_path):
+    trainer = build_trainer(tmp_path, save_strategy="no", per_device_eval_batch_size=6)
+    torch.manual_seed(5)
+    first = trainer.evaluate(trainer.train_dataset)
+    second = trainer.evaluate(trainer.train_dataset)
+    assert first["eval_reward"] == second["eval_reward"]
+
+
+def test_an_error_of_another_kind_than_a_full_disk_keeps_its_words(tmp_path, monkeypatch):
+    trainer = build_trainer(tmp_path, max_steps=1)
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", lambda output_dir: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="^inconsistent tensor size"):
+        trainer.train()
+    assert find_checkpoints(tmp_path) == []
+
+
+def test_persistent_workers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`dataloader_persistent_workers` must be False, got True: a resumed run"):
+        build_trainer(tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=True)

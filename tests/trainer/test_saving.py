@@ -12,6 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import copy
+import pickle
+
 import pytest
 import torch
 from peft import PeftModel
@@ -113,3 +116,53 @@ def test_a_checkpoint_of_the_model_only_has_no_optimizer(tmp_path, peft_config):
             torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=0)
     assert names[False] - names[True] == TRAINER_FILES - {"trainer_state.json"}
     assert names[True] < names[False]
+
+
+@pytest.mark.parametrize("pad_token_id", [None, 3])
+@pytest.mark.parametrize("peft_config", [None, LORA])
+def test_the_config_keeps_its_special_tokens(tmp_path, peft_config, pad_token_id):
+    """The tokenizer's padding token would become one whose embedding has no gradient, once it is loaded."""
+    pipeline = build_toy_text_pipeline()
+    pipeline.transformer.config.pad_token_id = pad_token_id
+    pipeline.transformer.model.embed_tokens.padding_idx = None
+    before = pipeline.transformer.config.to_dict()
+    trainer = UDMGRPOTrainer(
+        pipeline,
+        count_a,
+        build_args(tmp_path, save_strategy="steps", save_steps=1),
+        train_dataset=PROMPTS,
+        peft_config=peft_config,
+    )
+    trainer.train()
+    trainer.save_model()
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    assert {name: before[name] for name in names} == {name: pipeline.transformer.config.to_dict()[name] for name in names}
+    if peft_config is None:
+        for folder in (tmp_path, tmp_path / "checkpoint-1"):
+            transformer = ToyTextPipeline.from_pretrained(folder).transformer
+            assert {name: before[name] for name in names} == {name: transformer.config.to_dict()[name] for name in names}
+            assert transformer.model.embed_tokens.padding_idx == pad_token_id
+            transformer(torch.zeros(1, 1, dtype=torch.long)).logits.sum().backward()
+            assert transformer.model.embed_tokens.weight.grad[0].abs().sum() > 0
+
+
+def test_the_token_of_the_hub_survives_a_copy_and_is_in_no_file(tmp_path):
+    args = build_args(tmp_path, hub_token="hf_secret")
+    assert copy.deepcopy(args).hub_token == copy.copy(args).hub_token == "hf_secret"
+    copied = copy.deepcopy(args)
+    copied.timestep_window.append(1)
+    assert args.timestep_window == build_args(tmp_path).timestep_window
+    assert b"hf_secret" not in pickle.dumps(copied)
+    trainer = build_trainer(tmp_path, hub_token="hf_secret", save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model()
+    assert trainer.args.hub_token == "hf_secret"
+    assert all(b"hf_secret" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_weights_that_are_in_shards_leave_no_dummy_file(tmp_path, caplog):
+    """`Trainer` calls `_save` so under ZeRO-3 without `stage3_gather_16bit_weights_on_model_save`."""
+    trainer = build_trainer(tmp_path)
+    trainer._save(str(tmp_path), state_dict={})
+    assert f"{tmp_path / 'transformer'} is not saved" in caplog.text
+    assert not (tmp_path / "transformer").exists() and (tmp_path / "model_index.json").exists()

@@ -14,6 +14,7 @@
 
 """Checkpoints and resume: whole checkpoints, exact resume, SIGTERM, and steps that fail."""
 
+import errno
 import functools
 import json
 import math
@@ -21,17 +22,19 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model, send_to_device
-from safetensors import SafetensorError
+from accelerate.utils import is_peft_model, send_to_device, set_seed
+from peft import get_peft_model_state_dict
+from peft.utils import load_peft_weights
 from torch import nn
 from transformers.trainer import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
@@ -54,7 +57,8 @@ class CheckpointMixin:
       whole.
     * A resumed run equals an unbroken one bit by bit. Beside what [`~transformers.Trainer`] restores, it restores the
       rollouts between two of their updates, the metrics between two logs, and the order of the prompts in later
-      epochs. Resuming is refused where the reference policy is not the one that the run began with.
+      epochs. With another batch geometry, all processes draw new rollouts and begin them with an update. Resuming is
+      refused where the reference policy is not the one that the run began with, or where weights are missing.
     * On SIGTERM, which clusters send, the step is finished, a checkpoint is saved, and the process exits with 143.
     * A step whose gradient is not finite is skipped. More than `args.max_failed_steps` in a row stop the run.
     """
@@ -113,12 +117,15 @@ class CheckpointMixin:
         finally:
             signal.signal(signal.SIGTERM, previous_handler)
 
-    # `Trainer` would train one step more where the checkpoint has had the last one
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # `Trainer` would train one step more where the checkpoint has had the last one
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+            return
+        if kwargs["epoch"] == kwargs["epochs_trained"]:  # counted in this run's geometry, not in the checkpoint's
+            self.state.epoch = kwargs["epoch"]
+            self._step, self._buffered_inputs = kwargs["steps_trained_in_current_epoch"], None
+        super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         if self._resumed_checkpoint is not None and self.state.global_step == self._initial_global_step:
@@ -136,6 +143,15 @@ class CheckpointMixin:
         if is_terminated:
             logger.warning(f"Terminated at step {self.state.global_step}, after saving a checkpoint.")
             raise SystemExit(128 + signal.SIGTERM)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with tempfile.TemporaryDirectory() as folder:  # evaluation has random numbers of its own
+            super()._save_rng_state(folder)
+            set_seed(self.args.seed, device_specific=True)
+            try:
+                return super().evaluate(*args, **kwargs)
+            finally:
+                super()._load_rng_state(folder)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> torch.Tensor | float:
         grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -169,9 +185,15 @@ class CheckpointMixin:
         self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except Exception as error:
             if self.args.should_save and not is_whole(checkpoint):
                 shutil.rmtree(checkpoint, ignore_errors=True)
+            # PyTorch's and safetensors' writers keep the system's number of an error to themselves
+            is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or re.search(
+                r"iostream error|inline_container|No space left|quota exceeded", str(error)
+            )
+            if not is_full:
+                raise
             gigabytes = shutil.disk_usage(checkpoint.parent).free / 1e9
             raise RuntimeError(
                 f"{checkpoint} could not be written ({error}). The disk has {gigabytes:.1f} GB left. Older "
@@ -190,7 +212,12 @@ class CheckpointMixin:
             for name, component in self.pipeline.components.items():
                 if component is not self.pipeline.transformer:
                     component.save_pretrained(os.path.join(output_dir, name))
-            model.save_pretrained(os.path.join(output_dir, self.pipeline.transformer_name), state_dict=state_dict)
+            folder = os.path.join(output_dir, self.pipeline.transformer_name)
+            if state_dict == {}:  # of ZeRO-3, which keeps the weights in shards: a folder here would have none of them
+                logger.warning(f"{folder} is not saved. Set `stage3_gather_16bit_weights_on_model_save` to save it.")
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                model.save_pretrained(folder, state_dict=state_dict)
             torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -204,13 +231,23 @@ class CheckpointMixin:
     def _load_weights(self, folder: str) -> None:
         """Loads the network, or its adapter, from a folder that holds nothing else."""
         if is_peft_model(self.model):  # `Trainer` would load each of the folder's subfolders as a further adapter
-            self.model.load_adapter(folder, self.model.active_adapter, is_trainable=True)
+            name = self.model.active_adapter
+            saved, needed = load_peft_weights(folder, "cpu"), get_peft_model_state_dict(self.model, adapter_name=name)
+            check_weights(folder, missing=needed.keys() - saved.keys(), unexpected=saved.keys() - needed.keys())
+            self.model.load_adapter(folder, name, is_trainable=True)
         else:
             super()._load_from_checkpoint(folder)
 
+    # `Trainer` would only warn
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        state = self.model.state_dict()
+        loaded = {tensor.data_ptr() for name, tensor in state.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if state[name].data_ptr() not in loaded]  # or tied
+        check_weights("The checkpoint", missing, load_result.unexpected_keys)
+
     # `Trainer` would look for the weights in the checkpoint's root, and keep the last ones if it found none
     def _load_best_model(self) -> None:
-        if is_peft_model(self.model) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -220,6 +257,7 @@ class CheckpointMixin:
         super()._save_rng_state(output_dir)
         is_between_updates = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
         state = {
+            "geometry": self._geometry,
             "step": self._step,
             "buffered_inputs": self._buffered_inputs if is_between_updates else None,
             "metrics": {mode: dict(metrics) for mode, metrics in self._metrics.items()},
@@ -233,30 +271,51 @@ class CheckpointMixin:
     # `Trainer` calls this just before the first batch that is not skipped
     def _load_rng_state(self, checkpoint: str) -> None:
         super()._load_rng_state(checkpoint)
-        path = os.path.join(checkpoint, f"rollout_state_{self.accelerator.process_index}.pth")
-        if not os.path.exists(path):
+        name = f"rollout_state_{self.accelerator.process_index}.pth"
+        is_own = os.path.exists(os.path.join(checkpoint, name))
+        path = os.path.join(checkpoint, name if is_own else "rollout_state_0.pth")
+        state = torch.load(path, map_location="cpu", weights_only=True) if os.path.exists(path) else None
+        num_states = len(list(Path(checkpoint).glob("rollout_state_*.pth")))  # version 0.2 saved no geometry
+        geometry = {**self._geometry, "num_processes": num_states, **((state or {}).get("geometry") or {})}
+        # Decided together: processes that drew rollouts at different steps would wait for each other forever
+        findings = [state is not None, is_own and geometry == self._geometry]
+        findings = torch.tensor([findings], dtype=torch.int, device=self.accelerator.device)
+        has_state, is_same = self.accelerator.gather(findings).amin(dim=0).tolist()
+        if not has_state:
             logger.warning(
-                f"{checkpoint} has no {os.path.basename(path)}: it was saved with `save_only_model`, by another "
-                "trainer, or with fewer processes. Training continues from its weights, but not exactly as an "
-                "unbroken run would."
+                f"{checkpoint} has no {name}: it was saved with `save_only_model`, or by another trainer. Training "
+                "continues from its weights, but not exactly as an unbroken run would."
             )
-            self._step = self.state.global_step * self.args.gradient_accumulation_steps
             return
-        state = torch.load(path, map_location="cpu", weights_only=True)
         if state["reference_checksum"] != self._reference_checksum:
             raise ValueError(
                 "The reference policy must be the one that the run began with: the model given to the trainer has "
                 f"other weights, or another dtype, than the one that {checkpoint} was trained from. Load the initial "
                 "model, as before; its trained weights are taken from the checkpoint."
             )
-        self._step = state["step"]
-        self._buffered_inputs = send_to_device(state["buffered_inputs"], self.accelerator.device)
+        if is_same:
+            self._step = state["step"]
+            self._buffered_inputs = send_to_device(state["buffered_inputs"], self.accelerator.device)
+        else:
+            changed = [name for name, value in self._geometry.items() if geometry[name] != value]
+            logger.warning(
+                f"{checkpoint} was saved with {({name: geometry[name] for name in changed})}, and this run has "
+                f"{({name: self._geometry[name] for name in changed})}. Its unfinished rollouts are dropped, and the "
+                "next update begins with new ones. Continue with the checkpoint's values for an exact resume."
+            )
         for mode, metrics in state["metrics"].items():
             self._metrics[mode] = defaultdict(list, metrics)
         unlogged_loss, self._globalstep_last_logged = state["unlogged_loss"]
         self._tr_loss = unlogged_loss.to(self.accelerator.device)
         self._total_loss_scalar = -unlogged_loss.item()  # the summary at the end is of the steps of this call
         self.entropy_coef, self._last_world_entropy = state["entropy_control"]
+
+    @property
+    def _geometry(self) -> dict[str, int]:
+        """What the number of rows in an update and in a generation batch follows from."""
+        names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
+        names += ("num_iterations", "num_generations", "num_train_timesteps")
+        return {"num_processes": self.args.world_size} | {name: getattr(self.args, name) for name in names}
 
     @functools.cached_property
     def _reference_checksum(self) -> int | None:
@@ -289,6 +348,15 @@ class EpochRepeatSampler(RepeatSampler):
             for _ in range(self.get_epoch()):
                 torch.randperm(self.num_samples, generator=self.generator)
         return super().__iter__()
+
+
+def check_weights(source: str, missing: Collection[str], unexpected: Collection[str]) -> None:
+    """Raises a `ValueError` with the names of the weights that a checkpoint lacks, or that the model lacks."""
+    if missing or unexpected:
+        raise ValueError(
+            f"{source} must have the weights of the model, but it lacks {sorted(missing)} and has {sorted(unexpected)} "
+            "besides. Resume from another checkpoint, or with the model that this one was trained from."
+        )
 
 
 def is_whole(checkpoint: str | os.PathLike) -> bool:

@@ -14,20 +14,27 @@
 
 """An exponential moving average of the trained weights."""
 
-import os
+import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from diffusers.training_utils import EMAModel
 from torch import nn
 from transformers import TrainerCallback
 
 
+logger = get_logger(__name__)
+
 EMA_FOLDER = "transformer_ema"
 """Folder of the averaged network or adapter in a checkpoint or a saved run, as in diffusers' training scripts."""
+
+EMA_STATE_NAME = "ema_state.json"
 
 
 class EMAMixin:
@@ -95,23 +102,47 @@ class EMAMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.ema is not None and self.args.should_save:
-            output_dir = output_dir if output_dir is not None else self.args.output_dir
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir, EMA_FOLDER)
+        if self.ema is not None:
             with self.ema_weights():
-                self.accelerator.unwrap_model(self.model).save_pretrained(os.path.join(output_dir, EMA_FOLDER))
+                self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+            state = {"decay": self.args.ema_decay, "optimization_step": self.ema.optimization_step}
+            (folder / EMA_STATE_NAME).write_text(json.dumps(state))
+        elif self.state.global_step > 0 and folder.is_dir():
+            shutil.rmtree(folder)  # an earlier run's, which is no average of these weights
 
     def _load_rng_state(self, checkpoint: str) -> None:
         super()._load_rng_state(checkpoint)
-        folder = os.path.join(checkpoint, EMA_FOLDER)
-        if self.ema is None or not os.path.isdir(folder):
+        self._load_average(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_average(self.state.best_model_checkpoint)
+
+    def _load_average(self, checkpoint: str) -> None:
+        folder = Path(checkpoint, EMA_FOLDER)
+        if self.ema is None or not folder.is_dir():
+            if folder.is_dir():
+                logger.warning(f"The average of the weights in {checkpoint} is dropped, since `ema_decay` is None.")
+            elif self.ema is not None:
+                logger.warning(f"{checkpoint} has no average of the weights: a new one begins with its weights.")
             return
+        path = folder / EMA_STATE_NAME  # which version 0.2 did not save
+        state = json.loads(path.read_text()) if path.exists() else {"optimization_step": self.state.global_step}
+        if state.get("decay", self.args.ema_decay) != self.args.ema_decay:
+            logger.warning(
+                f"`ema_decay` is {self.args.ema_decay}, and {checkpoint} was saved with {state['decay']}: its average "
+                "goes on with the new decay."
+            )
+        self.ema.optimization_step = state["optimization_step"]
         self.ema.store(self._ema_parameters)
         try:
-            self._load_weights(folder)
+            self._load_weights(str(folder))
             self.ema.shadow_params = [parameter.detach().clone() for parameter in self._ema_parameters]
         finally:
             self.ema.restore(self._ema_parameters)
-        self.ema.optimization_step = self.state.global_step
 
     def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
         super().add_callback(callback)

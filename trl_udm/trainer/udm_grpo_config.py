@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import copy
 import math
 import os
 from dataclasses import dataclass, field
@@ -222,6 +223,11 @@ class UDMGRPOConfig(GRPOConfig):
         copied.__dict__.update(self.__dict__)
         return copied
 
+    def __deepcopy__(self, memo):
+        copied = copy.copy(self)
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
+
     def __post_init__(self):
         for name in ("num_inference_steps", "num_inference_steps_eval", "num_train_timesteps"):
             if getattr(self, name) < 1:
@@ -254,6 +260,11 @@ class UDMGRPOConfig(GRPOConfig):
             raise ValueError(
                 "`enable_jit_checkpoint` must be False, got True: it saves in the middle of a step. `UDMGRPOTrainer` "
                 "saves at the end of the step on SIGTERM without it."
+            )
+        if self.dataloader_persistent_workers:
+            raise ValueError(
+                "`dataloader_persistent_workers` must be False, got True: a resumed run would draw other random "
+                "numbers than an unbroken one. Prompts are cheap to load, so workers may start anew in each epoch."
             )
         self._check_timestep_window()
         self._check_batch_geometry()

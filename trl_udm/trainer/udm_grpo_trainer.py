@@ -27,6 +27,7 @@ from peft import PeftConfig
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import GenerationConfig, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.extras.profiling import profiling_context, profiling_decorator
@@ -172,6 +173,9 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         reference = copy_reference(transformer) if has_reference else None
         if not hasattr(transformer, "generation_config"):  # `GRPOTrainer` writes the padding token into it
             transformer.generation_config = GenerationConfig()
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        configs = (transformer.config.get_text_config(), transformer.generation_config)
+        self._special_tokens = [(config, {name: getattr(config, name, None) for name in names}) for config in configs]
 
         # With a `beta`, `GRPOTrainer` would load a reference model by the name of the model's class, so it is told 0.
         # The detour can go once it takes the reference model as an argument (docs/upstream.md).
@@ -190,6 +194,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             )
         if peft_config is not None:
             pipeline.attach_adapters(self.model, base_weights)
+        self._restore_special_tokens()
         self.beta = self.args.beta = beta
         self.max_completion_length = math.prod(self.latent_shape)
         self._prepare_policy(is_new_adapter=peft_config is not None)
@@ -200,6 +205,17 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         for component in pipeline.components.values():
             if isinstance(component, nn.Module) and component is not transformer:
                 component.requires_grad_(False).eval().to(self.accelerator.device)
+
+    # `GRPOTrainer` and `Trainer.train` write the tokenizer's tokens into the config of the model. Saved there, its
+    # padding token would become one whose embedding has no gradient.
+    def _restore_special_tokens(self) -> None:
+        for config, tokens in self._special_tokens:
+            for name, token in tokens.items():
+                setattr(config, name, token)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        self._restore_special_tokens()
+        return super()._inner_training_loop(*args, **kwargs)
 
     # A sample has K rows, which lie side by side in the generation batch
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
