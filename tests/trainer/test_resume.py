@@ -181,7 +181,10 @@ def test_with_another_geometry_rollouts_begin_with_updates_to_the_end(tmp_path, 
 
 
 def test_a_run_resumed_with_another_geometry_is_exact_from_there(tmp_path):
-    first, second = {**FIRST, "num_iterations": 2}, {"gradient_accumulation_steps": 1, "num_iterations": 2, "max_steps": 6}
+    first, second = (
+        {**FIRST, "num_iterations": 2},
+        {"gradient_accumulation_steps": 1, "num_iterations": 2, "max_steps": 6},
+    )
     build_trainer(tmp_path, max_steps=3, **first).train()
     shutil.copytree(tmp_path / "checkpoint-3", tmp_path / "broken" / "checkpoint-3")
     shutil.copytree(tmp_path / "checkpoint-3", tmp_path / "unbroken" / "checkpoint-3")
@@ -385,7 +388,7 @@ def test_a_checkpoint_without_some_weights_is_refused_by_their_names(tmp_path, l
     if change == "renamed":
         weights["another"] = value
     save_file(weights, path, metadata={"format": "pt"})
-    lacks = f"it lacks ['{name}'] and has {['another'] if change == 'renamed' else []} besides"
+    lacks = f"this one lacks ['{name}'], and has {['another'] if change == 'renamed' else []} besides"
     with pytest.raises(ValueError, match=re.escape(lacks)):
         build_trainer(tmp_path, lora=lora).train(resume_from_checkpoint=True)
 
@@ -427,12 +430,12 @@ def test_an_average_that_began_later_keeps_its_count_of_steps(tmp_path, caplog):
     build_trainer(tmp_path, max_steps=2).train()
     trainer = build_trainer(tmp_path, ema=True, max_steps=3)
     trainer.train(resume_from_checkpoint=True)
-    assert "checkpoint-2 has no average of the weights: a new one begins" in caplog.text
+    assert "checkpoint-2 has an average of `ema_decay` None. The run goes on with 0.9." in caplog.text
     assert trainer.ema.optimization_step == 1
     trainer = build_trainer(tmp_path, ema_decay=0.5, max_steps=4)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.ema.optimization_step == 2
-    assert "`ema_decay` is 0.5, and" in caplog.text and "checkpoint-3 was saved with 0.9" in caplog.text
+    assert "checkpoint-3 has an average of `ema_decay` 0.9. The run goes on with 0.5." in caplog.text
 
 
 def test_without_the_average_none_is_left_beside_new_weights(tmp_path, caplog):
@@ -442,7 +445,7 @@ def test_without_the_average_none_is_left_beside_new_weights(tmp_path, caplog):
     assert (tmp_path / "transformer_ema").is_dir()
     trainer = build_trainer(tmp_path, max_steps=3)
     trainer.train(resume_from_checkpoint=True)
-    assert "checkpoint-2 is dropped, since `ema_decay` is None" in caplog.text
+    assert "checkpoint-2 has an average of `ema_decay` 0.9. The run goes on with None." in caplog.text
     trainer.save_model()
     assert not (tmp_path / "transformer_ema").exists()
 

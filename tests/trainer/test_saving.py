@@ -136,11 +136,15 @@ def test_the_config_keeps_its_special_tokens(tmp_path, peft_config, pad_token_id
     trainer.train()
     trainer.save_model()
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    assert {name: before[name] for name in names} == {name: pipeline.transformer.config.to_dict()[name] for name in names}
+    assert {name: before[name] for name in names} == {
+        name: pipeline.transformer.config.to_dict()[name] for name in names
+    }
     if peft_config is None:
         for folder in (tmp_path, tmp_path / "checkpoint-1"):
             transformer = ToyTextPipeline.from_pretrained(folder).transformer
-            assert {name: before[name] for name in names} == {name: transformer.config.to_dict()[name] for name in names}
+            assert {name: before[name] for name in names} == {
+                name: transformer.config.to_dict()[name] for name in names
+            }
             assert transformer.model.embed_tokens.padding_idx == pad_token_id
             transformer(torch.zeros(1, 1, dtype=torch.long)).logits.sum().backward()
             assert transformer.model.embed_tokens.weight.grad[0].abs().sum() > 0
@@ -160,9 +164,10 @@ def test_the_token_of_the_hub_survives_a_copy_and_is_in_no_file(tmp_path):
     assert all(b"hf_secret" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
-def test_weights_that_are_in_shards_leave_no_dummy_file(tmp_path, caplog):
+@pytest.mark.parametrize("peft_config", [None, LORA])
+def test_weights_that_are_in_shards_leave_no_dummy_file(tmp_path, caplog, peft_config):
     """`Trainer` calls `_save` so under ZeRO-3 without `stage3_gather_16bit_weights_on_model_save`."""
-    trainer = build_trainer(tmp_path)
+    trainer = build_trainer(tmp_path, peft_config=peft_config)
     trainer._save(str(tmp_path), state_dict={})
-    assert f"{tmp_path / 'transformer'} is not saved" in caplog.text
-    assert not (tmp_path / "transformer").exists() and (tmp_path / "model_index.json").exists()
+    assert f"{tmp_path} has shards only: `stage3_gather" in caplog.text
+    assert list(tmp_path.rglob("*.safetensors")) == []

@@ -14,7 +14,6 @@
 
 """Checkpoints and resume: whole checkpoints, exact resume, SIGTERM, and steps that fail."""
 
-import errno
 import functools
 import json
 import math
@@ -25,9 +24,9 @@ import signal
 import tempfile
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,6 +41,8 @@ from trl.trainer.utils import RepeatSampler
 
 
 logger = get_logger(__name__)
+
+DISK_ERRORS = r"No space left|quota exceeded|iostream error|inline_container"  # the last two are PyTorch's
 
 
 class CheckpointMixin:
@@ -188,11 +189,7 @@ class CheckpointMixin:
         except Exception as error:
             if self.args.should_save and not is_whole(checkpoint):
                 shutil.rmtree(checkpoint, ignore_errors=True)
-            # PyTorch's and safetensors' writers keep the system's number of an error to themselves
-            is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or re.search(
-                r"iostream error|inline_container|No space left|quota exceeded", str(error)
-            )
-            if not is_full:
+            if not re.search(DISK_ERRORS, str(error)):
                 raise
             gigabytes = shutil.disk_usage(checkpoint.parent).free / 1e9
             raise RuntimeError(
@@ -205,19 +202,16 @@ class CheckpointMixin:
             return
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         model = self.accelerator.unwrap_model(self.model)
-        if is_peft_model(self.model):
+        if state_dict == {}:  # ZeRO-3 keeps the weights in shards, and `Trainer` would save a file of none
+            logger.warning(f"{output_dir} has shards only: `stage3_gather_16bit_weights_on_model_save` is not set.")
+        elif is_peft_model(self.model):
             super()._save(output_dir, state_dict)
         else:
             self.pipeline.save_config(output_dir)
             for name, component in self.pipeline.components.items():
                 if component is not self.pipeline.transformer:
                     component.save_pretrained(os.path.join(output_dir, name))
-            folder = os.path.join(output_dir, self.pipeline.transformer_name)
-            if state_dict == {}:  # of ZeRO-3, which keeps the weights in shards: a folder here would have none of them
-                logger.warning(f"{folder} is not saved. Set `stage3_gather_16bit_weights_on_model_save` to save it.")
-                shutil.rmtree(folder, ignore_errors=True)
-            else:
-                model.save_pretrained(folder, state_dict=state_dict)
+            model.save_pretrained(os.path.join(output_dir, self.pipeline.transformer_name), state_dict=state_dict)
             torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -232,18 +226,23 @@ class CheckpointMixin:
         """Loads the network, or its adapter, from a folder that holds nothing else."""
         if is_peft_model(self.model):  # `Trainer` would load each of the folder's subfolders as a further adapter
             name = self.model.active_adapter
-            saved, needed = load_peft_weights(folder, "cpu"), get_peft_model_state_dict(self.model, adapter_name=name)
-            check_weights(folder, missing=needed.keys() - saved.keys(), unexpected=saved.keys() - needed.keys())
+            needed = set(get_peft_model_state_dict(self.model, adapter_name=name))
+            saved = set(load_peft_weights(folder, "cpu"))
+            self._issue_warnings_after_load(
+                SimpleNamespace(missing_keys=needed - saved, unexpected_keys=saved - needed)
+            )
             self.model.load_adapter(folder, name, is_trainable=True)
         else:
             super()._load_from_checkpoint(folder)
 
     # `Trainer` would only warn
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        state = self.model.state_dict()
-        loaded = {tensor.data_ptr() for name, tensor in state.items() if name not in load_result.missing_keys}
-        missing = [name for name in load_result.missing_keys if state[name].data_ptr() not in loaded]  # or tied
-        check_weights("The checkpoint", missing, load_result.unexpected_keys)
+        missing = set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)
+        if missing or load_result.unexpected_keys:
+            raise ValueError(
+                f"A checkpoint must have the weights of the model, but this one lacks {sorted(missing)}, and has "
+                f"{sorted(load_result.unexpected_keys)} besides. Take another one, or the model it was saved from."
+            )
 
     # `Trainer` would look for the weights in the checkpoint's root, and keep the last ones if it found none
     def _load_best_model(self) -> None:
@@ -297,11 +296,11 @@ class CheckpointMixin:
             self._step = state["step"]
             self._buffered_inputs = send_to_device(state["buffered_inputs"], self.accelerator.device)
         else:
-            changed = [name for name, value in self._geometry.items() if geometry[name] != value]
+            sides = (self._geometry, geometry)
+            now, before = (dict(one.items() - other.items()) for one, other in (sides, sides[::-1]))
             logger.warning(
-                f"{checkpoint} was saved with {({name: geometry[name] for name in changed})}, and this run has "
-                f"{({name: self._geometry[name] for name in changed})}. Its unfinished rollouts are dropped, and the "
-                "next update begins with new ones. Continue with the checkpoint's values for an exact resume."
+                f"{checkpoint} was saved with {before}, and this run has {now}. Its unfinished rollouts are dropped, "
+                "and the next update begins with new ones. An exact resume needs the checkpoint's values."
             )
         for mode, metrics in state["metrics"].items():
             self._metrics[mode] = defaultdict(list, metrics)
@@ -350,15 +349,6 @@ class EpochRepeatSampler(RepeatSampler):
         return super().__iter__()
 
 
-def check_weights(source: str, missing: Collection[str], unexpected: Collection[str]) -> None:
-    """Raises a `ValueError` with the names of the weights that a checkpoint lacks, or that the model lacks."""
-    if missing or unexpected:
-        raise ValueError(
-            f"{source} must have the weights of the model, but it lacks {sorted(missing)} and has {sorted(unexpected)} "
-            "besides. Resume from another checkpoint, or with the model that this one was trained from."
-        )
-
-
 def is_whole(checkpoint: str | os.PathLike) -> bool:
     """Whether a checkpoint has a complete `trainer_state.json`, which is written last."""
     try:
@@ -370,6 +360,6 @@ def is_whole(checkpoint: str | os.PathLike) -> bool:
 
 def find_checkpoints(output_dir: str | os.PathLike) -> list[str]:
     """The checkpoint folders of a run, whole or not, in the order of their steps."""
-    pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
-    found = [(pattern.fullmatch(path.name), str(path)) for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+    names = [path.name.rpartition("-") for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
+    steps = sorted(int(step) for prefix, _, step in names if prefix == PREFIX_CHECKPOINT_DIR and step.isdecimal())
+    return [str(Path(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")) for step in steps]

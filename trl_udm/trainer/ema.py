@@ -34,8 +34,6 @@ logger = get_logger(__name__)
 EMA_FOLDER = "transformer_ema"
 """Folder of the averaged network or adapter in a checkpoint or a saved run, as in diffusers' training scripts."""
 
-EMA_STATE_NAME = "ema_state.json"
-
 
 class EMAMixin:
     """
@@ -74,18 +72,7 @@ class EMAMixin:
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """
-        A context in which the model's weights are the average. It changes nothing where there is no average yet.
-
-        Example:
-
-        ```python
-        >>> trainer = UDMGRPOTrainer(..., args=UDMGRPOConfig(..., ema_decay=0.99))
-        >>> trainer.train()
-        >>> with trainer.ema_weights():
-        ...     images = trainer.pipeline("a photo of a circle").images
-        ```
-        """
+        """A context in which the model's weights are the average, if there is one yet."""
         if self.ema is None or self.ema.temp_stored_params is not None:  # none yet, or within this context already
             yield
             return
@@ -109,7 +96,7 @@ class EMAMixin:
             with self.ema_weights():
                 self.accelerator.unwrap_model(self.model).save_pretrained(folder)
             state = {"decay": self.args.ema_decay, "optimization_step": self.ema.optimization_step}
-            (folder / EMA_STATE_NAME).write_text(json.dumps(state))
+            (folder / "ema_state.json").write_text(json.dumps(state))
         elif self.state.global_step > 0 and folder.is_dir():
             shutil.rmtree(folder)  # an earlier run's, which is no average of these weights
 
@@ -122,24 +109,21 @@ class EMAMixin:
         self._load_average(self.state.best_model_checkpoint)
 
     def _load_average(self, checkpoint: str) -> None:
-        folder = Path(checkpoint, EMA_FOLDER)
-        if self.ema is None or not folder.is_dir():
-            if folder.is_dir():
-                logger.warning(f"The average of the weights in {checkpoint} is dropped, since `ema_decay` is None.")
-            elif self.ema is not None:
-                logger.warning(f"{checkpoint} has no average of the weights: a new one begins with its weights.")
-            return
-        path = folder / EMA_STATE_NAME  # which version 0.2 did not save
-        state = json.loads(path.read_text()) if path.exists() else {"optimization_step": self.state.global_step}
-        if state.get("decay", self.args.ema_decay) != self.args.ema_decay:
+        path, decay = Path(checkpoint, EMA_FOLDER, "ema_state.json"), self.args.ema_decay
+        if path.exists():
+            state = json.loads(path.read_text())
+        else:  # version 0.2 saved the average only
+            state = {"decay": decay if path.parent.is_dir() else None, "optimization_step": self.state.global_step}
+        if state["decay"] != decay:
             logger.warning(
-                f"`ema_decay` is {self.args.ema_decay}, and {checkpoint} was saved with {state['decay']}: its average "
-                "goes on with the new decay."
+                f"{checkpoint} has an average of `ema_decay` {state['decay']}. The run goes on with {decay}."
             )
+        if self.ema is None or state["decay"] is None:
+            return
         self.ema.optimization_step = state["optimization_step"]
         self.ema.store(self._ema_parameters)
         try:
-            self._load_weights(str(folder))
+            self._load_weights(str(path.parent))
             self.ema.shadow_params = [parameter.detach().clone() for parameter in self._ema_parameters]
         finally:
             self.ema.restore(self._ema_parameters)

@@ -13,8 +13,10 @@
 # limitations under the License.
 
 import copy
+import itertools
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -229,62 +231,48 @@ class UDMGRPOConfig(GRPOConfig):
         return copied
 
     def __post_init__(self):
-        for name in ("num_inference_steps", "num_inference_steps_eval", "num_train_timesteps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be > 0, got {getattr(self, name)}.")
-        for name in ("rollout_batch_size", "decode_batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be > 0 or None, got {getattr(self, name)}.")
         if self.num_generations < 2:
             raise ValueError(
                 f"`num_generations` must be >= 2, got {self.num_generations}: a sample's advantage is measured "
                 "against the others of its group."
             )
-        if self.action not in ("clean", "intermediate"):
-            raise ValueError(f"`action` must be 'clean' or 'intermediate', got {self.action!r}.")
-        if self.trajectory not in ("forward", "backward"):
-            raise ValueError(f"`trajectory` must be 'forward' or 'backward', got {self.trajectory!r}.")
-        if not 0 <= self.guidance_trunc <= 1:
-            raise ValueError(f"`guidance_trunc` must be in [0, 1], got {self.guidance_trunc}.")
-        if self.advantage_clip is not None and self.advantage_clip <= 0:
-            raise ValueError(f"`advantage_clip` must be > 0 or None, got {self.advantage_clip}.")
-        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` must be in [0, 1) or None, got {self.ema_decay}.")
-        if self.reward_timeout is not None and self.reward_timeout <= 0:
-            raise ValueError(f"`reward_timeout` must be > 0 or None, got {self.reward_timeout}.")
-        if self.reward_error not in ("raise", "none"):
-            raise ValueError(f"`reward_error` must be 'raise' or 'none', got {self.reward_error!r}.")
-        if self.max_failed_steps < 0:
-            raise ValueError(f"`max_failed_steps` must be >= 0, got {self.max_failed_steps}.")
-        if self.enable_jit_checkpoint:
-            raise ValueError(
-                "`enable_jit_checkpoint` must be False, got True: it saves in the middle of a step. `UDMGRPOTrainer` "
-                "saves at the end of the step on SIGTERM without it."
-            )
-        if self.dataloader_persistent_workers:
-            raise ValueError(
-                "`dataloader_persistent_workers` must be False, got True: a resumed run would draw other random "
-                "numbers than an unbroken one. Prompts are cheap to load, so workers may start anew in each epoch."
-            )
+        for name, is_valid, rule in (
+            ("num_inference_steps", self.num_inference_steps > 0, "> 0"),
+            ("num_inference_steps_eval", self.num_inference_steps_eval > 0, "> 0"),
+            ("num_train_timesteps", self.num_train_timesteps > 0, "> 0"),
+            ("rollout_batch_size", self.rollout_batch_size is None or self.rollout_batch_size > 0, "> 0 or None"),
+            ("decode_batch_size", self.decode_batch_size is None or self.decode_batch_size > 0, "> 0 or None"),
+            ("action", self.action in ("clean", "intermediate"), "'clean' or 'intermediate'"),
+            ("trajectory", self.trajectory in ("forward", "backward"), "'forward' or 'backward'"),
+            ("guidance_trunc", 0 <= self.guidance_trunc <= 1, "in [0, 1]"),
+            ("advantage_clip", self.advantage_clip is None or self.advantage_clip > 0, "> 0 or None"),
+            ("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "in [0, 1) or None"),
+            ("reward_timeout", self.reward_timeout is None or self.reward_timeout > 0, "> 0 or None"),
+            ("reward_error", self.reward_error in ("raise", "none"), "'raise' or 'none'"),
+            ("max_failed_steps", self.max_failed_steps >= 0, ">= 0"),
+        ):
+            if not is_valid:
+                raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)!r}.")
         self._check_timestep_window()
         self._check_batch_geometry()
-        for name, only in (
-            ("use_vllm", False),
-            ("use_transformers_continuous_batching", False),
-            ("sync_ref_model", False),
-            ("mask_truncated_completions", False),
+        foreign = (
+            "it belongs to autoregressive generation or to a moving reference policy, which UDM-GRPO does not have"
+        )
+        for name, only, reason in (
+            ("use_vllm", False, foreign),
+            ("use_transformers_continuous_batching", False, foreign),
+            ("sync_ref_model", False, foreign),
+            ("mask_truncated_completions", False, foreign),
+            ("enable_jit_checkpoint", False, "it saves in the middle of a step. SIGTERM saves at its end without it"),
+            (
+                "dataloader_persistent_workers",
+                False,
+                "a resumed run would draw other random numbers than an unbroken one",
+            ),
+            ("temperature", 1.0, "rollouts draw from the distribution that is scored, and a group needs its spread"),
         ):
             if getattr(self, name) != only:
-                raise ValueError(
-                    f"`{name}` must be {only}, got {getattr(self, name)}: it belongs to autoregressive generation or "
-                    "to a moving reference policy, which UDM-GRPO does not have."
-                )
-        if self.temperature != 1.0:
-            raise ValueError(
-                f"`temperature` must be 1.0, got {self.temperature}: rollouts draw from the distribution that is "
-                "scored. At 0 they would take the likeliest tokens, and the samples of a group would have little to "
-                "be compared by."
-            )
+                raise ValueError(f"`{name}` must be {only}, got {getattr(self, name)}: {reason}.")
         super().__post_init__()
         for name, choices in (
             ("scale_rewards", ("group", "batch", "none")),
@@ -348,25 +336,20 @@ class UDMGRPOConfig(GRPOConfig):
         if fits(batch_size, self.num_generations):
             return
         period = math.lcm(group_rows, self.num_train_timesteps * num_processes)
-        nearest_batch_sizes = [
-            next((size for size in sizes if fits(size, self.num_generations)), None)
-            for sizes in (range(batch_size - 1, 0, -1), range(batch_size + 1, batch_size + period + 1))
-        ]
-        nearest_num_generations = [
-            next((size for size in sizes if fits(batch_size, size)), None)
-            for sizes in (range(self.num_generations - 1, 1, -1), range(self.num_generations + 1, 1025))
-        ]
+        batch_sizes = _find_nearest(lambda size: fits(size, self.num_generations), batch_size, 1, batch_size + period)
+        num_generations = _find_nearest(lambda size: fits(batch_size, size), self.num_generations, 2, 1024)
         raise ValueError(
             f"A generation batch of {batch_size * steps * num_processes} rows (`per_device_train_batch_size` "
             f"{batch_size} * {steps} steps * {num_processes} processes) must hold whole groups of {group_rows} rows "
             f"(`num_generations` {self.num_generations} * `num_train_timesteps` {self.num_train_timesteps}), and each "
-            f"process whole samples. Nearest valid `per_device_train_batch_size`: {_join(nearest_batch_sizes)}; "
-            f"nearest valid `num_generations`: {_join(nearest_num_generations)}."
+            f"process whole samples. Nearest valid `per_device_train_batch_size`: {batch_sizes}; "
+            f"nearest valid `num_generations`: {num_generations}."
         )
 
 
-def _join(values: list[int | None]) -> str:
-    return " or ".join(str(value) for value in values if value is not None) or "none"
+def _find_nearest(fits: Callable[[int], bool], value: int, first: int, last: int) -> str:
+    sides = (range(value - 1, first - 1, -1), range(value + 1, last + 1))
+    return " or ".join(str(size) for side in sides for size in itertools.islice(filter(fits, side), 1)) or "none"
 
 
 def check_datasets(args: UDMGRPOConfig, train_dataset: Any, eval_dataset: Any) -> None:

@@ -27,7 +27,6 @@ from peft import PeftConfig
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import GenerationConfig, TrainerCallback
-from transformers.trainer_utils import TrainOutput
 from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.extras.profiling import profiling_context, profiling_decorator
@@ -210,10 +209,9 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
     # padding token would become one whose embedding has no gradient.
     def _restore_special_tokens(self) -> None:
         for config, tokens in self._special_tokens:
-            for name, token in tokens.items():
-                setattr(config, name, token)
+            vars(config).update(tokens)
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> TrainOutput:
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._restore_special_tokens()
         return super()._inner_training_loop(*args, **kwargs)
 
