@@ -194,7 +194,7 @@ def test_a_run_resumed_with_another_geometry_is_exact_from_there(tmp_path):
     assert_equal(outcome(tmp_path / "unbroken"), outcome(tmp_path / "broken"))
 
 
-def test_a_checkpoint_of_version_0_2_without_a_geometry_resumes_exactly(tmp_path):
+def test_a_checkpoint_of_an_earlier_version_without_a_geometry_resumes_exactly(tmp_path):
     kwargs = {"num_iterations": 2, "max_steps": 4}
     assert run(tmp_path / "unbroken", **kwargs) == 0
     assert run(tmp_path / "broken", moment="backward", step=3, **kwargs) == -signal.SIGKILL

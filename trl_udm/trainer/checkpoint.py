@@ -274,7 +274,7 @@ class CheckpointMixin:
         is_own = os.path.exists(os.path.join(checkpoint, name))
         path = os.path.join(checkpoint, name if is_own else "rollout_state_0.pth")
         state = torch.load(path, map_location="cpu", weights_only=True) if os.path.exists(path) else None
-        num_states = len(list(Path(checkpoint).glob("rollout_state_*.pth")))  # version 0.2 saved no geometry
+        num_states = len(list(Path(checkpoint).glob("rollout_state_*.pth")))  # earlier versions saved no geometry
         geometry = {**self._geometry, "num_processes": num_states, **((state or {}).get("geometry") or {})}
         # Decided together: processes that drew rollouts at different steps would wait for each other forever
         findings = [state is not None, is_own and geometry == self._geometry]

@@ -112,7 +112,7 @@ class EMAMixin:
         path, decay = Path(checkpoint, EMA_FOLDER, "ema_state.json"), self.args.ema_decay
         if path.exists():
             state = json.loads(path.read_text())
-        else:  # version 0.2 saved the average only
+        else:  # earlier versions saved only the average
             state = {"decay": decay if path.parent.is_dir() else None, "optimization_step": self.state.global_step}
         if state["decay"] != decay:
             logger.warning(
