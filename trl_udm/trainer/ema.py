@@ -96,7 +96,7 @@ class EMAMixin:
             with self.ema_weights():
                 self.accelerator.unwrap_model(self.model).save_pretrained(folder)
             state = {"decay": self.args.ema_decay, "optimization_step": self.ema.optimization_step}
-            (folder / "ema_state.json").write_text(json.dumps(state))
+            (folder.parent / "ema_state.json").write_text(json.dumps(state))
         elif self.state.global_step > 0 and folder.is_dir():
             shutil.rmtree(folder)  # an earlier run's, which is no average of these weights
 
@@ -109,11 +109,12 @@ class EMAMixin:
         self._load_average(self.state.best_model_checkpoint)
 
     def _load_average(self, checkpoint: str) -> None:
-        path, decay = Path(checkpoint, EMA_FOLDER, "ema_state.json"), self.args.ema_decay
+        folder, path = Path(checkpoint, EMA_FOLDER), Path(checkpoint, "ema_state.json")
+        decay = self.args.ema_decay
         if path.exists():
             state = json.loads(path.read_text())
         else:  # earlier versions saved only the average
-            state = {"decay": decay if path.parent.is_dir() else None, "optimization_step": self.state.global_step}
+            state = {"decay": decay if folder.is_dir() else None, "optimization_step": self.state.global_step}
         if state["decay"] != decay:
             logger.warning(
                 f"{checkpoint} has an average of `ema_decay` {state['decay']}. The run goes on with {decay}."
@@ -123,7 +124,7 @@ class EMAMixin:
         self.ema.optimization_step = state["optimization_step"]
         self.ema.store(self._ema_parameters)
         try:
-            self._load_weights(str(path.parent))
+            self._load_weights(str(folder))
             self.ema.shadow_params = [parameter.detach().clone() for parameter in self._ema_parameters]
         finally:
             self.ema.restore(self._ema_parameters)
