@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import copy
 import itertools
 import math
 import os
@@ -214,21 +213,7 @@ class UDMGRPOConfig(GRPOConfig):
         },
     )
 
-    # A dataclass would print `hub_token`, and a pickle such as `training_args.bin` hold it
-    __repr__ = GRPOConfig.__str__
-
-    def __getstate__(self):
-        return {**self.__dict__, "hub_token": None}
-
-    def __copy__(self):
-        copied = object.__new__(type(self))
-        copied.__dict__.update(self.__dict__)
-        return copied
-
-    def __deepcopy__(self, memo):
-        copied = copy.copy(self)
-        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return copied
+    __repr__ = GRPOConfig.__str__  # a dataclass would print `hub_token`
 
     def __post_init__(self):
         if self.num_generations < 2:
