@@ -476,13 +476,16 @@ def test_a_checkpoint_without_some_weights_is_refused_by_their_names(tmp_path, f
     elif change == "reshaped":
         weights[name] = torch.cat([value, value])
     save_file(weights, path, metadata={"format": "pt"})
-    lacking, others = [] if change == "reshaped" else [name], ["another"] if change == "renamed" else []
-    reshaped = [name] if change == "reshaped" else []
-    error, words = ValueError, f"{folder} lacks {lacking}, has {others} besides, and {reshaped} in another shape."
+    words = {
+        "missing": f"The weights in {folder} miss ['{name}'] and have unexpected none.",
+        "renamed": f"The weights in {folder} miss ['{name}'] and have unexpected ['another'].",
+        "reshaped": f"`{name}` in {folder} must have shape {tuple(value.shape)}",
+        "no file": f"Found neither `{path.name}` nor",
+    }
     if change == "no file":
-        error, words = FileNotFoundError, f"Found neither `{path.name}` nor"
         path.unlink()
-    with pytest.raises(error, match=re.escape(words)):
+    error = FileNotFoundError if change == "no file" else ValueError
+    with pytest.raises(error, match=re.escape(words[change])):
         build_trainer(tmp_path, lora=lora, ema=True).train(resume_from_checkpoint=str(checkpoint))
 
 

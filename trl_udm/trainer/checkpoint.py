@@ -39,7 +39,7 @@ from transformers.trainer import PREFIX_CHECKPOINT_DIR, SCHEDULER_NAME, TRAINER_
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl.trainer.utils import RepeatSampler
 
-from ..weights import load_state_dict
+from ..weights import check_state_dict, load_state_dict
 
 
 logger = get_logger(__name__)
@@ -63,6 +63,7 @@ class CheckpointMixin:
       rollouts between two of their updates, the metrics between two logs, and the order of the prompts in later
       epochs. With another batch geometry, all processes draw new rollouts and begin them with an update. Resuming is
       refused where the reference policy is not the one that the run began with, or where weights are missing.
+    * Evaluation and prediction have random numbers of their own, and so leave the rollouts as they are without them.
     * On SIGTERM, which clusters send, the step is finished, a checkpoint is saved, and the process exits with 143.
     * A step whose gradient is not finite is skipped. More than `args.max_failed_steps` in a row stop the run.
     """
@@ -85,7 +86,8 @@ class CheckpointMixin:
                 As in [`~transformers.Trainer.train`].
 
         Raises:
-            ValueError: If there is no whole checkpoint, or its reference policy is not that of this trainer.
+            ValueError: If there is no whole checkpoint, weights or files are missing in it, or its reference policy is
+                not that of this trainer.
         """
         if str(resume_from_checkpoint).lower() == "true":  # a string from the command line
             checkpoints = find_checkpoints(self.args.output_dir)
@@ -149,7 +151,7 @@ class CheckpointMixin:
             raise SystemExit(128 + signal.SIGTERM)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        with tempfile.TemporaryDirectory() as folder:  # evaluation has random numbers of its own
+        with tempfile.TemporaryDirectory() as folder:
             super()._save_rng_state(folder)
             set_seed(self.args.seed, device_specific=True)
             try:
@@ -236,23 +238,17 @@ class CheckpointMixin:
 
     # `Trainer` would only warn of missing weights, and load each of an adapter's subfolders as a further adapter
     def _load_weights(self, folder: Path) -> None:
-        if is_adapter := is_peft_model(self.model):
-            needed, optional = get_peft_model_state_dict(self.model, adapter_name=self.model.active_adapter), set()
+        if is_peft_model(self.model):
+            name = self.model.active_adapter
+            weights = load_state_dict(folder, "adapter_model")
+            check_state_dict(weights, get_peft_model_state_dict(self.model, adapter_name=name), folder)
+            set_peft_model_state_dict(self.model, weights, adapter_name=name)
         else:
-            needed, optional = self.model.state_dict(), self.model.all_tied_weights_keys.keys()
-        saved = load_state_dict(folder, "adapter_model" if is_adapter else "model")
-        lacking = sorted(needed.keys() - saved.keys() - optional)
-        others = sorted(saved.keys() - needed.keys())
-        reshaped = sorted(name for name in needed.keys() & saved.keys() if needed[name].shape != saved[name].shape)
-        if lacking or others or reshaped:
-            raise ValueError(
-                f"A checkpoint must have the weights of the model, but {folder} lacks {lacking}, has {others} "
-                f"besides, and {reshaped} in another shape. Take another one, or the model that it was saved from."
-            )
-        if is_adapter:
-            set_peft_model_state_dict(self.model, saved, adapter_name=self.model.active_adapter)
-        else:
-            self.model.load_state_dict(saved, strict=False)
+            weights = load_state_dict(folder, "model")
+            tied = self.model.all_tied_weights_keys.keys() - weights.keys()
+            own = {name: weight for name, weight in self.model.state_dict().items() if name not in tied}
+            check_state_dict(weights, own, folder)
+            self.model.load_state_dict(weights, strict=False)
 
     # `Trainer` would begin with what it does not find, without a word
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -249,11 +249,7 @@ class UDMGRPOConfig(GRPOConfig):
             ("sync_ref_model", False, foreign),
             ("mask_truncated_completions", False, foreign),
             ("enable_jit_checkpoint", False, "it saves in the middle of a step. SIGTERM saves at its end without it"),
-            (
-                "dataloader_persistent_workers",
-                False,
-                "a resumed run would draw other random numbers than an unbroken one",
-            ),
+            ("dataloader_persistent_workers", False, "a resumed run would draw other random numbers"),
             ("temperature", 1.0, "rollouts draw from the distribution that is scored, and a group needs its spread"),
         ):
             if getattr(self, name) != only:
