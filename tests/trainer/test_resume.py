@@ -64,15 +64,23 @@ def assert_equal(first, second):
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, lora, ema, num_iterations):
     """Ten steps; the kill comes after five, with two updates a rollout between the two. The prompts of an epoch last
-    for 3 rollouts, so that several epochs have begun. With LoRA, a further process loads the prompts."""
+    for 3 rollouts, so that several epochs have begun."""
     kwargs = {"lora": lora, "ema": ema, "num_iterations": num_iterations, "max_steps": 10}
-    kwargs["dataloader_num_workers"] = int(lora)
     assert run(tmp_path / "unbroken", **kwargs) == 0
     assert run(tmp_path / "broken", moment="backward", step=5, **kwargs) == -signal.SIGKILL
     assert run(tmp_path / "broken", resume=True, **kwargs) == 0
     assert_equal(outcome(tmp_path / "unbroken"), outcome(tmp_path / "broken"))
     assert len(outcome(tmp_path / "broken")["history"]) == 4  # three logs and the summary
     assert len(outcome(tmp_path / "broken")["ema"]) == ema * len(outcome(tmp_path / "broken")["optimizer"]["state"])
+
+
+def test_a_run_whose_prompts_another_process_loads_goes_on_so_too(tmp_path):
+    outcomes = []
+    for folder, max_steps, resume in (("unbroken", 5, False), ("broken", 2, False), ("broken", 5, True)):
+        trainer = build_trainer(tmp_path / folder, max_steps=max_steps, dataloader_num_workers=1)
+        trainer.train(resume_from_checkpoint=resume)
+        outcomes.append((trainer.model.state_dict(), trainer.optimizer.state_dict(), torch.rand(1)))
+    assert_equal(outcomes[0], outcomes[2])
 
 
 @pytest.mark.parametrize("moment", ["rollout", "reward", "backward", "save", "saved but for its state"])
