@@ -20,6 +20,7 @@ import pytest
 import torch
 from peft import FourierFTConfig, LoraConfig, OSFConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import safe_open
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -221,6 +222,45 @@ def test_adapters_of_which_none_can_be_saved_alone_are_not_trained(tmp_path):
     pipeline.unload_lora_weights()
     assert torch.equal(predict(pipeline), fused)
     assert train(pipeline, tmp_path)[1][0] == 0
+
+
+def test_an_adapter_that_is_named_is_trained_further_and_resumes(tmp_path):
+    train(build_pipeline(), tmp_path, LORA)[0].save_model(str(tmp_path / "mine"))
+    given = build_pipeline()
+    given.load_lora_weights(tmp_path / "mine")
+    settings = {"adapter": str(tmp_path / "mine"), "save_strategy": "steps", "save_steps": 1, "ema_decay": 0.5}
+    trainer, kl = train(build_pipeline(), tmp_path / "run", **settings)
+    assert kl[0] == 0 and kl[1] > 0
+    with trainer._reference_weights():
+        assert torch.equal(predict(trainer.pipeline), predict(given))
+    args = build_args(tmp_path / "run", max_steps=2, **settings)
+    resumed = UDMGRPOTrainer(build_pipeline(), count_a, args, train_dataset=PROMPTS)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert_same_state(resumed.pipeline, copy_state(trainer.pipeline))
+    assert resumed._reference_checksum == trainer._reference_checksum
+    resumed.save_model()
+    assert "mine" not in (tmp_path / "run" / "README.md").read_text()
+    for folder in ("", "checkpoint-1", "transformer_ema"):  # whose files tell the base that the adapter belongs to
+        with safe_open(tmp_path / "run" / folder / "adapter_model.safetensors", "pt") as file:
+            assert "base_sample" in file.metadata()
+
+
+def test_an_adapter_is_named_alone_and_is_not_left_behind(tmp_path):
+    train(build_pipeline(), tmp_path, LORA)[0].save_model(str(tmp_path / "mine"))
+    pipeline = build_pipeline()
+    state = copy_state(pipeline)
+    for kwargs, message in (
+        ({"adapter": str(tmp_path / "mine"), "peft_config": LORA}, "`adapter` must be None with a `peft_config`"),
+        ({"adapter": str(tmp_path / "nowhere")}, "adapter model file not found"),
+        ({"adapter": str(tmp_path / "mine"), "reward_weights": [1.0, 1.0]}, "weights"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(pipeline, tmp_path, **kwargs)
+        assert_same_state(pipeline, state)
+        assert not has_adapters(pipeline.transformer)
+    pipeline.load_lora_weights(tmp_path / "mine")
+    with pytest.raises(ValueError, match="and where the pipeline has an adapter already, got"):
+        train(pipeline, tmp_path, adapter=str(tmp_path / "mine"))
 
 
 def test_layers_that_nobody_handed_in_are_not_trained_around(tmp_path):

@@ -16,6 +16,9 @@
 
 import contextlib
 import copy
+import dataclasses
+import json
+import math
 import os
 import warnings
 from collections import Counter
@@ -33,8 +36,12 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import safe_open
+from safetensors.torch import load
 from torch import nn
 
 from ..weights import find_file, load_tensors, save_tensors
@@ -47,6 +54,9 @@ PREFIX = "base_model.model."
 
 OWN_CALL_TYPES = (PeftType.XLORA, PeftType.POLY, PeftType.SHADOW)
 """Types that need a model's call to be theirs."""
+
+BASE_SAMPLE = "base_sample"
+"""Where the metadata of a file of weights has a sample of the weights under the adapter. PEFT does not look there."""
 
 BASE_CHANGING_INITS = ("pissa", "olora")
 """Values of `init_lora_weights` with which an adapter takes its start from the weights under it."""
@@ -162,65 +172,38 @@ class LoraMixin:
                 f"Adapter with name {adapter_name} already exists. Give another `adapter_name`, or remove that one "
                 f"with `unload_lora_weights({adapter_name!r})`."
             )
-        source = pretrained_model_name_or_path_or_dict
-        state_dict, config = read_adapter(source, subfolder, weight_name, peft_config, **hub_kwargs)
-        label = "the dictionary" if isinstance(source, dict) else str(source)
+        adapter = read_adapter(
+            pretrained_model_name_or_path_or_dict, subfolder, weight_name, peft_config, **hub_kwargs
+        )
         tuned = self.transformer if model is None else model
-        if model is not None and model.peft_config and config.peft_type != model.peft_type:
+        if model is not None and model.peft_config and adapter.config.peft_type != model.peft_type:
             raise ValueError(
-                f"The adapter in {label} is of type {config.peft_type.value}, and the transformer has adapters of "
-                f"type {model.peft_type.value}, beside which PEFT takes no other. Unload them first."
+                f"The adapter in {adapter.label} is of type {adapter.config.peft_type.value}, and the transformer has "
+                f"adapters of type {model.peft_type.value}, beside which PEFT takes no other. Unload them first."
             )
         if model is not None and (
-            config.to_dict().get("init_lora_weights") in BASE_CHANGING_INITS
+            adapter.config.to_dict().get("init_lora_weights") in BASE_CHANGING_INITS
             or (self._base_weights is not None and self._base_weights.has_changed)
         ):
             raise ValueError(
-                f"The adapter in {label} cannot lie beside {list(model.peft_config)}: one of them starts from the "
-                f"weights under it (`init_lora_weights` in {BASE_CHANGING_INITS}). Unload the others first."
+                f"The adapter in {adapter.label} cannot lie beside {list(model.peft_config)}: one of them starts from "
+                f"the weights under it (`init_lora_weights` in {BASE_CHANGING_INITS}). Unload the others first."
             )
-        _attach(_copy_structure(tuned, config), state_dict, config, adapter_name, label)  # refuses what does not fit
+        _attach(_copy_structure(tuned, adapter.config), adapter, adapter_name)  # refuses what does not fit
         is_training = self.transformer.training
         base_weights = self._base_weights
         if model is None:
-            base_weights = BaseWeights(self.transformer, config)
+            base_weights = BaseWeights(self.transformer, adapter.config)
         elif base_weights is not None:
-            base_weights.keep(config)
-        attached = _attach(tuned, state_dict, config, adapter_name, label).train(is_training)
+            base_weights.keep(adapter.config)
+        self._warn_of_another_base(adapter, base_weights)
+        attached = _attach(tuned, adapter, adapter_name).train(is_training)
         attached.requires_grad_(False)
-        self._warn_of_another_base(config, label)
         if model is None:
             self.attach_adapters(attached, base_weights)
         elif base_weights is not None:
             base_weights.forget_unchanged()
         self.set_adapters(adapter_name)
-
-    def unfreeze_adapter(self) -> PeftModel:
-        """
-        Makes the adapter trainable that the transformer has.
-
-        Returns:
-            [`~peft.PeftModel`]: The model that holds it.
-
-        Raises:
-            ValueError: If there are several, or it is fused or not called "default".
-        """
-        model = self.peft_model
-        if list(model.peft_config) != ["default"] or model.active_adapters != ["default"] or self.is_fused:
-            raise ValueError(
-                f"The pipeline has adapters {sorted(model.peft_config)}. One alone can be trained further, not fused "
-                'and named "default". Unload the others, or fuse them and call `unload_lora_weights()` to train all '
-                "weights."
-            )
-        check_peft_config(model.peft_config["default"], is_trained=True)
-        model.set_adapter("default")
-        bias = model.peft_config["default"].to_dict().get("bias", "none")
-        layers = [model] if bias == "all" else list(tuner_layers(model)) if bias != "none" else []
-        for layer in layers:
-            for name, parameter in layer.named_parameters():
-                if name.endswith("bias"):
-                    parameter.requires_grad_(True)
-        return model
 
     def get_active_adapters(self) -> list[str]:
         """
@@ -365,23 +348,13 @@ class LoraMixin:
         reason = reason_against_merging(model)
         if reason is not None:
             raise ValueError(f"The adapters {names} cannot be fused: {reason}. Use them as they are.")
-        layers = scaled_layers(model)
-        if lora_scale != 1.0 and not layers:
-            raise ValueError(f"`lora_scale` must be 1 for type {model.peft_type.value}, got {lora_scale}.")
         originals = {parameter: parameter.data for parameter in base_parameters(model)}
-        scales = [dict(layer.scaling) for layer in layers]
         try:
-            for layer, scale in zip(layers, scales, strict=True):
-                for name in names:
-                    if name in scale:
-                        layer.scaling[name] = scale[name] * lora_scale
-            merge(model, names, safe_merge=safe_fusing)
+            with rescale_adapter_scale(model, lora_scale) if lora_scale != 1.0 else contextlib.nullcontext():
+                merge(model, names, is_checked=safe_fusing)
         except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
             unmerge(model, originals)
             raise ValueError(f"The adapters {names} cannot be fused: {error}. Use them as they are.") from error
-        finally:
-            for layer, scale in zip(layers, scales, strict=True):
-                layer.scaling.update(scale)
         self._unfused = originals
 
     def unfuse_lora(self) -> None:
@@ -415,10 +388,23 @@ class LoraMixin:
             raise ValueError(f"`adapter_name` must be given where several adapters are active, got {names}.")
         state_dict = get_peft_model_state_dict(model, adapter_name=names[0], save_embedding_layers=False)
         state_dict = {name: tensor.detach().clone() for name, tensor in state_dict.items()}  # some share memory
-        save_tensors(state_dict, Path(save_directory) / "adapter_model.safetensors")
+        save_tensors(state_dict, Path(save_directory, SAFETENSORS_WEIGHTS_NAME))
+        self.save_base_sample(save_directory)
         config = copy.copy(model.peft_config[names[0]])
         config.inference_mode = True
         config.save_pretrained(str(save_directory))
+
+    def save_base_sample(self, save_directory: str | os.PathLike) -> None:
+        """
+        Adds to a saved adapter a few values of the weights under it, by which `load_lora_weights` knows them again.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                Folder of the adapter.
+        """
+        file = Path(save_directory, SAFETENSORS_WEIGHTS_NAME)
+        if self._base_weights is not None and file.exists():
+            save_tensors(load(file.read_bytes()), file, {BASE_SAMPLE: json.dumps(self._base_weights.sample)})
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
@@ -454,16 +440,45 @@ class LoraMixin:
         if self.is_fused:
             raise ValueError(f"The adapters are fused: call `unfuse_lora` before you {action}.")
 
-    def _warn_of_another_base(self, config: PeftConfig, label: str) -> None:
-        base = config.base_model_name_or_path
+    def _warn_of_another_base(self, adapter: "Adapter", base_weights: "BaseWeights | None") -> None:
+        base = adapter.config.base_model_name_or_path
         names = {str(name) for name in (self.name_or_path, getattr(self.transformer, "name_or_path", None)) if name}
         names |= {os.path.join(name, self.transformer_name) for name in names}
         paths = {os.path.realpath(name) for name in names}
+        reason = None
         if base and names and base not in names and os.path.realpath(base) not in paths:
+            reason = f"{base}, and the pipeline is {self.name_or_path}"
+        is_same = None if base_weights is None else base_weights.is_sampled_by(adapter.base_sample)
+        if is_same is not None:  # which tells more than names
+            reason = None if is_same else reason or "other weights than the pipeline has"
+        if reason is not None:
             logger.warning(
-                f"The adapter in {label} was trained on {base}, and the pipeline is {self.name_or_path}. It fits by "
-                "the shapes of its weights, but is of use only where the base weights are the same."
+                f"The adapter in {adapter.label} was trained on {reason}. It fits by the shapes of its weights, but "
+                "is of use only where the base weights are the same."
             )
+
+
+@dataclasses.dataclass
+class Adapter:
+    """
+    An adapter before it is in a model.
+
+    Args:
+        weights (`dict[str, torch.Tensor]`):
+            Its weights, under PEFT's names.
+        config ([`~peft.PeftConfig`]):
+            Its configuration.
+        label (`str`):
+            Where it comes from.
+        base_sample (`dict[str, list[float]]`):
+            Values of the weights that it was trained on, as `sample_weights` returns them. Empty where it does not
+            tell.
+    """
+
+    weights: dict[str, torch.Tensor]
+    config: PeftConfig
+    label: str
+    base_sample: dict[str, list[float]]
 
 
 class BaseWeights:
@@ -479,6 +494,8 @@ class BaseWeights:
 
     def __init__(self, transformer: nn.Module, peft_config: PeftConfig | None):
         self.transformer = transformer
+        self._parameters = dict(transformer.named_parameters())
+        self.sample = sample_weights(self._parameters)
         self._requires_grad = {parameter: parameter.requires_grad for parameter in transformer.parameters()}
         self._values = {parameter: parameter.data for parameter in transformer.parameters()}
         self._trained: set[nn.Parameter] = set()
@@ -488,6 +505,27 @@ class BaseWeights:
     def has_changed(self) -> bool:
         """`bool`: Whether an adapter has changed a weight, once `forget_unchanged` was called."""
         return bool(self._values)
+
+    def is_sampled_by(self, sample: dict[str, list[float]]) -> bool | None:
+        """
+        Tells whether a sample is of these weights.
+
+        Args:
+            sample (`dict[str, list[float]]`):
+                From `sample_weights`, in any dtype.
+
+        Returns:
+            `bool`, *optional*: Whether it is, up to the rounding of half precision, or `None` where no weight of it is
+            here to compare with.
+        """
+        own = sample_weights({name: self._parameters[name] for name in self._parameters.keys() & sample.keys()})
+        if not own:
+            return None
+        return all(
+            len(values) == len(sample[name])
+            and torch.allclose(torch.tensor(values), torch.tensor(sample[name]), rtol=1e-2, atol=1e-6)
+            for name, values in own.items()
+        )
 
     def keep(self, peft_config: PeftConfig | None) -> None:
         """
@@ -525,6 +563,33 @@ class BaseWeights:
             parameter.requires_grad_(requires_grad)
         for parameter, value in self._values.items() if with_values else ():
             parameter.data = value.to(parameter.device, parameter.dtype)
+
+
+def sample_weights(weights: dict[str, nn.Parameter], num_samples: int = 8) -> dict[str, list[float]]:
+    """
+    A few values of a few weights, by which these are known again.
+
+    Args:
+        weights (`dict[str, nn.Parameter]`):
+            The weights, by name. Those that are no whole matrices of half precision at least, such as quantized and
+            sharded ones, are left out.
+        num_samples (`int`, *optional*, defaults to `8`):
+            The most weights, and the most values of each.
+
+    Returns:
+        `dict[str, list[float]]`: Values at evenly spaced places, by name.
+    """
+    plain = [
+        name
+        for name, weight in weights.items()
+        if type(weight) is nn.Parameter and weight.dim() > 1 and weight.numel() > 0 and not weight.is_meta
+        if weight.is_floating_point() and weight.element_size() > 1
+    ]
+    sample = {}
+    for name in plain[:: math.ceil(len(plain) / num_samples) or 1]:
+        values = weights[name].detach().flatten()
+        sample[name] = values[:: math.ceil(len(values) / num_samples)].tolist()
+    return sample
 
 
 def tuner_layers(model: nn.Module) -> Iterator[BaseTunerLayer]:
@@ -588,6 +653,37 @@ def check_peft_config(config: PeftConfig, is_trained: bool = False) -> None:
         raise ValueError(f"The adapter cannot be used here: {reason}. A `LoraConfig` that names layers can.")
 
 
+def unfreeze_adapter(model: PeftModel) -> PeftModel:
+    """
+    Makes the adapter of a model trainable.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The model, with one adapter.
+
+    Returns:
+        [`~peft.PeftModel`]: The model.
+
+    Raises:
+        ValueError: If there are several, or it is merged or not called "default".
+    """
+    is_merged = any(layer.merged for layer in tuner_layers(model))
+    if list(model.peft_config) != ["default"] or model.active_adapters != ["default"] or is_merged:
+        raise ValueError(
+            f"The pipeline has adapters {sorted(model.peft_config)}. One alone can be trained further, not fused and "
+            'named "default". Unload the others, or fuse them and call `unload_lora_weights()` to train all weights.'
+        )
+    check_peft_config(model.peft_config["default"], is_trained=True)
+    model.set_adapter("default")
+    bias = model.peft_config["default"].to_dict().get("bias", "none")
+    layers = [model] if bias == "all" else list(tuner_layers(model)) if bias != "none" else []
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            if name.endswith("bias"):
+                parameter.requires_grad_(True)
+    return model
+
+
 def remove_adapters(transformer: nn.Module) -> None:
     """Takes the layers of adapters off a transformer, whoever put them there, and leaves the modules under them."""
     for module in list(transformer.modules()):
@@ -621,11 +717,14 @@ def reason_against_merging(model: nn.Module) -> str | None:
     return None
 
 
-def merge(model: PeftModel, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
+def merge(model: PeftModel, adapter_names: list[str] | None = None, is_checked: bool = True) -> None:
     """Adds adapters to copies of the weights under them. `unmerge` with the original ones is the exact inverse."""
-    for parameter in base_parameters(model):
-        parameter.data = parameter.data.clone()  # some types add in place
-    model.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+    parameters = base_parameters(model)
+    for parameter in parameters:
+        parameter.data = parameter.data.clone()  # to which PEFT adds in place
+    model.merge_adapter(adapter_names=adapter_names)
+    if is_checked and not all(parameter.isfinite().all() for parameter in parameters):
+        raise ValueError("weights would become NaN or infinite")
 
 
 def unmerge(model: PeftModel, originals: dict[nn.Parameter, torch.Tensor]) -> None:
@@ -704,7 +803,7 @@ def read_adapter(
     weight_name: str | None = None,
     peft_config: PeftConfig | None = None,
     **hub_kwargs: Any,
-) -> tuple[dict[str, torch.Tensor], PeftConfig]:
+) -> Adapter:
     """
     Reads an adapter.
 
@@ -713,44 +812,51 @@ def read_adapter(
             As in [`LoraMixin.load_lora_weights`].
 
     Returns:
-        `tuple`: The weights, under PEFT's names, and the configuration.
+        [`Adapter`]: The adapter.
 
     Raises:
         ValueError: If there are no weights, or they are damaged or not finite.
     """
-    label = "The dictionary" if isinstance(source, dict) else str(source)
+    label, base_sample = "the dictionary", {}
     if isinstance(source, dict):
         tensors = source
     else:
-        settings = {"subfolder": subfolder, **hub_kwargs}
-        names = [weight_name] if weight_name else ["adapter_model.safetensors", "adapter_model.bin"]
+        label, settings = str(source), {"subfolder": subfolder, **hub_kwargs}
+        names = [weight_name] if weight_name else [SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME]
         try:
-            tensors = load_tensors(find_file(source, names, **settings))
+            file = find_file(source, names, **settings)
         except FileNotFoundError as error:
             raise ValueError(f"adapter model file not found in {source}: {error}") from error
+        tensors = load_tensors(file)
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                base_sample = json.loads((opened.metadata() or {}).get(BASE_SAMPLE, "{}"))
         if peft_config is None:
             try:
-                peft_config = read_config(find_file(source, ["adapter_config.json"], **settings))
+                peft_config = read_config(source, **settings)
             except FileNotFoundError:
                 logger.warning(
                     f"{source} has no `adapter_config.json`: it is read as a LoRA, with its rank as `alpha`."
                 )
     infinite = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
     if infinite:
-        raise ValueError(f"{label} has weights that are NaN or infinite, so it is not loaded: {infinite}.")
-    state_dict = {}
+        raise ValueError(
+            f"The adapter in {label} has weights that are NaN or infinite, so it is not loaded: {infinite}."
+        )
+    weights = {}
     for name, tensor in tensors.items():  # those of other programs lack PEFT's prefix
         name = name if name.startswith("base_model.") else PREFIX + name.removeprefix("transformer.")
-        state_dict[name] = tensor
-    config = copy.deepcopy(peft_config) if peft_config is not None else infer_lora_config(state_dict, label)
+        weights[name] = tensor
+    config = copy.deepcopy(peft_config) if peft_config is not None else infer_lora_config(weights, label)
     check_peft_config(config)
     config.task_type = None  # PEFT's task classes wrap `generate`, which a denoiser does not have
     config.inference_mode = True
-    return state_dict, config
+    return Adapter(weights, config, label, base_sample)
 
 
-def read_config(file: Path) -> PeftConfig:
-    """Reads an `adapter_config.json` of any type that PEFT has."""
+def read_config(source: str | os.PathLike, **hub_kwargs: Any) -> PeftConfig:
+    """Reads the `adapter_config.json` of a folder or a Hub repository, of any type that PEFT has."""
+    file = find_file(source, [CONFIG_NAME], **hub_kwargs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's about fields of other versions
         return PeftConfig.from_pretrained(str(file.parent))
@@ -778,32 +884,30 @@ def infer_lora_config(state_dict: dict[str, torch.Tensor], label: str) -> LoraCo
     )
 
 
-def _attach(
-    model: nn.Module, state_dict: dict[str, torch.Tensor], config: PeftConfig, adapter_name: str, label: str
-) -> PeftModel:
+def _attach(model: nn.Module, adapter: Adapter, adapter_name: str) -> PeftModel:
     """Puts an adapter into a transformer, or beside others, and loads its weights."""
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(adapter.config)
     try:
         if isinstance(model, PeftModel):
             model.add_adapter(adapter_name, config)
         else:
             model = PeftModel(model, config, adapter_name=adapter_name)
         expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-        state_dict = _drop_embeddings(state_dict, expected, model)
-        unfit = expected.keys() ^ state_dict.keys()
+        weights = _drop_embeddings(adapter.weights, expected, model)
+        unfit = expected.keys() ^ weights.keys()
         if not unfit:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PEFT's about shapes, which are an error below
-                set_peft_model_state_dict(model, state_dict, adapter_name=adapter_name, ignore_mismatched_sizes=True)
+                set_peft_model_state_dict(model, weights, adapter_name=adapter_name, ignore_mismatched_sizes=True)
             loaded = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-            unfit = {name for name, tensor in loaded.items() if tensor.shape != state_dict[name].shape}
+            unfit = {name for name, tensor in loaded.items() if tensor.shape != weights[name].shape}
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"The adapter in {label} does not fit the transformer: {error}") from error
+        raise ValueError(f"The adapter in {adapter.label} does not fit the transformer: {error}") from error
     if unfit:
         names = sorted(name.removeprefix(PREFIX) for name in unfit)
         raise ValueError(
-            f"The adapter in {label} does not fit the transformer: {names} are missing, unexpected, or of another "
-            "shape."
+            f"The adapter in {adapter.label} does not fit the transformer: {names} are missing, unexpected, or of "
+            "another shape."
         )
     return model
 

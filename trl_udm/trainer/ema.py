@@ -39,7 +39,7 @@ class EMAMixin:
     """
     An exponential moving average of the trained weights, where `args.ema_decay` asks for one.
 
-    Needs `args`, `model`, `state`, `accelerator`, and `_load_weights` of [`CheckpointMixin`].
+    Needs `pipeline`, `args`, `model`, `state`, `accelerator`, and `_load_weights` of [`CheckpointMixin`].
 
     The average is diffusers' [`~diffusers.training_utils.EMAModel`]. Evaluation uses it, `save_model` and checkpoints
     hold it beside the raw weights, and a resumed run continues it. It follows the weights closely at first: the decay
@@ -95,6 +95,7 @@ class EMAMixin:
         if self.ema is not None:
             with self.ema_weights():
                 self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+            self.pipeline.save_base_sample(folder)
             state = {"decay": self.args.ema_decay, "optimization_step": self.ema.optimization_step}
             (folder.parent / "ema_state.json").write_text(json.dumps(state))
         elif self.state.global_step > 0 and folder.is_dir():
