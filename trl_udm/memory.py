@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -221,7 +222,7 @@ def estimate_memory(
             tokens = torch.zeros(num_rows, math.prod(latent_shape), dtype=torch.long)
             inputs = (prompt_ids, torch.ones_like(prompt_ids), tokens, latent_shape, tokens, torch.zeros(num_rows))
             score_model = network
-            if device == "cuda":
+            if device == "cuda" and not isinstance(network.get_output_embeddings(), BaseTunerLayer):
                 score_model = functools.partial(_forward_on_gpu, network, args.cast_lm_head_to_fp32)
             with autocast:
                 return pipeline.score(score_model, *inputs)[0].mean()

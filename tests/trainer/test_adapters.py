@@ -14,21 +14,25 @@
 
 import gc
 import inspect
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from peft import FourierFTConfig, LoraConfig, OSFConfig, PeftModel, PeftType, get_peft_model
+from peft import FourierFTConfig, IA3Config, LoraConfig, OSFConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import safe_open
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 
-from trl_udm import UDMGRPOTrainer
+from trl_udm import UDMGRPOTrainer, URSAPipeline
 from trl_udm.pipelines.lora import has_adapters
 from trl_udm.trainer.adapters import can_merge, merged_adapter, try_merging
+from trl_udm.worlds import shapes
 
+from ..pipelines import tiny_diffusion_gemma
 from ..pipelines.test_lora import assert_same_state, build_pipeline, copy_state, predict
 from .test_udm_grpo_trainer import LORA, PROMPTS, build_args, build_trainer, count_a
 
@@ -298,6 +302,50 @@ def test_a_run_does_not_go_on_from_another_start_of_its_adapter(tmp_path):
         trainer = UDMGRPOTrainer(pipeline, count_a, build_args(tmp_path), train_dataset=PROMPTS)
         sums.append(trainer._reference_checksum)
     assert sums[0] == sums[1] != sums[2]
+
+
+def build_family(name):
+    if name == "toy":
+        return build_pipeline(), ["ab", "cd"]
+    if name == "gemma":
+        return tiny_diffusion_gemma.build_pipeline(self_conditioning=True), ["What is 1+1?", "Hello"]
+    return URSAPipeline.from_pretrained(shapes.CHECKPOINT_PATH), ["a photo of a ring", "a photo of a cross"]
+
+
+@pytest.mark.parametrize("family", ["toy", "gemma", "shapes"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["lm_head"]),
+        IA3Config(target_modules=["lm_head"], feedforward_modules=[]),
+        LoraConfig(target_modules=r"model\.(decoder\.)?layers\.0\.mlp\.up_proj", modules_to_save=["lm_head"]),
+    ],
+)
+def test_an_adapter_on_the_head_is_scored_as_it_samples(family, config):
+    """Which TRL's fused head would leave out."""
+    pipeline, prompts = build_family(family)
+    add_fused_lm_head(pipeline.transformer, outputs=("log_probs", "entropy"))
+    model = get_peft_model(pipeline.transformer, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    latent_shape = pipeline.latent_shape()
+    generator, num_codes = torch.Generator().manual_seed(0), pipeline.scheduler.config.codebook_size
+    tokens = torch.randint(3, num_codes, (2, 2, math.prod(latent_shape)), generator=generator)
+    inputs = pipeline.extend_prompt(*pipeline.encode_prompt(prompts), tokens[0])
+
+    def check():
+        expected = pipeline.denoise(*inputs, tokens[0], latent_shape, t=torch.zeros(2)).log_softmax(dim=-1)
+        scores = pipeline.score(model, *inputs, tokens[0], latent_shape, labels=tokens[1], t=torch.zeros(2))
+        labels = expected.gather(-1, tokens[1].unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(scores[0], labels, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(scores[1], -(expected.exp() * expected).sum(dim=-1), atol=1e-4, rtol=1e-4)
+        return scores[0]
+
+    check().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    with model.disable_adapter():
+        check()
 
 
 # --- The types that PEFT has ---
