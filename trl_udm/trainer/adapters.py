@@ -112,10 +112,6 @@ class PolicyMixin:
             raise ValueError(f"`merge_adapter` must be False or None, got True: {reason}.")
         return reason is None
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        self.pipeline.save_base_sample(self.args.output_dir if output_dir is None else output_dir)
-
     def _prepare_reference(self, reference: PreTrainedModel) -> nn.Module:
         """Does for the reference model what `GRPOTrainer.__init__` does for one that it loads."""
         if self.args.torch_compile:

@@ -206,6 +206,7 @@ class CheckpointMixin:
             logger.warning(f"{output_dir} has shards only: `stage3_gather_16bit_weights_on_model_save` is not set.")
         elif is_peft_model(self.model):
             super()._save(output_dir, state_dict)
+            self.pipeline.save_base_sample(output_dir)
         else:
             self.pipeline.save_config(output_dir)
             for name, component in self.pipeline.components.items():
