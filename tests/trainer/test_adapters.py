@@ -15,6 +15,7 @@
 import gc
 import inspect
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_udm import UDMGRPOTrainer, URSAPipeline
+from trl_udm.cli import merge
 from trl_udm.pipelines.lora import has_adapters
 from trl_udm.trainer.adapters import can_merge, merged_adapter, try_merging
 from trl_udm.worlds import shapes
@@ -43,7 +45,7 @@ LINEAR = ["q_proj", "down_proj"]
 
 def train(pipeline, output_dir, peft_config=None, **kwargs):
     """A run of two steps, and its KL at each."""
-    args = build_args(output_dir, max_steps=2, **kwargs)
+    args = build_args(output_dir, **{"max_steps": 2, **kwargs})
     trainer = UDMGRPOTrainer(pipeline, count_a, args, train_dataset=PROMPTS, peft_config=peft_config)
     trainer.train()
     trainer.model.eval()
@@ -391,49 +393,84 @@ def build_adapter_config(name):
     return config_class(**{**settings, **SETTINGS.get(name, {})})
 
 
-def make_row(name, tmp_path):
-    """One row of the table in docs/checkpoints.md."""
-    pipeline = build_pipeline()
-    state = copy_state(pipeline)
-    base = predict(pipeline)
+def make_cell(check):
+    """What a cell of the table says of a check: that it passes, or why it is refused."""
     try:
-        trainer, kl = train(pipeline, tmp_path / "first", build_adapter_config(name))
+        check()
     except ValueError as error:
+        reason = re.sub(r"^.*? (?:be fused|used here|merge the adapter in \S+): ", "", str(error))
+        return f"refused: {re.split(r'[.] | [(]', reason)[0]}"
+    return "yes"
+
+
+def make_row(name, tmp_path, tiny_ursa):
+    """One row of the table in docs/checkpoints.md."""
+    pipeline, config = build_pipeline(), build_adapter_config(name)
+    state, base = copy_state(pipeline), predict(pipeline)
+    saved, rounding = str(tmp_path / "run"), {"atol": 1e-5, "rtol": 1e-5}
+    kl, trainer = [], None
+
+    def check_training():
+        nonlocal kl, trainer
+        trainer, kl = train(pipeline, saved, config, save_strategy="steps", save_steps=1)
+
+    trains = make_cell(check_training)
+    if trains != "yes":
         assert_same_state(pipeline, state)
-        reason = str(error).removeprefix("The adapter cannot be used here: ").partition(". ")[0].partition(" (")[0]
-        return f"| {name} | refused: {reason} | | | | |"
+        return f"| {name} | {trains} | | | | | | |"
     assert kl[0] == pytest.approx(0, abs=1e-7) and kl[1] != 0
-    trained = predict(pipeline)
+    trained, trained_state = predict(pipeline), copy_state(pipeline)
     assert (trained - base).abs().max() > 1e-4
-    trainer.save_model(str(tmp_path / "saved"))
+    trainer.save_model()
 
-    def is_trained(other):
-        return torch.allclose(predict(other), trained, atol=1e-5, rtol=1e-5)
+    def check_loading():
+        with_peft, again = build_pipeline(), build_pipeline()
+        PeftModel.from_pretrained(with_peft.transformer, saved)
+        loaded.save_lora_weights(tmp_path / "again")
+        again.load_lora_weights(tmp_path / "again")
+        for one in (with_peft, loaded, again):
+            torch.testing.assert_close(predict(one), trained, **rounding)
 
-    peft_pipeline, loaded = build_pipeline(), build_pipeline()
-    PeftModel.from_pretrained(peft_pipeline.transformer, str(tmp_path / "saved"))
-    assert is_trained(peft_pipeline)
-    loaded.load_lora_weights(tmp_path / "saved")
-    assert is_trained(loaded)
-    adapted = copy_state(loaded)
-    try:
+    def check_fusing():
         loaded.fuse_lora()
-        assert torch.allclose(predict(loaded), trained, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(predict(loaded), trained, atol=1e-4, rtol=1e-4)
         loaded.unfuse_lora()
-        fused = "yes"
-    except ValueError:
-        fused = "refused"
+
+    def check_resume():
+        resumed = UDMGRPOTrainer(build_pipeline(), count_a, trainer.args, train_dataset=PROMPTS, peft_config=config)
+        resumed.train(resume_from_checkpoint=f"{saved}/checkpoint-1")
+        assert_same_state(resumed.pipeline, trained_state)
+
+    def check_further_training():
+        further, kl = train(loaded, tmp_path / "further", max_steps=1)
+        assert kl[0] == pytest.approx(0, abs=1e-7) and not torch.equal(predict(loaded), trained)
+
+    loaded = build_pipeline()
+    loaded.load_lora_weights(saved)
+    adapted = copy_state(loaded)
+    cells = [make_cell(check_loading), make_cell(check_fusing)]
     assert_same_state(loaded, adapted)
-    loaded.save_lora_weights(tmp_path / "again")
-    again = build_pipeline()
-    again.load_lora_weights(tmp_path / "again")
-    assert is_trained(again)
-    _, further = train(loaded, tmp_path / "further")
-    assert further[0] == pytest.approx(0, abs=1e-7) and further[1] != 0
+    cells += [make_cell(lambda: check_merge(config, tmp_path, tiny_ursa))]
+    cells += [make_cell(check_resume), make_cell(check_further_training)]
     for one in (pipeline, loaded):
         one.unload_lora_weights()
         assert_same_state(one, state)
-    return f"| {name} | yes | 0 | yes | {fused} | yes |"
+    return f"| {name} | yes | 0 | {' | '.join(cells)} |"
+
+
+def check_merge(config, tmp_path, tiny_ursa):
+    """The verb `merge`, on a model that it can load."""
+    pipeline = URSAPipeline.from_pretrained(tiny_ursa)
+    model = get_peft_model(pipeline.transformer, config).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    merge.run(merge.Arguments(model=tiny_ursa, adapter=str(tmp_path / "adapter"), output_dir=tmp_path / "merged"))
+    merged = URSAPipeline.from_pretrained(tmp_path / "merged")
+    inputs = (*pipeline.encode_prompt(["a ring"]), torch.arange(16).view(1, 16), (1, 4, 4))
+    with torch.no_grad():
+        torch.testing.assert_close(merged.denoise(*inputs), pipeline.denoise(*inputs), atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture
@@ -445,11 +482,11 @@ def fast_collection():
 
 
 @pytest.mark.parametrize("name", [*sorted(peft_type.value for peft_type in PEFT_TYPE_TO_CONFIG_MAPPING), *VARIANTS])
-def test_the_table_of_adapter_types(tmp_path, fast_collection, name):
+def test_the_table_of_adapter_types(tmp_path, fast_collection, oracle_dir, name):
     if name == "ADAMSS":
         pytest.importorskip("sklearn")
-    row = make_row(name, tmp_path)
-    assert row in DOCS.read_text(encoding="utf-8")
+    row = make_row(name, tmp_path, str(oracle_dir / "tiny-ursa"))
+    assert row in DOCS.read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.parametrize(

@@ -354,7 +354,8 @@ class LoraMixin:
                 merge(model, names, is_checked=safe_fusing)
         except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
             unmerge(model, originals)
-            raise ValueError(f"The adapters {names} cannot be fused: {error}. Use them as they are.") from error
+            reason = str(error).rstrip(".")
+            raise ValueError(f"The adapters {names} cannot be fused: {reason}. Use them as they are.") from error
         self._unfused = originals
 
     def unfuse_lora(self) -> None:
