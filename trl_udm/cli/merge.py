@@ -64,7 +64,9 @@ def run(arguments: Arguments) -> None:
         pipeline.peft_model.merge_and_unload(safe_merge=True)
     except (NotImplementedError, RuntimeError, ValueError) as error:
         reason = str(error).rstrip(".")
-        raise ValueError(f"PEFT cannot merge the adapter in {arguments.adapter}: {reason}. Use it as it is.") from error
+        raise ValueError(
+            f"PEFT cannot merge the adapter in {arguments.adapter}: {reason}. Use it as it is."
+        ) from error
     pipeline.forget_local_paths()
     pipeline.save_pretrained(output_dir)
     print(output_dir)
