@@ -102,13 +102,7 @@ class LoraMixin:
 
     @contextlib.contextmanager
     def keep_base_weights(self, peft_config: PeftConfig | None) -> Iterator["BaseWeights"]:
-        """
-        A context in which someone puts an adapter into the transformer. On an error it is taken off again.
-
-        Args:
-            peft_config ([`~peft.PeftConfig`], *optional*):
-                The adapter's configuration.
-        """
+        """A context in which someone puts an adapter into the transformer. On an error it is taken off again."""
         base_weights, had_adapters = BaseWeights(self.transformer, peft_config), has_adapters(self.transformer)
         try:
             yield base_weights
@@ -119,15 +113,7 @@ class LoraMixin:
             raise
 
     def attach_adapters(self, model: PeftModel, base_weights: "BaseWeights") -> None:
-        """
-        Takes over the adapters that someone has put into the transformer.
-
-        Args:
-            model ([`~peft.PeftModel`]):
-                The model that PEFT has put around the transformer.
-            base_weights ([`BaseWeights`]):
-                The transformer's weights, as they were before.
-        """
+        """Takes over the model that someone has put around the transformer, whose weights were `base_weights`."""
         base_weights.forget_unchanged()
         self._attached, self._base_weights = model, base_weights
         self._unfused, self._scalings = None, {}
@@ -260,13 +246,12 @@ class LoraMixin:
         except ValueError as error:
             model.base_model.set_adapter(active, inference_mode=True)
             raise ValueError(f"PEFT cannot use {names} at a time: {error}") from error
-        scalings = {} if self._scalings is None else self._scalings
+        scalings = self._scalings = self._scalings or {}
         for name, weight in zip(names, weights, strict=True):
             if weight != 1.0 and name not in scalings:
                 scalings[name] = {layer: layer.scaling[name] for layer in layers if name in layer.scaling}
             for layer, scaling in scalings.get(name, {}).items():
                 layer.scaling[name] = scaling * weight
-        self._scalings = scalings
 
     def delete_adapters(self, adapter_names: str | list[str]) -> None:
         """
@@ -310,9 +295,8 @@ class LoraMixin:
         """
         if adapter_name is not None:
             return self.delete_adapters(adapter_name)
-        transformer = (
-            self.transformer.get_base_model() if isinstance(self.transformer, PeftModel) else self.transformer
-        )
+        is_wrapped = isinstance(self.transformer, PeftModel)
+        transformer = self.transformer.get_base_model() if is_wrapped else self.transformer
         if not has_adapters(transformer):
             raise ValueError("No adapter loaded. `load_lora_weights` loads one.")
         remove_adapters(transformer)
@@ -396,13 +380,7 @@ class LoraMixin:
         config.save_pretrained(str(save_directory))
 
     def save_base_sample(self, save_directory: str | os.PathLike) -> None:
-        """
-        Adds to a saved adapter a few values of the weights under it, by which `load_lora_weights` knows them again.
-
-        Args:
-            save_directory (`str` or `os.PathLike`):
-                Folder of the adapter.
-        """
+        """Adds to a saved adapter a few values of the weights under it, by which `load_lora_weights` knows them."""
         file = Path(save_directory, SAFETENSORS_WEIGHTS_NAME)
         if self._base_weights is not None and file.exists():
             save_tensors(load(file.read_bytes()), file, {BASE_SAMPLE: json.dumps(self._base_weights.sample)})
@@ -461,44 +439,23 @@ class LoraMixin:
 
 @dataclasses.dataclass
 class Adapter:
-    """
-    An adapter before it is in a model.
+    """An adapter before it is in a model."""
 
-    Args:
-        weights (`dict[str, torch.Tensor]`):
-            Its weights, under PEFT's names.
-        config ([`~peft.PeftConfig`]):
-            Its configuration.
-        label (`str`):
-            Where it comes from.
-        base_sample (`dict[str, list[float]]`):
-            Values of the weights that it was trained on, as `sample_weights` returns them. Empty where it does not
-            tell.
-    """
-
-    weights: dict[str, torch.Tensor]
+    weights: dict[str, torch.Tensor]  # under PEFT's names
     config: PeftConfig
-    label: str
-    base_sample: dict[str, list[float]]
+    label: str  # where it comes from
+    base_sample: dict[str, list[float]]  # `sample_weights` of its base, or empty where it does not tell
 
 
 class BaseWeights:
-    """
-    The weights of a transformer before it has adapters, some of which change them, so that they can be put back.
-
-    Args:
-        transformer (`nn.Module`):
-            The transformer.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            Configuration of the adapter that it will have.
-    """
+    """The weights of a transformer before it has adapters, some of which change them, so that they can be put back."""
 
     def __init__(self, transformer: nn.Module, peft_config: PeftConfig | None):
         self.transformer = transformer
         self._parameters = dict(transformer.named_parameters())
         self.sample = sample_weights(self._parameters)
-        self._requires_grad = {parameter: parameter.requires_grad for parameter in transformer.parameters()}
-        self._values = {parameter: parameter.data for parameter in transformer.parameters()}
+        self._requires_grad = {parameter: parameter.requires_grad for parameter in self._parameters.values()}
+        self._values = {parameter: parameter.data for parameter in self._parameters.values()}
         self._trained: set[nn.Parameter] = set()
         self.keep(peft_config)
 
@@ -508,34 +465,14 @@ class BaseWeights:
         return bool(self._values)
 
     def is_sampled_by(self, sample: dict[str, list[float]]) -> bool | None:
-        """
-        Tells whether a sample is of these weights.
-
-        Args:
-            sample (`dict[str, list[float]]`):
-                From `sample_weights`, in any dtype.
-
-        Returns:
-            `bool`, *optional*: Whether it is, up to the rounding of half precision, or `None` where no weight of it is
-            here to compare with.
-        """
-        own = sample_weights({name: self._parameters[name] for name in self._parameters.keys() & sample.keys()})
-        if not own:
-            return None
-        return all(
-            len(values) == len(sample[name])
-            and torch.allclose(torch.tensor(values), torch.tensor(sample[name]), rtol=1e-2, atol=1e-6)
-            for name, values in own.items()
-        )
+        """Whether `sample_weights` gave this for the same weights in some dtype, or `None` if there is no telling."""
+        own = sample_weights({name: weight for name, weight in self._parameters.items() if name in sample})
+        pairs = [(torch.tensor(values), torch.tensor(sample[name])) for name, values in own.items()]
+        # Half precision rounds
+        return all(x.shape == y.shape and torch.allclose(x, y, 1e-2, 1e-6) for x, y in pairs) if pairs else None
 
     def keep(self, peft_config: PeftConfig | None) -> None:
-        """
-        Keeps the values of the weights that an adapter changes in place.
-
-        Args:
-            peft_config ([`~peft.PeftConfig`], *optional*):
-                Its configuration.
-        """
+        """Keeps the values of the weights that an adapter changes in place."""
         for parameter in self._requires_grad:
             if changes_in_place(peft_config, parameter):
                 self._values.setdefault(parameter, parameter.data)
@@ -553,44 +490,26 @@ class BaseWeights:
         }
 
     def restore(self, with_values: bool = True) -> None:
-        """
-        Puts back what was changed.
-
-        Args:
-            with_values (`bool`, *optional*, defaults to `True`):
-                Whether to put back the values too, beside `requires_grad`.
-        """
+        """Puts back `requires_grad` and, `with_values`, the values that were changed."""
         for parameter, requires_grad in self._requires_grad.items():
             parameter.requires_grad_(requires_grad)
         for parameter, value in self._values.items() if with_values else ():
             parameter.data = value.to(parameter.device, parameter.dtype)
 
 
-def sample_weights(weights: dict[str, nn.Parameter], num_samples: int = 8) -> dict[str, list[float]]:
+def sample_weights(weights: dict[str, nn.Parameter]) -> dict[str, list[float]]:
     """
-    A few values of a few weights, by which these are known again.
-
-    Args:
-        weights (`dict[str, nn.Parameter]`):
-            The weights, by name. Those that are no whole matrices of half precision at least, such as quantized and
-            sharded ones, are left out.
-        num_samples (`int`, *optional*, defaults to `8`):
-            The most weights, and the most values of each.
-
-    Returns:
-        `dict[str, list[float]]`: Values at evenly spaced places, by name.
+    At most 8 values of each of at most 8 weights, at evenly spaced places, by which the weights are known again. Those
+    that are no whole matrix of floating-point numbers, such as quantized and sharded ones, are left out.
     """
-    plain = [
+    matrices = [
         name
         for name, weight in weights.items()
         if type(weight) is nn.Parameter and weight.dim() > 1 and weight.numel() > 0 and not weight.is_meta
-        if weight.is_floating_point() and weight.element_size() > 1
+        if weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
     ]
-    sample = {}
-    for name in plain[:: math.ceil(len(plain) / num_samples) or 1]:
-        values = weights[name].detach().flatten()
-        sample[name] = values[:: math.ceil(len(values) / num_samples)].tolist()
-    return sample
+    chosen = {name: weights[name].detach().flatten() for name in matrices[:: math.ceil(len(matrices) / 8) or 1]}
+    return {name: values[:: math.ceil(len(values) / 8)].tolist() for name, values in chosen.items()}
 
 
 def tuner_layers(model: nn.Module) -> Iterator[BaseTunerLayer]:
@@ -623,18 +542,7 @@ def changes_in_place(peft_config: PeftConfig | None, parameter: nn.Parameter) ->
 
 
 def check_peft_config(config: PeftConfig, is_trained: bool = False) -> None:
-    """
-    Checks that a denoiser can have an adapter.
-
-    Args:
-        config ([`~peft.PeftConfig`]):
-            The adapter's configuration.
-        is_trained (`bool`, *optional*, defaults to `False`):
-            Whether it is to be trained.
-
-    Raises:
-        ValueError: If it cannot, with the reason.
-    """
+    """Raises a `ValueError` with the reason if a denoiser cannot have an adapter, or not train it."""
     fields = config.to_dict()
     reason = None
     if config.is_prompt_learning or config.is_adaption_prompt or config.peft_type in OWN_CALL_TYPES:
@@ -655,19 +563,7 @@ def check_peft_config(config: PeftConfig, is_trained: bool = False) -> None:
 
 
 def unfreeze_adapter(model: PeftModel) -> PeftModel:
-    """
-    Makes the adapter of a model trainable.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The model, with one adapter.
-
-    Returns:
-        [`~peft.PeftModel`]: The model.
-
-    Raises:
-        ValueError: If there are several, or it is merged or not called "default".
-    """
+    """Makes the adapter of a model trainable, or raises a `ValueError` if it is not one alone that can be."""
     is_merged = any(layer.merged for layer in tuner_layers(model))
     if list(model.peft_config) != ["default"] or model.active_adapters != ["default"] or is_merged:
         raise ValueError(
@@ -700,16 +596,7 @@ def remove_adapters(transformer: nn.Module) -> None:
 
 
 def reason_against_merging(model: nn.Module) -> str | None:
-    """
-    Tells why the adapters of a model cannot be added to the weights under them.
-
-    Args:
-        model (`nn.Module`):
-            The model.
-
-    Returns:
-        `str`, *optional*: The reason, or `None` where they can.
-    """
+    """Why the adapters of a model cannot be added to the weights under them, or `None` where they can."""
     if any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):
         return "they replace whole modules (`modules_to_save`), which is no sum"
     for parameter in base_parameters(model):
@@ -750,15 +637,8 @@ def starts_at_zero(model: PeftModel, trained: dict[str, nn.Parameter]) -> bool:
 
 def can_merge(model: PeftModel) -> bool:
     """
-    Tells whether merging the adapter leaves the policy as it is, up to float32 rounding.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The model.
-
-    Returns:
-        `bool`: Whether the weights under the adapter are float32 and belong to one module each. Narrower weights would
-        round a small adapter away. Of two modules that share a weight, only one has the adapter.
+    Whether merging the adapter leaves the policy as it is, up to float32 rounding. Narrower weights would round a
+    small adapter away. Of two modules that share a weight, only one has the adapter.
     """
     uses = Counter(parameter for module in model.modules() for parameter in module.parameters(recurse=False))
     parameters = base_parameters(model)
@@ -785,10 +665,6 @@ def merged_adapter(model: PeftModel) -> Iterator[None]:
     A context in which the adapter is merged into the weights under it, so that forward passes skip its small products.
 
     Subtracting the adapter again would round. So the original tensors are kept meanwhile, and put back exactly.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The model, for whose weights [`can_merge`] holds.
     """
     originals = {parameter: parameter.data for parameter in base_parameters(model)}
     try:
@@ -806,17 +682,8 @@ def read_adapter(
     **hub_kwargs: Any,
 ) -> Adapter:
     """
-    Reads an adapter.
-
-    Args:
-        source, subfolder, weight_name, peft_config, hub_kwargs:
-            As in [`LoraMixin.load_lora_weights`].
-
-    Returns:
-        [`Adapter`]: The adapter.
-
-    Raises:
-        ValueError: If there are no weights, or they are damaged or not finite.
+    Reads an adapter, with the arguments of [`LoraMixin.load_lora_weights`]. Raises a `ValueError` if there are no
+    weights, or they are damaged or not finite.
     """
     label, base_sample = "the dictionary", {}
     if isinstance(source, dict):
@@ -844,10 +711,10 @@ def read_adapter(
         raise ValueError(
             f"The adapter in {label} has weights that are NaN or infinite, so it is not loaded: {infinite}."
         )
-    weights = {}
-    for name, tensor in tensors.items():  # those of other programs lack PEFT's prefix
-        name = name if name.startswith("base_model.") else PREFIX + name.removeprefix("transformer.")
-        weights[name] = tensor
+    weights = {  # those of other programs lack PEFT's prefix
+        name if name.startswith("base_model.") else PREFIX + name.removeprefix("transformer."): tensor
+        for name, tensor in tensors.items()
+    }
     config = copy.deepcopy(peft_config) if peft_config is not None else infer_lora_config(weights, label)
     check_peft_config(config)
     config.task_type = None  # PEFT's task classes wrap `generate`, which a denoiser does not have
@@ -893,14 +760,20 @@ def _attach(model: nn.Module, adapter: Adapter, adapter_name: str) -> PeftModel:
             model.add_adapter(adapter_name, config)
         else:
             model = PeftModel(model, config, adapter_name=adapter_name)
-        expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-        weights = _drop_embeddings(adapter.weights, expected, model)
+        expected, own = (
+            get_peft_model_state_dict(model, None, adapter_name, save_embedding_layers=False),
+            model.state_dict(),
+        )
+        extra = [
+            name for name in adapter.weights.keys() - expected.keys() if _is_own(name, adapter.weights[name], own)
+        ]
+        weights = {name: tensor for name, tensor in adapter.weights.items() if name not in extra}
         unfit = expected.keys() ^ weights.keys()
         if not unfit:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PEFT's about shapes, which are an error below
                 set_peft_model_state_dict(model, weights, adapter_name=adapter_name, ignore_mismatched_sizes=True)
-            loaded = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+            loaded = get_peft_model_state_dict(model, None, adapter_name, save_embedding_layers=False)
             unfit = {name for name, tensor in loaded.items() if tensor.shape != weights[name].shape}
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise ValueError(f"The adapter in {adapter.label} does not fit the transformer: {error}") from error
@@ -913,20 +786,11 @@ def _attach(model: nn.Module, adapter: Adapter, adapter_name: str) -> PeftModel:
     return model
 
 
-def _drop_embeddings(
-    state_dict: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], model: PeftModel
-) -> dict[str, torch.Tensor]:
-    """Weights of an adapter without those embeddings that PEFT saves beside it, where they are the model's own."""
-    own = model.state_dict()
-    extra = [name for name in state_dict.keys() - expected.keys() if name in own]
-    dropped = {
-        name
-        for name in extra
-        if own[name].shape == state_dict[name].shape
-        and not own[name].is_meta
-        and torch.allclose(own[name].cpu().float(), state_dict[name].cpu().float(), rtol=1e-2, atol=1e-3)
-    }
-    return {name: tensor for name, tensor in state_dict.items() if name not in dropped}
+def _is_own(name: str, tensor: torch.Tensor, own: dict[str, torch.Tensor]) -> bool:
+    """Whether a weight is the model's own, such as the embeddings that PEFT saves beside an adapter."""
+    if name not in own or own[name].shape != tensor.shape:
+        return False
+    return own[name].is_meta or torch.allclose(own[name].cpu().float(), tensor.cpu().float(), rtol=1e-2, atol=1e-3)
 
 
 def _copy_structure(model: nn.Module, config: PeftConfig) -> nn.Module:
