@@ -188,7 +188,9 @@ def load_every_weight(
     return (model, info) if kwargs.get("output_loading_info", False) else model
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], file: str | os.PathLike) -> None:
+def save_tensors(
+    tensors: dict[str, torch.Tensor], file: str | os.PathLike, metadata: dict[str, str] | None = None
+) -> None:
     """
     Saves tensors as safetensors.
 
@@ -197,7 +199,9 @@ def save_tensors(tensors: dict[str, torch.Tensor], file: str | os.PathLike) -> N
             The tensors.
         file (`str` or `os.PathLike`):
             The file. Its folder is created if it does not exist.
+        metadata (`dict[str, str]`, *optional*):
+            Texts that the file holds besides.
     """
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, file, metadata={"format": "pt"})
+    save_file(contiguous, file, metadata={"format": "pt", **(metadata or {})})

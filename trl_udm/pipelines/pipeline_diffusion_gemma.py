@@ -288,16 +288,14 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As in [`UDMPipeline`], with `prompt_ids` and `prompt_mask` from `extend_prompt`."""
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape, labels=labels)
-        shift_labels = inputs.pop("shift_labels")
         if self.self_conditioning:
             with torch.no_grad():
-                inputs["self_conditioning_logits"] = model(**inputs).logits
+                unlabeled = {name: value for name, value in inputs.items() if name != "shift_labels"}
+                inputs["self_conditioning_logits"] = model(**unlabeled).logits
             # Under autocast, versions of PyTorch without https://github.com/pytorch/pytorch/pull/165068 would reuse
             # weights that were cast without gradients
             torch.clear_autocast_cache()
-        outputs = model(**inputs, shift_labels=shift_labels, fused_lm_head=True)
-        entropies = None if outputs.entropy is None else outputs.entropy.view_as(labels)
-        return outputs.log_probs.view_as(labels), entropies
+        return self._score_labels(model, inputs, labels)
 
     @torch.no_grad()
     def sample_tokens(

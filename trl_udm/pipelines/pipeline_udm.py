@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline
 from huggingface_hub import snapshot_download
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.utils import ModelOutput
 
@@ -172,7 +173,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         Log-probabilities of tokens, for the trainer.
 
         By default TRL's fused head computes them without logits. It needs a backbone that returns `last_hidden_state`,
-        and a linear head directly on it. A family of other networks overrides this method.
+        and a linear head directly on it. Under an adapter on the head, they are computed from logits. A family of
+        other networks overrides this method.
 
         Args:
             model (`nn.Module`):
@@ -188,7 +190,26 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         inputs = self.prepare_denoiser_inputs(
             prompt_ids, prompt_mask, noised_samples, latent_shape, labels=labels, t=t
         )
-        return self._select_labels(model(**inputs, fused_lm_head=True), inputs["shift_labels"], labels)
+        return self._score_labels(model, inputs, labels)
+
+    def _score_labels(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.LongTensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not self._has_adapter_on_head:
+            return self._select_labels(model(**inputs, fused_lm_head=True), inputs["shift_labels"], labels)
+        is_label = inputs.pop("shift_labels") != -100
+        return self._score_logits(model(**inputs).logits[is_label].view(*labels.shape, -1), labels)
+
+    @property
+    def _has_adapter_on_head(self) -> bool:
+        """Whether TRL's fused head, which multiplies by the weight of the head, would leave out an adapter on it."""
+        return isinstance(self.transformer.get_output_embeddings(), BaseTunerLayer)
+
+    @staticmethod
+    def _score_logits(logits: torch.Tensor, labels: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_probs = logits.float().log_softmax(dim=-1)  # (B, N, V)
+        entropies = -(log_probs.exp() * log_probs).sum(dim=-1)
+        return log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropies
 
     @staticmethod
     def _select_labels(

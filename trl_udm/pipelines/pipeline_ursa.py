@@ -294,10 +294,11 @@ class URSAPipeline(UDMPipeline):
         t: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        As in [`UDMPipeline`], except for large codebooks on a CPU. TRL's fused head has no Triton kernel there, and is
-        slower than a plain softmax over all logits, so that the network scores the tokens itself.
+        As in [`UDMPipeline`], except that the network scores the tokens itself where TRL's fused head cannot, with an
+        adapter on the head, or is slow, with a large codebook on a CPU, where it has no Triton kernel.
         """
-        if labels.device.type != "cpu" or self.scheduler.config.codebook_size <= TILE_WIDTH:
+        is_fast = labels.device.type != "cpu" or self.scheduler.config.codebook_size <= TILE_WIDTH
+        if is_fast and not self._has_adapter_on_head:
             return super().score(model, prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape, labels=labels)
         return self._select_labels(model(**inputs), inputs["shift_labels"], labels)

@@ -235,6 +235,7 @@ class CheckpointMixin:
         # Under the model's own names, also where it was loaded under others, for `_load_weights` to find them
         model = self.accelerator.unwrap_model(self.model)
         model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+        self.pipeline.save_base_sample(folder)
 
     # `Trainer` would only warn of missing weights, and load each of an adapter's subfolders as a further adapter
     def _load_weights(self, folder: Path) -> None:

@@ -55,7 +55,15 @@ _CENTRAL_ARGUMENTS = (
     "seed",
 )
 # Shown in none: where and how the run was logged, saved and pushed, which may name folders, servers and accounts
-_UNTOLD_ARGUMENTS = ("output_dir", "run_name", "report_to", "project", "resume_from_checkpoint", "disable_tqdm")
+_UNTOLD_ARGUMENTS = (
+    "output_dir",
+    "adapter",
+    "run_name",
+    "report_to",
+    "project",
+    "resume_from_checkpoint",
+    "disable_tqdm",
+)
 _UNTOLD_PREFIXES = ("hub_", "push_to_hub", "log", "save_", "dataloader_", "trackio_", "ddp_", "vllm_")
 
 

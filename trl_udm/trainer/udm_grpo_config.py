@@ -36,6 +36,12 @@ class UDMGRPOConfig(GRPOConfig):
     `num_train_timesteps` of them, and the samples must form whole groups of `num_generations`.
 
     Args:
+        > Parameters that control what is trained
+
+        adapter (`str`, *optional*):
+            Folder or Hub repository of a PEFT adapter to train further, which [`LoraMixin.load_lora_weights`] loads.
+            By default a new adapter is trained, or all weights.
+
         > Parameters that control the rollout
 
         num_inference_steps (`int`, *optional*, defaults to `10`):
@@ -137,6 +143,11 @@ class UDMGRPOConfig(GRPOConfig):
     )
     use_bias_correction_kl: bool = field(
         default=False, metadata={"help": "Whether to weight the KL divergence by the probability ratio."}
+    )
+
+    # Parameters that control what is trained
+    adapter: str | None = field(
+        default=None, metadata={"help": "Folder or Hub repository of an adapter to train further."}
     )
 
     # Parameters that control the rollout

@@ -96,8 +96,8 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and learning rate scheduler, as in [`~transformers.Trainer`].
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapter to train, instead of all weights. The reference policy is then the model without the adapter.
-            Without an adapter, it is a frozen copy of the initial weights.
+            New adapter to train, instead of all weights. `args.adapter`, or an adapter of the pipeline, is trained
+            further instead. The reference policy is the one before the first step.
         eval_reward_funcs (`Callable` or `list[Callable]`, *optional*):
             Reward functions that are called in evaluation only, with weight 0. They are logged as
             `eval_rewards/<name>/mean`.
@@ -167,19 +167,21 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
 
         # Model
         transformer = pipeline.transformer
-        model, peft_config = prepare_model(pipeline, peft_config)
-        has_reference = args.beta != 0.0 and peft_config is None and not is_peft_model(model)
-        reference = copy_reference(transformer) if has_reference else None
-        if not hasattr(transformer, "generation_config"):  # `GRPOTrainer` writes the padding token into it
-            transformer.generation_config = GenerationConfig()
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        configs = (transformer.config.get_text_config(), transformer.generation_config)
-        self._special_tokens = [(config, {name: getattr(config, name, None) for name in names}) for config in configs]
-
-        # With a `beta`, `GRPOTrainer` would load a reference model by the name of the model's class, so it is told 0.
-        # The detour can go once it takes the reference model as an argument (docs/upstream.md).
-        beta, args.beta = args.beta, 0.0
         with pipeline.keep_base_weights(peft_config) as base_weights:
+            model, peft_config = prepare_model(pipeline, peft_config, args.adapter)
+            has_reference = args.beta != 0.0 and peft_config is None and not is_peft_model(model)
+            reference = copy_reference(transformer) if has_reference else None
+            if not hasattr(transformer, "generation_config"):  # `GRPOTrainer` writes the padding token into it
+                transformer.generation_config = GenerationConfig()
+            names = ("bos_token_id", "eos_token_id", "pad_token_id")
+            configs = (transformer.config.get_text_config(), transformer.generation_config)
+            self._special_tokens = [
+                (config, {name: getattr(config, name, None) for name in names}) for config in configs
+            ]
+
+            # With a `beta`, `GRPOTrainer` would load a reference model by the name of the model's class, so it is told
+            # 0. The detour can go once it takes the reference model as an argument (docs/upstream.md).
+            beta, args.beta = args.beta, 0.0
             super().__init__(
                 model=model,
                 reward_funcs=self._wrap_reward_funcs(reward_funcs, eval_reward_funcs, args),
@@ -191,12 +193,12 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
                 optimizers=optimizers,
                 peft_config=peft_config,
             )
-        if peft_config is not None:
-            pipeline.attach_adapters(self.model, base_weights)
-        self._restore_special_tokens()
-        self.beta = self.args.beta = beta
-        self.max_completion_length = math.prod(self.latent_shape)
-        self._prepare_policy(is_new_adapter=peft_config is not None)
+            if peft_config is not None:
+                pipeline.attach_adapters(self.model, base_weights)
+            self._restore_special_tokens()
+            self.beta = self.args.beta = beta
+            self.max_completion_length = math.prod(self.latent_shape)
+            self._prepare_policy(is_new_adapter=peft_config is not None)
         if args.async_rewards:
             self._start_reward_threads()
         if reference is not None:
