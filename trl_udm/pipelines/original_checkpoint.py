@@ -73,9 +73,11 @@ def check_configs(folder: Path, **components) -> None:
     Raises:
         FileNotFoundError: If a configuration is missing.
     """
+    index = DiffusionPipeline.load_config(folder)
     for name, config_name in _CONFIG_NAMES.items():
         path = folder / name / config_name
-        if name not in components and not path.is_file():
+        is_loaded = name not in components and index.get(name, (name,))[0] is not None
+        if is_loaded and not path.is_file():
             raise FileNotFoundError(f"The checkpoint has no {path}.")
 
 
