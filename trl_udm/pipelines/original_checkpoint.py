@@ -108,7 +108,7 @@ def load_original_components(
         TypeError: If an argument is unknown.
         ValueError: If a part is damaged, lacks a weight, has the wrong shape, or holds more than tensors.
     """
-    unknown = sorted(set(kwargs) - {*HUB_KWARGS, *_CONFIG_NAMES, "max_prompt_length"})
+    unknown = sorted(set(kwargs) - {*HUB_KWARGS, *_CONFIG_NAMES, "max_prompt_length", "vae_scale_factor"})
     if unknown:
         raise TypeError(f"Arguments not supported for checkpoints in the original format: {unknown}.")
     dtype = dtype or torch_dtype or torch.float32

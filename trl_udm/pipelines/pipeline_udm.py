@@ -23,6 +23,7 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from huggingface_hub import snapshot_download
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
 from ..random_tensor import check_generators, randint_tensor
@@ -98,7 +99,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         """
         kwargs = {"use_safetensors": True, **kwargs}
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if cls.transformer_name not in kwargs:
+        # ZeRO-3 refuses a device map
+        if cls.transformer_name not in kwargs and not is_deepspeed_zero3_enabled():
             # What the loader saw of the weights is not kept. On the meta device it reads their names and shapes alone.
             names = (*HUB_KWARGS, "variant", "use_safetensors")
             options = {name: kwargs[name] for name in names if name in kwargs}

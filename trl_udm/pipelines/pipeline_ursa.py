@@ -121,6 +121,11 @@ class URSAPipeline(UDMPipeline):
             OSError: If a part is missing.
             ValueError: If a part is damaged, lacks a weight, has the wrong shape, or holds more than tensors.
         """
+        if "vae" in kwargs and kwargs["vae"] is None:
+            hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+            if cls.load_config(pretrained_model_name_or_path, **hub_kwargs)["vae"][0] is not None:
+                vae_config = AutoencoderVQ.load_config(pretrained_model_name_or_path, subfolder="vae", **hub_kwargs)
+                kwargs["vae_scale_factor"] = 2 ** (len(vae_config["block_out_channels"]) - 1)
         if is_original_checkpoint(pretrained_model_name_or_path, **kwargs):
             pipeline = cls(**load_original_components(pretrained_model_name_or_path, **kwargs))
             # As `DiffusionPipeline.from_pretrained` does, for `name_or_path`
