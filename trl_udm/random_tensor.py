@@ -28,8 +28,12 @@ def check_generators(generator: torch.Generator | list[torch.Generator] | None, 
             Number of samples.
 
     Raises:
+        TypeError: If one is no generator.
         ValueError: If a list has another length.
     """
+    generators = generator if isinstance(generator, list) else [generator]
+    if generator is not None and not all(isinstance(each, torch.Generator) for each in generators):
+        raise TypeError(f"`generator` must be a `torch.Generator`, or a list of them, got {generator!r}.")
     if isinstance(generator, list) and len(generator) != batch_size:
         raise ValueError(
             f"`generator` must be one generator or a list of one for each of the {batch_size} samples, got a list of "

@@ -68,6 +68,8 @@ def test_another_number_of_generators_is_refused(pipe, family):
     message = "`generator` must be one generator or a list of one for each of the 2 samples, got a list of 3"
     with pytest.raises(ValueError, match=message):
         pipe(PROMPTS[family], generator=[seeded()] * 3)
+    with pytest.raises(TypeError, match="`generator` must be a `torch.Generator`, or a list of them, got 3"):
+        pipe(PROMPTS[family], generator=3)
 
 
 def test_noise_of_each_sample_is_what_its_generator_alone_gives(pipe):
@@ -95,6 +97,8 @@ def test_a_callback_interrupts(pipe, family):
     assert output.trajectory.timesteps.tolist() == [0, 1] and len(output.trajectory.noised_samples) == 2
     assert len(pipe(PROMPTS[family], return_trajectory=True, **LATENT).trajectory.timesteps) == 4
     assert not pipe.interrupt
+    with pytest.raises(TypeError, match="`callback_on_step_end` must return a dictionary, .* got None"):
+        pipe(PROMPTS[family], callback_on_step_end=lambda *args: None)
 
 
 @pytest.mark.parametrize("initial", [1.0, 5.0])

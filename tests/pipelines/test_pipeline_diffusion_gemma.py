@@ -295,6 +295,23 @@ def test_guidance_is_refused():
         draw_sample(build_pipeline(), guidance_scale=3.0)
 
 
+def test_rollouts_take_a_generator_for_each_sample_and_are_interrupted():
+    pipeline = build_pipeline()
+    condition, shape = pipeline.encode_prompt(TEXTS), pipeline.latent_shape(NUM_TOKENS)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(TEXTS))]
+    samples = pipeline.sample_tokens(*condition, shape, 3, generator=generators).clean_samples
+    for seed, sample in enumerate(samples):
+        rows = [tensor[seed : seed + 1] for tensor in condition]
+        alone = pipeline.sample_tokens(*rows, shape, 3, generator=torch.Generator().manual_seed(seed)).clean_samples
+        assert torch.equal(alone[0], sample)
+
+    def interrupt(step, timestep, tensors):
+        pipeline._interrupt = True
+        return tensors
+
+    assert pipeline.sample_tokens(*condition, shape, 3, callback=interrupt).clean_samples.shape == (4, CANVAS_LENGTH)
+
+
 # --- Schedulers and `__call__` ---
 
 

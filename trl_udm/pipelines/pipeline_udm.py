@@ -450,7 +450,12 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 if callback_on_step_end is None:
                     return {}
                 callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                return callback_on_step_end(self, step, timestep, callback_kwargs)
+                returned = callback_on_step_end(self, step, timestep, callback_kwargs)
+                if not isinstance(returned, dict):
+                    raise TypeError(
+                        f"`callback_on_step_end` must return a dictionary, like its last argument, got {returned!r}."
+                    )
+                return returned
 
             return self.sample_tokens(
                 prompt_ids,
