@@ -151,23 +151,12 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
         t: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         attention_mask = torch.cat([prompt_mask, torch.ones_like(noised_samples)], dim=1)  # (B, T + N)
-        config = self.transformer.config
-        # Rotary positions have no last one
-        if (
-            getattr(config, "rope_parameters", None) is None
-            and attention_mask.size(1) > config.max_position_embeddings
-        ):
-            raise ValueError(
-                f"The longest prompt must leave {noised_samples.size(1)} of the network's "
-                f"`max_position_embeddings` {config.max_position_embeddings} to the completion, got a prompt of "
-                f"{prompt_ids.size(1)} tokens."
-            )
         inputs = {
             "input_ids": torch.cat([prompt_ids, noised_samples], dim=1),
             "attention_mask": attention_mask,
             "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
         }
-        if getattr(config, "type_vocab_size", 1) > 1:
+        if getattr(self.transformer.config, "type_vocab_size", 1) > 1:
             inputs["token_type_ids"] = torch.cat(
                 [torch.zeros_like(prompt_ids), torch.ones_like(noised_samples)], dim=1
             )
