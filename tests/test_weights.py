@@ -118,6 +118,9 @@ def test_every_weight_of_a_model_is_loaded_or_named(tmp_path):
     save_file({**tensors, "quantize.embedding.weight": torch.ones(3)}, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"another shape .*quantize\.embedding\.weight"):
         load_every_weight(VQModel.from_pretrained, tmp_path)
+    save_file({**tensors, "extra": torch.ones(3)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"some that the model of its config.json does not have: \['extra'\]"):
+        load_every_weight(VQModel.from_pretrained, tmp_path)
     tensors.pop("quantize.embedding.weight")
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"miss, or have .*quantize\.embedding\.weight"):

@@ -154,8 +154,8 @@ def load_every_weight(
     from_pretrained: Callable, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
 ) -> Any:
     """
-    Calls a `from_pretrained` of transformers or diffusers, where a missing weight is an error. The libraries would
-    leave it random and warn.
+    Calls a `from_pretrained` of transformers or diffusers, where a missing or unexpected weight is an error. The
+    libraries would leave a missing one random, and warn.
 
     Args:
         from_pretrained (`Callable`):
@@ -163,29 +163,35 @@ def load_every_weight(
         pretrained_model_name_or_path (`str` or `os.PathLike`, *optional*):
             Folder, or id of a repository on the Hub.
         args, kwargs:
-            As in `from_pretrained`. With `ignore_mismatched_sizes=True` weights that are missing or of another shape
-            are no error.
+            As in `from_pretrained`. Weights that do not fit are no error with `ignore_mismatched_sizes=True`, or if
+            `output_loading_info=True` tells the caller of them.
 
     Returns:
         The model, or with `output_loading_info=True` a tuple of it and its loading info.
 
     Raises:
-        ValueError: If a weight is missing or of another shape, or a file is damaged.
+        ValueError: If a weight is missing, unexpected or of another shape, or a file is damaged.
     """
     settings = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, info = from_pretrained(pretrained_model_name_or_path, *args, **settings)
     except SafetensorError as error:
         raise ValueError(f"The weights in {pretrained_model_name_or_path} are damaged: {error}.") from error
-    absent = sorted(info["missing_keys"]) + sorted(
-        f"{name} (as {shape})" for name, shape, _ in info["mismatched_keys"]
-    )
-    if absent and not kwargs.get("ignore_mismatched_sizes", False):
-        raise ValueError(
-            f"The weights in {pretrained_model_name_or_path} miss, or have in another shape than its config.json "
-            f"says: {absent}."
-        )
-    return (model, info) if kwargs.get("output_loading_info", False) else model
+    if kwargs.get("output_loading_info", False):
+        return model, info
+    if not kwargs.get("ignore_mismatched_sizes", False):
+        absent = [*info["missing_keys"], *(f"{name} (as {shape})" for name, shape, _ in info["mismatched_keys"])]
+        if absent:
+            raise ValueError(
+                f"The weights in {pretrained_model_name_or_path} miss, or have in another shape than its config.json "
+                f"says: {sorted(absent)}."
+            )
+        if info["unexpected_keys"]:
+            raise ValueError(
+                f"The weights in {pretrained_model_name_or_path} have some that the model of its config.json does not "
+                f"have: {sorted(info['unexpected_keys'])}."
+            )
+    return model
 
 
 def save_tensors(

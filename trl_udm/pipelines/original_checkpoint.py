@@ -73,9 +73,12 @@ def check_configs(folder: Path, **components) -> None:
     Raises:
         FileNotFoundError: If a configuration is missing.
     """
+    index_path = folder / DiffusionPipeline.config_name
+    index = json.loads(index_path.read_text(encoding="utf-8")) if index_path.is_file() else {}
     for name, config_name in _CONFIG_NAMES.items():
         path = folder / name / config_name
-        if name not in components and not path.is_file():
+        is_loaded = name not in components and index.get(name, (name,))[0] is not None
+        if is_loaded and not path.is_file():
             raise FileNotFoundError(f"The checkpoint has no {path}.")
 
 
@@ -106,7 +109,7 @@ def load_original_components(
         TypeError: If an argument is unknown.
         ValueError: If a part is damaged, lacks a weight, has the wrong shape, or holds more than tensors.
     """
-    unknown = sorted(set(kwargs) - {*HUB_KWARGS, *_CONFIG_NAMES, "max_prompt_length"})
+    unknown = sorted(set(kwargs) - {*HUB_KWARGS, *_CONFIG_NAMES, "max_prompt_length", "vae_scale_factor"})
     if unknown:
         raise TypeError(f"Arguments not supported for checkpoints in the original format: {unknown}.")
     dtype = dtype or torch_dtype or torch.float32

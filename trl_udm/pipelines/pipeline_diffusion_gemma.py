@@ -30,6 +30,7 @@ from transformers import (
 from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaTextRouter
 
 from ..schedulers.scheduling_uniform_ddim import UniformDDIMScheduler
+from ..weights import load_every_weight
 from .pipeline_output import UDMSamplerOutput
 from .pipeline_udm import HUB_KWARGS, UDMPipeline
 from .text import TextMixin
@@ -88,6 +89,7 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
     """
 
     transformer_name = "model"
+    model_cpu_offload_seq = "model"
 
     def __init__(
         self,
@@ -135,16 +137,19 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
 
         Returns:
             [`DiffusionGemmaUDMPipeline`]: The pipeline, in evaluation mode.
+
+        Raises:
+            ValueError: If the weights of the network are not those that its configuration says.
         """
         path = pretrained_model_name_or_path
-        kwargs = {"use_safetensors": True, **kwargs}
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         try:
             cls.load_config(path, **hub_kwargs)
         except OSError:  # no `model_index.json`
             names = ("scheduler", "processor", "self_conditioning", "train_router")
             components = {name: kwargs.pop(name) for name in names if name in kwargs}
-            model = DiffusionGemmaForBlockDiffusion.from_pretrained(path, **kwargs)
+            kwargs = {"use_safetensors": True, **kwargs}
+            model = load_every_weight(DiffusionGemmaForBlockDiffusion.from_pretrained, path, **kwargs)
             if "processor" not in components:
                 components["processor"] = AutoTokenizer.from_pretrained(path, **hub_kwargs)
             if "scheduler" not in components:
@@ -197,10 +202,11 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
         )
         return encoded["input_ids"][0].tolist()
 
-    # diffusers' `__call__` calls this method, whose own version does not pad the prompts of a list to one length
+    # diffusers' `__call__` calls this method, whose own version does not pad the prompts of a list to one length, and
+    # takes messages under another name
     def _prepare_inputs(self, *, prompt, messages, image, add_generation_prompt):
         if isinstance(prompt, list) and image is None and add_generation_prompt:
-            return *self.encode_prompt(prompt), {}
+            return *self.encode_prompt(self._as_list(prompt)), {}
         return super()._prepare_inputs(
             prompt=prompt, messages=messages, image=image, add_generation_prompt=add_generation_prompt
         )
@@ -329,6 +335,8 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
         past_key_values = DynamicCache(config=self.model.config.get_text_config())
         outputs = []
         for canvas in range(num_canvases):
+            if outputs and self.interrupt:
+                break
             output = super().sample_tokens(
                 prompt_ids,
                 prompt_mask,

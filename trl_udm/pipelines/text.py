@@ -30,6 +30,11 @@ class TextMixin:
 
     modality = "text"
 
+    @staticmethod
+    def _as_list(prompt: str | list[Any]) -> list[Any]:
+        """One prompt, a text or its messages, as a list of one. Lists of prompts are returned as they are."""
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], dict) else prompt
+
     def encode_prompt(self, prompt: list[Any]) -> tuple[torch.LongTensor, torch.Tensor]:
         """As in [`UDMPipeline`]. The chat template turns messages into text."""
         ids = [torch.tensor(self._encode(text_or_messages), dtype=torch.long) for text_or_messages in prompt]

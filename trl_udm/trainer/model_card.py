@@ -142,7 +142,7 @@ def _make_snippet(trainer: "UDMGRPOTrainer", repo_id: str) -> str:
         lines.append(f'pipe = {name}.from_pretrained("{repo_id}", dtype={pipeline.transformer.dtype})')
     lines += [
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
-        "generator = torch.Generator().manual_seed(0)",
+        "generator = torch.Generator(pipe.device).manual_seed(0)",
     ]
     if pipeline.modality == "image":
         lines += [f"image = pipe({prompt!r}{arguments}, generator=generator).images[0]", 'image.save("image.png")']
