@@ -23,6 +23,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..cut_prompts import CutPromptWarning
 from ..models.autoencoder_vq import AutoencoderVQ
 from ..models.configuration_ursa import URSAConfig
 from ..models.modeling_ursa import URSAForImageGeneration
@@ -53,7 +54,7 @@ class URSAPipeline(UDMPipeline):
         vae ([`AutoencoderVQ`]):
             The image tokenizer.
         max_prompt_length (`int`, *optional*, defaults to `320`):
-            Length T in tokens that every prompt is padded or truncated to.
+            Length T in tokens that every prompt is padded or truncated to. The first truncation is warned of.
 
     Raises:
         ValueError: If the components have codebooks of different sizes.
@@ -90,6 +91,7 @@ class URSAPipeline(UDMPipeline):
         }
         if len(set(sizes.values())) > 1:
             raise ValueError(f"The components must share one codebook, got sizes {sizes}.")
+        self._cut_prompts = CutPromptWarning("the pipeline")
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae.spatial_stride)
 
     @classmethod
@@ -212,6 +214,8 @@ class URSAPipeline(UDMPipeline):
         return 1, height // stride, width // stride
 
     def encode_prompt(self, prompt: list[str]) -> tuple[torch.LongTensor, torch.Tensor]:
+        num_tokens = [len(ids) for ids in self.tokenizer(prompt, verbose=False)["input_ids"]]
+        self._cut_prompts.check(prompt, num_tokens, self.config.max_prompt_length)
         encoded = self.tokenizer(
             prompt,
             padding="max_length",
