@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
 from trl import ModelConfig, TrlParser
 
 from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, UDMPipeline
@@ -125,13 +124,6 @@ def load_pipeline(
     if model_args.attn_implementation is not None:
         pipeline.transformer.set_attn_implementation(model_args.attn_implementation)
     return pipeline
-
-
-def load_rows(name: str) -> Dataset:
-    """The rows of a `.jsonl` file, or of the "train" split of a dataset on the Hub."""
-    if name.endswith(".jsonl"):
-        return load_dataset("json", data_files=name, split="train")
-    return load_dataset(name, split="train")
 
 
 def train_images(

@@ -32,12 +32,13 @@ from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import Any
 
-from common import load_pipeline, load_rows, parse_arguments, train_texts
+from common import load_pipeline, parse_arguments, train_texts
 from datasets import DatasetDict
 from trl import get_peft_config
 from trl.import_utils import is_math_verify_available
 
 from trl_udm import DiffusionGemmaUDMPipeline, UDMGRPOTrainer
+from trl_udm.data.files import load_rows
 from trl_udm.pipelines.pipeline_diffusion_gemma import LORA_TARGET_MODULES
 
 
@@ -49,7 +50,7 @@ class ScriptArguments:
     """Arguments of this script."""
 
     dataset_name: str = field(
-        default="trl-lib/DeepMath-103K", metadata={"help": "The problems: a `.jsonl` file or a Hub dataset."}
+        default="trl-lib/DeepMath-103K", metadata={"help": "The problems: a file or a Hub dataset."}
     )
     reward_funcs: list[str] = field(
         default_factory=lambda: [ACCURACY_REWARD], metadata={"help": "Full names of reward functions."}

@@ -35,11 +35,12 @@ from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import Any
 
-from common import load_pipeline, load_rows, parse_arguments, train_texts
+from common import load_pipeline, parse_arguments, train_texts
 from datasets import Dataset
 from trl import get_peft_config
 
 from trl_udm import TextUDMPipeline, UDMGRPOTrainer
+from trl_udm.data.files import load_rows
 from trl_udm.worlds.sums import CHECKPOINT_PATH
 from trl_udm.worlds.sums.problems import split_problems, sum_reward
 

@@ -193,12 +193,13 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
             )
         return (gen_length // canvas_length, canvas_length)
 
-    def _encode(self, text_or_messages: str | list[dict[str, Any]]) -> list[int]:
+    def _encode(self, text_or_messages: str | list[dict[str, Any]], **chat_template_kwargs: Any) -> list[int]:
         messages = text_or_messages
         if isinstance(messages, str):  # a user's message
             messages = [{"role": "user", "content": messages}]
+        options = {"add_generation_prompt": True, **chat_template_kwargs}
         encoded = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True
+            messages, tokenize=True, return_tensors="pt", return_dict=True, **options
         )
         return encoded["input_ids"][0].tolist()
 

@@ -134,12 +134,11 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
             raise ValueError(f"`max_completion_length` must be > 0, got {length}.")
         return (length,)
 
-    def _encode(self, text_or_messages: str | list[dict[str, Any]]) -> list[int]:
+    def _encode(self, text_or_messages: str | list[dict[str, Any]], **chat_template_kwargs: Any) -> list[int]:
         if isinstance(text_or_messages, str):
             return self.tokenizer(text_or_messages)["input_ids"]
-        return self.tokenizer.apply_chat_template(text_or_messages, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
+        options = {"add_generation_prompt": True, **chat_template_kwargs, "return_dict": True}
+        return self.tokenizer.apply_chat_template(text_or_messages, **options)["input_ids"]
 
     def prepare_denoiser_inputs(
         self,

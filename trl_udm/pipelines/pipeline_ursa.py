@@ -23,6 +23,7 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..cut_prompts import CutPromptWarning
 from ..models.autoencoder_vq import AutoencoderVQ
 from ..models.configuration_ursa import URSAConfig
 from ..models.modeling_ursa import URSAForImageGeneration
@@ -53,7 +54,7 @@ class URSAPipeline(UDMPipeline):
         vae ([`AutoencoderVQ`], *optional*):
             The image tokenizer. Without it the pipeline draws token ids (`output_type="latent"`) and no images.
         max_prompt_length (`int`, *optional*, defaults to `320`):
-            Length T in tokens that every prompt is padded or truncated to.
+            Length T in tokens that every prompt is padded or truncated to. The first truncation is warned of.
         vae_scale_factor (`int`, *optional*, defaults to `16`):
             Number of pixels that a token covers in each direction. Taken from the image tokenizer if there is one.
 
@@ -96,6 +97,7 @@ class URSAPipeline(UDMPipeline):
         self.register_to_config(max_prompt_length=max_prompt_length, vae_scale_factor=vae_scale_factor)
         if len(set(sizes.values())) > 1:
             raise ValueError(f"The components must share one codebook, got sizes {sizes}.")
+        self._cut_prompts = CutPromptWarning("the pipeline")
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor)
 
     @classmethod
@@ -226,6 +228,8 @@ class URSAPipeline(UDMPipeline):
         return 1, height // stride, width // stride
 
     def encode_prompt(self, prompt: list[str]) -> tuple[torch.LongTensor, torch.Tensor]:
+        num_tokens = [len(ids) for ids in self.tokenizer(prompt, verbose=False)["input_ids"]]
+        self._cut_prompts.check(prompt, num_tokens, self.config.max_prompt_length)
         encoded = self.tokenizer(
             prompt,
             padding="max_length",

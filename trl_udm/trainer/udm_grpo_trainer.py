@@ -36,6 +36,7 @@ from ..pipelines.pipeline_output import UDMSamplerOutput
 from ..pipelines.pipeline_udm import UDMPipeline
 from .adapters import PolicyMixin, copy_reference, prepare_model
 from .checkpoint import CheckpointMixin, EpochRepeatSampler
+from .checks import check_bidirectional, check_modality
 from .completions import CompletionsMixin
 from .ema import EMAMixin
 from .hub import HubMixin
@@ -161,6 +162,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             raise TypeError(f"`args` must be a `UDMGRPOConfig`, got {type(args).__name__}.")
         args = copy.copy(args)  # changed below
         check_datasets(args, train_dataset, eval_dataset)
+        check_modality(pipeline, args, reward_funcs)
         self.pipeline = pipeline
         pipeline.forget_local_paths()
         self.latent_shape = pipeline.latent_shape(**(args.pipeline_kwargs or {}))
@@ -198,6 +200,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             self._restore_special_tokens()
             self.beta = self.args.beta = beta
             self.max_completion_length = math.prod(self.latent_shape)
+            self.aux_loss_enabled = False  # families do not return what routers computed
             self._prepare_policy(is_new_adapter=peft_config is not None)
         if args.async_rewards:
             self._start_reward_threads()
@@ -206,6 +209,9 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         for component in pipeline.components.values():
             if isinstance(component, nn.Module) and component is not transformer:
                 component.requires_grad_(False).eval().to(self.accelerator.device)
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # whose weights are elsewhere, or split
+            prompt = train_dataset[0]["prompt"]
+            check_bidirectional(pipeline, prompt, self.latent_shape, **self.chat_template_kwargs)
 
     # `GRPOTrainer` and `Trainer.train` write the tokenizer's tokens into the config of the model. Saved there, its
     # padding token would become one whose embedding has no gradient.
@@ -282,7 +288,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         guidance_scale = args.guidance_scale if mode == "train" else args.guidance_scale_eval
         # With guidance the empty prompt is encoded along with the others, so that it is padded to their length
         texts = prompts if guidance_scale == 1.0 else [*prompts, ""]
-        encoded = [tensor.to(device) for tensor in self.pipeline.encode_prompt(texts)]
+        encoded = [tensor.to(device) for tensor in self.pipeline.encode_prompt(texts, **self.chat_template_kwargs)]
         prompt_ids, prompt_mask = (tensor[: len(prompts)] for tensor in encoded)
         batch_size = args.rollout_batch_size or len(prompts)
         outputs, completions = [], []
