@@ -25,12 +25,24 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from diffusers.utils import _get_model_file
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
-def find_file(pretrained_model_name_or_path: str | os.PathLike, names: list[str], **hub_kwargs: Any) -> Path:
+def find_file(
+    pretrained_model_name_or_path: str | os.PathLike,
+    names: list[str],
+    subfolder: str | None = None,
+    **hub_kwargs: Any,
+) -> Path:
     """
     Finds a file in a folder or a repository on the Hub, by several names.
 
@@ -39,22 +51,40 @@ def find_file(pretrained_model_name_or_path: str | os.PathLike, names: list[str]
             Folder, or id of a repository.
         names (`list[str]`):
             Names of the file, in order of preference.
+        subfolder (`str`, *optional*):
+            Folder of the file in the folder or repository.
         hub_kwargs:
-            `subfolder`, `cache_dir`, `force_download`, `proxies`, `local_files_only`, `token` and `revision`.
+            `cache_dir`, `force_download`, `local_files_only`, `token` and `revision`.
 
     Returns:
         `Path`: The first that exists. From the Hub it is downloaded.
 
     Raises:
-        FileNotFoundError: If none exists.
+        FileNotFoundError: If none exists, or there is no such folder or repository, or the Hub cannot be reached.
     """
-    for name in names:
-        try:
-            return Path(_get_model_file(pretrained_model_name_or_path, weights_name=name, **hub_kwargs))
-        except OSError as error:
-            missing_error = error
-    listed = " nor ".join(f"`{name}`" for name in names)
-    raise FileNotFoundError(f"Found neither {listed} in {pretrained_model_name_or_path}.") from missing_error
+    source = str(pretrained_model_name_or_path)
+    if Path(source).is_dir():
+        for name in names:
+            file = Path(source, subfolder or "", name)
+            if file.is_file():
+                return file
+    else:
+        for name in names:
+            try:
+                return Path(hf_hub_download(source, name, subfolder=subfolder, **hub_kwargs))
+            except RemoteEntryNotFoundError:
+                continue
+            except HFValidationError as error:
+                reason = "its name cannot be that of a repository on the Hub"
+                raise FileNotFoundError(f"There is no folder {source}, and {reason}.") from error
+            except RepositoryNotFoundError as error:
+                reason = "the Hub has no repository of this name that you may read. For a private one, log in first"
+                raise FileNotFoundError(f"There is no folder {source}, and {reason}: `hf auth login`.") from error
+            except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+                reason = "the Hub cannot be reached: there is no network, or HF_HUB_OFFLINE is set"
+                raise FileNotFoundError(f"There is no folder or cached repository {source}, and {reason}.") from error
+    where = source if subfolder is None else os.path.join(source, subfolder)
+    raise FileNotFoundError(f"There is no {' or '.join(f'`{name}`' for name in names)} in {where}.")
 
 
 def load_tensors(file: str | os.PathLike, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:

@@ -29,6 +29,7 @@ from ..memory import estimate_memory
 from ..pipelines.pipeline_ursa import URSAPipeline
 from ..trainer.udm_grpo_config import UDMGRPOConfig
 from .arguments import ModelArguments, config_field
+from .parser import check_range
 
 
 @dataclass(kw_only=True)
@@ -107,9 +108,10 @@ def run(arguments: Arguments) -> None:
     Raises:
         ValueError: If a value is out of its range, or the batch does not contain whole groups.
     """
-    for name, smallest in (("lora_r", 0), ("every_n_layers", 1), ("per_device_train_batch_size", 1)):
-        if getattr(arguments, name) < smallest:
-            raise ValueError(f"`--{name}` must be >= {smallest}, got {getattr(arguments, name)}.")
+    check_range(arguments, lora_r=(0, math.inf), every_n_layers=(1, math.inf), gpu_memory=(0, math.inf))
+    check_range(arguments, per_device_train_batch_size=(1, math.inf), gradient_accumulation_steps=(1, math.inf))
+    check_range(arguments, num_generations=(2, math.inf), num_train_timesteps=(1, math.inf))
+    check_range(arguments, beta=(0, math.inf), guidance_scale=(-math.inf, math.inf))
     config_names = {config_field.name for config_field in fields(UDMGRPOConfig)}
     settings = {name: value for name, value in vars(arguments).items() if name in config_names}
     if arguments.gradient_accumulation_steps is None:

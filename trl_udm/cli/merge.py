@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from .arguments import ModelArguments, load_pipeline
+from .parser import check_output_dir
 
 
 @dataclass(kw_only=True)
@@ -59,6 +60,7 @@ def run(arguments: Arguments) -> None:
     output_dir = arguments.output_dir
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"`--output_dir` must be new or empty, and {output_dir} is not. Give another folder.")
+    check_output_dir(output_dir)
     pipeline = load_pipeline(arguments, arguments.adapter)
     try:
         pipeline.peft_model.merge_and_unload(safe_merge=True)

@@ -29,7 +29,7 @@ from ..models.configuration_ursa import URSAConfig
 from ..models.modeling_ursa import URSAForImageGeneration
 from ..models.token_scores import TILE_WIDTH
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
-from .original_checkpoint import check_configs, is_original_checkpoint, load_config, load_original_components
+from .original_checkpoint import check_configs, is_original_checkpoint, load_json, load_original_components
 from .pipeline_output import URSAPipelineOutput
 from .pipeline_udm import HUB_KWARGS, UDMPipeline
 
@@ -163,6 +163,7 @@ class URSAPipeline(UDMPipeline):
         unknown = sorted(set(kwargs) - {*HUB_KWARGS})
         if unknown:
             raise TypeError(f"Arguments not supported without weights: {unknown}.")
+        is_original = is_original_checkpoint(pretrained_model_name_or_path, **kwargs)
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             folder = Path(
@@ -171,8 +172,7 @@ class URSAPipeline(UDMPipeline):
                 )
             )
         check_configs(folder)
-        transformer_config, vae_config = load_config(folder / "transformer"), load_config(folder / "vae")
-        is_original = is_original_checkpoint(folder)
+        transformer_config, vae_config = (load_json(folder / name / "config.json") for name in ("transformer", "vae"))
         with torch.device("meta"):
             config = URSAConfig.from_original_config(transformer_config) if is_original else None
             transformer = URSAForImageGeneration(config or URSAConfig.from_dict(transformer_config))
