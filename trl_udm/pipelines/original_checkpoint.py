@@ -72,8 +72,8 @@ def check_configs(folder: Path, **components) -> None:
     Raises:
         FileNotFoundError: If a configuration is missing.
     """
-    index_path = folder / DiffusionPipeline.config_name
-    index = json.loads(index_path.read_text(encoding="utf-8")) if index_path.is_file() else {}
+    index_path = folder / "model_index.json"
+    index = load_json(index_path) if index_path.is_file() else {}
     for name, config_name in _CONFIG_NAMES.items():
         path = folder / name / config_name
         is_loaded = name not in components and index.get(name, (name,))[0] is not None
