@@ -55,16 +55,8 @@ _CENTRAL_ARGUMENTS = (
     "seed",
 )
 # Shown in none: where and how the run was logged, saved and pushed, which may name folders, servers and accounts
-_UNTOLD_ARGUMENTS = (
-    "output_dir",
-    "adapter",
-    "run_name",
-    "report_to",
-    "project",
-    "resume_from_checkpoint",
-    "disable_tqdm",
-)
-_UNTOLD_PREFIXES = ("hub_", "push_to_hub", "log", "save_", "dataloader_", "trackio_", "ddp_", "vllm_")
+_UNTOLD_ARGUMENTS = ("adapter", "output_dir", "run_name", "report_to", "project", "resume_from_checkpoint")
+_UNTOLD_PREFIXES = ("hub_", "push_to_hub", "log", "save_", "dataloader_", "disable_tqdm", "trackio_", "ddp_", "vllm_")
 
 
 def make_model_card(
