@@ -502,7 +502,13 @@ def test_one_reward_that_is_nan_throughout_is_named_among_others(tmp_path):
 @pytest.mark.parametrize("reward_error", ["raise", "none"])
 def test_rewards_that_all_abstain_are_no_failure_and_one_of_weight_zero_does_not_stand_in(tmp_path, reward_error):
     trainer = build_trainer(
-        tmp_path, [absent, count_a], reward_weights=[1.0, 0.0], reward_error=reward_error, max_failed_steps=0, beta=0.0, weight_decay=0.0
+        tmp_path,
+        [absent, count_a],
+        reward_weights=[1.0, 0.0],
+        reward_error=reward_error,
+        max_failed_steps=0,
+        beta=0.0,
+        weight_decay=0.0,
     )
     initial = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     trainer.train()

@@ -24,7 +24,6 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 from transformers.integrations import TensorBoardCallback
-from trl.trainer.utils import nanstd
 
 from ..image_grid import image_statistics, make_image_grid
 
@@ -141,5 +140,5 @@ def mask_after_end(samples: torch.LongTensor, mask: torch.Tensor) -> torch.LongT
 
 def _std(values: list[float]) -> float:
     """The sample's standard deviation of what is not NaN: exactly 0 for equal numbers, NaN for fewer than two."""
-    values = torch.tensor(values, dtype=torch.float64)
-    return nanstd(values - values.nanmedian()).item()
+    values = np.array([value for value in values if not math.isnan(value)])
+    return float(np.std(values - values[0], ddof=1)) if len(values) > 1 else math.nan

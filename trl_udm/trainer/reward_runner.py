@@ -22,10 +22,8 @@ import statistics
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
-from decimal import Decimal
-from numbers import Real
 from queue import SimpleQueue
 from typing import Any
 
@@ -35,6 +33,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable
 
+from ..reward_values import read_rewards
 from .udm_grpo_config import UDMGRPOConfig
 
 
@@ -51,7 +50,8 @@ class RewardRunner:
 
     Rows that only fill a batch up, for which the column `is_padding` is true, come last. The function does not get
     them. What it gives to `log_metric` is logged once for each sample of the call: as it is if it gives one value for
-    each sample, else the mean of the values. NaN and `None` are left out.
+    each sample, else the mean of the values. With an attribute `logs_samples`, that is true, a function says that each
+    value is of one sample. NaN and `None` are left out.
 
     Args:
         reward_func (`Callable`):
@@ -87,6 +87,7 @@ class RewardRunner:
         self.timeout = timeout
         self.on_error = on_error
         self.abstains = abstains
+        self.logs_samples = getattr(reward_func, "logs_samples", False)
         self.rewards: list[float | None] = []
         """The last rewards, without padding: `None` where the function abstained, NaN where it failed."""
         self._submitted: list[Future] = []  # by micro-batch
@@ -164,8 +165,8 @@ class RewardRunner:
             rewards += outcome.rewards
             for name, values in outcome.metrics.items():
                 known = [value for value in values if not math.isnan(value)]
-                if known:
-                    known = known if len(values) == size else [statistics.fmean(known)] * size
+                if known and len(values) != size and not self.logs_samples:
+                    known = [statistics.fmean(known)] * size
                 logs += [functools.partial(log_metric, name, value) for value in known]
             logs += [functools.partial(log_extra, column, values) for column, values in outcome.extras]
         if self.on_error == "none":
@@ -190,7 +191,9 @@ class RewardRunner:
             returned = await self._invoke(call, prompts)
         except (RuntimeError, TimeoutError) as error:
             return error
-        outcome.rewards = self._read(returned, prompts)
+        if isinstance(returned, SystemExit | KeyboardInterrupt):
+            raise RuntimeError(self._describe(f"raised {returned!r}", prompts)) from returned
+        outcome.rewards = read_rewards(self.__name__, returned, prompts)
         for index, reward in enumerate(outcome.rewards):
             if reward is not None and math.isinf(reward):
                 value = reprlib.repr(list(returned)[index])
@@ -223,31 +226,6 @@ class RewardRunner:
             raise TimeoutError(self._describe(reason, prompts)) from error
         except Exception as error:
             raise RuntimeError(self._describe("failed", prompts)) from error
-
-    def _read(self, returned: Any, prompts: list[Any]) -> list[float | None]:
-        if isinstance(returned, SystemExit | KeyboardInterrupt):
-            raise RuntimeError(self._describe(f"raised {returned!r}", prompts)) from returned
-        try:
-            is_list = not isinstance(returned, str | bytes | bytearray | Mapping | Set)
-            num_rewards = len(returned) if is_list else None
-        except TypeError:
-            num_rewards = None
-        rule = "must return one reward a completion"
-        if num_rewards is None:
-            got = f"{reprlib.repr(returned)} of type {type(returned).__name__}"
-            raise TypeError(self._describe(f"{rule}, in a list or an array, but returned {got}", prompts))
-        if num_rewards != len(prompts):
-            raise ValueError(self._describe(f"{rule}, but returned {num_rewards}", prompts))
-        rewards = []
-        for index, (prompt, reward) in enumerate(zip(prompts, returned, strict=True)):
-            try:
-                rewards.append(_to_float(reward))
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise TypeError(
-                    f"The reward function '{self.__name__}' must return numbers or None, but returned "
-                    f"{reprlib.repr(reward)} for the prompt {prompt!r} (index {index})."
-                ) from error
-        return rewards
 
     def _describe(self, reason: str, prompts: list[Any]) -> str:
         return (
@@ -442,19 +420,6 @@ def _take(rows: slice, **kwargs: Any) -> dict[str, Any]:
     """The arguments of a call, for some of its rows."""
     size = len(kwargs["prompts"])
     return {k: v[rows] if isinstance(v, list) and len(v) == size else v for k, v in kwargs.items()}
-
-
-def _to_float(value: Any) -> float | None:
-    """A Python, NumPy or PyTorch number as a float, which is infinite if the number is too large for one."""
-    value = value.item() if hasattr(value, "item") else value
-    if value is None:
-        return None
-    if not isinstance(value, Real | Decimal):
-        raise TypeError(f"{type(value).__name__} is no number.")
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
 
 
 def _get_name(reward_func: Callable | nn.Module | str) -> str:
