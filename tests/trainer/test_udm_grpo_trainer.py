@@ -31,6 +31,7 @@ from transformers import TrainerCallback
 
 from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
 from trl_udm.image_grid import make_image_grid
+from trl_udm.trainer.udm_grpo_config import RESERVED_COLUMNS
 
 from .toy_text_family import NUM_TOKENS, build_toy_text_pipeline
 
@@ -727,6 +728,10 @@ def test_dropout_of_an_adapter_is_off(tmp_path):
             r"`train_dataset` must have a column 'prompt', got \['text'\]",
         ),
         (Dataset.from_dict({"prompt": []}), ValueError, "`train_dataset` must have at least one row"),
+        *(
+            (Dataset.from_dict({"prompt": ["a"], name: [1]}), ValueError, rf"must not have the columns \['{name}'\]")
+            for name in sorted(RESERVED_COLUMNS)
+        ),
         (
             Dataset.from_dict({"prompt": ["a"]}),
             ValueError,

@@ -18,6 +18,7 @@ import math
 import os
 import statistics
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,6 +111,11 @@ class CompletionsMixin:
             metrics[name] += values * inputs["num_samples"]
         self._metrics["eval"] = metrics
         return loss
+
+    # `GRPOTrainer` logs None for an evaluation without any reward, which `Trainer` cannot compare
+    def _determine_best_metric(self, metrics: dict[str, float | None], trial: Any) -> bool:
+        name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
+        return metrics.get(name, 0.0) is not None and super()._determine_best_metric(metrics, trial)
 
     # `GRPOTrainer.log` writes the table of completions and sends it, with the images, to wandb and trackio
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
