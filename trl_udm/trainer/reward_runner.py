@@ -189,10 +189,10 @@ class RewardRunner:
         )
         try:
             returned = await self._invoke(call, prompts)
+        except _ExitError:
+            raise
         except (RuntimeError, TimeoutError) as error:
             return error
-        if isinstance(returned, SystemExit | KeyboardInterrupt):
-            raise RuntimeError(self._describe(f"raised {returned!r}", prompts)) from returned
         outcome.rewards = read_rewards(self.__name__, returned, prompts)
         for index, reward in enumerate(outcome.rewards):
             if reward is not None and math.isinf(reward):
@@ -211,19 +211,15 @@ class RewardRunner:
             returned = call()
             return list(returned) if isinstance(returned, Iterator) else returned
 
-        async def call_without_exit() -> Any:
-            try:
-                return await call()
-            except (SystemExit, KeyboardInterrupt) as error:  # would end the event loop, and whoever waits never would
-                return error
-
         try:
             if self.is_async:
-                return await asyncio.wait_for(call_without_exit(), self.timeout)
+                return await asyncio.wait_for(_raise_exit_as_error(call()), self.timeout)
             return call_to_end() if self.timeout is None else _call_in_thread(call_to_end, self.timeout)
         except TimeoutError as error:
             reason = f"took longer than the {self.timeout} s of `reward_timeout`" if self.timeout else "timed out"
             raise TimeoutError(self._describe(reason, prompts)) from error
+        except _ExitError as error:
+            raise _ExitError(self._describe(f"raised {error.__cause__!r}", prompts)) from error.__cause__
         except Exception as error:
             raise RuntimeError(self._describe("failed", prompts)) from error
 
@@ -273,6 +269,8 @@ class RewardsMixin:
         if self._has_async_funcs and torch.accelerator.is_available():  # a new thread is on device 0 in every process
             device_index = torch.accelerator.current_device_index()
             self.async_loop.call_soon_threadsafe(torch.accelerator.set_device_index, device_index)
+        if self._has_async_funcs:
+            self.async_loop.set_task_factory(_create_task)
 
     def _wrap_reward_funcs(
         self,
@@ -370,6 +368,21 @@ class RewardsMixin:
             raise ValueError(reason)
         self._count_failure("rewards", reason)
         return rewards_per_func
+
+
+class _ExitError(RuntimeError):
+    """An exit in a coroutine. The exit itself would end the event loop, and whoever waits for it would never know."""
+
+
+async def _raise_exit_as_error(coroutine: Coroutine) -> Any:
+    try:
+        return await coroutine
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise _ExitError(f"A coroutine raised {error!r}.") from error
+
+
+def _create_task(loop: asyncio.AbstractEventLoop, coroutine: Coroutine, **kwargs: Any) -> asyncio.Task:
+    return asyncio.Task(_raise_exit_as_error(coroutine), loop=loop, **kwargs)
 
 
 def _start_daemon(target: Callable[[], None], name: str | None = None) -> None:
