@@ -19,21 +19,25 @@ Each argument of `UDMGRPOConfig`, of TRL's `ModelConfig` (LoRA among them) and o
 a key of a YAML file, which `--config` names. Flags override the file.
 """
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, UDMPipeline
+from trl_udm.cli.parser import Parser
 from trl_udm.evaluation.comparison import train_and_compare, train_and_compare_texts
 from trl_udm.evaluation.report import format_table
 
 
 CONFIGS_DIR = Path(__file__).parent / "configs"
+
+sys.path.append(os.getcwd())  # for `module:attribute` of a module of yours; a script's own folder is there already
 
 
 @dataclass
@@ -88,7 +92,7 @@ def parse_arguments(
     names = {argument.partition("=")[0] for argument in argv}
     if default_config is not None and not names & {"--config", "--model_name_or_path"}:
         argv = ["--config", str(CONFIGS_DIR / default_config), *argv]
-    parser = TrlParser((script_arguments, UDMGRPOConfig, ModelConfig))
+    parser = Parser((script_arguments, UDMGRPOConfig, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config(args=argv)
     if model_args.lora_target_modules is None:
         model_args.lora_target_modules = lora_target_modules
@@ -125,13 +129,6 @@ def load_pipeline(
     if model_args.attn_implementation is not None:
         pipeline.transformer.set_attn_implementation(model_args.attn_implementation)
     return pipeline
-
-
-def load_rows(name: str) -> Dataset:
-    """The rows of a `.jsonl` file, or of the "train" split of a dataset on the Hub."""
-    if name.endswith(".jsonl"):
-        return load_dataset("json", data_files=name, split="train")
-    return load_dataset(name, split="train")
 
 
 def train_images(

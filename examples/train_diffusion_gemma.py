@@ -32,12 +32,14 @@ from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import Any
 
-from common import load_pipeline, load_rows, parse_arguments, train_texts
+from common import load_pipeline, parse_arguments, train_texts
 from datasets import DatasetDict
 from trl import get_peft_config
 from trl.import_utils import is_math_verify_available
 
 from trl_udm import DiffusionGemmaUDMPipeline, UDMGRPOTrainer
+from trl_udm.cli.mistakes import mistakes_in_one_line
+from trl_udm.data.files import load_rows
 from trl_udm.pipelines.pipeline_diffusion_gemma import LORA_TARGET_MODULES
 
 
@@ -49,7 +51,7 @@ class ScriptArguments:
     """Arguments of this script."""
 
     dataset_name: str = field(
-        default="trl-lib/DeepMath-103K", metadata={"help": "The problems: a `.jsonl` file or a Hub dataset."}
+        default="trl-lib/DeepMath-103K", metadata={"help": "The problems: a file or a Hub dataset."}
     )
     reward_funcs: list[str] = field(
         default_factory=lambda: [ACCURACY_REWARD], metadata={"help": "Full names of reward functions."}
@@ -80,25 +82,26 @@ def load_problems(script_args: ScriptArguments) -> DatasetDict:
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    script_args, training_args, model_args = parse_arguments(
-        ScriptArguments, argv, lora_target_modules=LORA_TARGET_MODULES
-    )
-    if model_args.model_name_or_path is None:
-        raise ValueError("`--model_name_or_path` is needed, such as google/diffusiongemma-26B-A4B-it.")
-    if ACCURACY_REWARD in script_args.reward_funcs and not is_math_verify_available():
-        raise ImportError(
-            f"`--reward_funcs {ACCURACY_REWARD}` needs the package `math_verify`: `pip install 'trl-udm[math]'`."
+    with mistakes_in_one_line("train_diffusion_gemma.py"):
+        script_args, training_args, model_args = parse_arguments(
+            ScriptArguments, argv, lora_target_modules=LORA_TARGET_MODULES
         )
-    problems = load_problems(script_args)
-    options = {"default_dtype": "auto", "self_conditioning": script_args.self_conditioning}
-    trainer = UDMGRPOTrainer(
-        load_pipeline(DiffusionGemmaUDMPipeline, model_args.model_name_or_path, model_args, **options),
-        reward_funcs=[resolve_name(name) for name in script_args.reward_funcs],
-        args=training_args,
-        train_dataset=problems["train"],
-        eval_dataset=problems["test"],
-        peft_config=get_peft_config(model_args),
-    )
+        if model_args.model_name_or_path is None:
+            raise ValueError("`--model_name_or_path` is needed, such as google/diffusiongemma-26B-A4B-it.")
+        if ACCURACY_REWARD in script_args.reward_funcs and not is_math_verify_available():
+            raise ImportError(
+                f"`--reward_funcs {ACCURACY_REWARD}` needs the package `math_verify`: `pip install 'trl-udm[math]'`."
+            )
+        problems = load_problems(script_args)
+        options = {"default_dtype": "auto", "self_conditioning": script_args.self_conditioning}
+        trainer = UDMGRPOTrainer(
+            load_pipeline(DiffusionGemmaUDMPipeline, model_args.model_name_or_path, model_args, **options),
+            reward_funcs=[resolve_name(name) for name in script_args.reward_funcs],
+            args=training_args,
+            train_dataset=problems["train"],
+            eval_dataset=problems["test"],
+            peft_config=get_peft_config(model_args),
+        )
     return train_texts(trainer, "Reward on held-out problems")
 
 

@@ -36,6 +36,7 @@ from common import ImageArguments, load_pipeline, parse_arguments, train_images
 from trl import get_peft_config
 
 from trl_udm import DiagnosticsCallback, GenEvalReward, UDMGRPOTrainer, URSAPipeline
+from trl_udm.cli.mistakes import mistakes_in_one_line
 from trl_udm.data.geneval import generate_geneval_prompts, geneval_dataset
 from trl_udm.data.loading import load_prompts
 from trl_udm.worlds.shapes import CHECKPOINT_PATH
@@ -88,16 +89,17 @@ def load_task(script_args: ScriptArguments, model_name_or_path: str | None):
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    script_args, training_args, model_args = parse_arguments(ScriptArguments, argv, "shapes.yaml")
-    path, *judges, train_dataset, eval_dataset = load_task(script_args, model_args.model_name_or_path)
-    trainer = UDMGRPOTrainer(
-        load_pipeline(URSAPipeline, path, model_args),
-        reward_funcs=GenEvalReward(*judges, mode=script_args.reward_mode),
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        peft_config=get_peft_config(model_args),
-    )
+    with mistakes_in_one_line("train_geneval.py"):
+        script_args, training_args, model_args = parse_arguments(ScriptArguments, argv, "shapes.yaml")
+        path, *judges, train_dataset, eval_dataset = load_task(script_args, model_args.model_name_or_path)
+        trainer = UDMGRPOTrainer(
+            load_pipeline(URSAPipeline, path, model_args),
+            reward_funcs=GenEvalReward(*judges, mode=script_args.reward_mode),
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            peft_config=get_peft_config(model_args),
+        )
     if script_args.diagnostics_steps is not None:
         prompts = train_dataset.shuffle(seed=0)["prompt"][:64]
         trainer.add_callback(DiagnosticsCallback(trainer, prompts, measure_steps=script_args.diagnostics_steps))

@@ -37,6 +37,7 @@ from datasets import Dataset
 from trl import get_peft_config
 
 from trl_udm import OCRReward, UDMGRPOTrainer, URSAPipeline
+from trl_udm.cli.mistakes import mistakes_in_one_line
 from trl_udm.data.loading import load_prompts
 from trl_udm.data.ocr import generate_ocr_prompts
 from trl_udm.worlds.words import CHECKPOINT_PATH
@@ -68,16 +69,17 @@ def load_task(script_args: ScriptArguments, model_name_or_path: str | None):
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    script_args, training_args, model_args = parse_arguments(ScriptArguments, argv, "words.yaml")
-    path, reward, train_dataset, eval_dataset = load_task(script_args, model_args.model_name_or_path)
-    trainer = UDMGRPOTrainer(
-        load_pipeline(URSAPipeline, path, model_args),
-        reward_funcs=reward,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        peft_config=get_peft_config(model_args),
-    )
+    with mistakes_in_one_line("train_ocr.py"):
+        script_args, training_args, model_args = parse_arguments(ScriptArguments, argv, "words.yaml")
+        path, reward, train_dataset, eval_dataset = load_task(script_args, model_args.model_name_or_path)
+        trainer = UDMGRPOTrainer(
+            load_pipeline(URSAPipeline, path, model_args),
+            reward_funcs=reward,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            peft_config=get_peft_config(model_args),
+        )
     return train_images(
         trainer, reward, script_args, "OCR accuracy", curves={"written without a mistake": "ocr/exact"}
     )

@@ -31,6 +31,7 @@ from common import ImageArguments, load_pipeline, parse_arguments, train_images
 from trl import get_peft_config
 
 from trl_udm import PickScoreReward, UDMGRPOTrainer, URSAPipeline
+from trl_udm.cli.mistakes import mistakes_in_one_line
 from trl_udm.data.loading import load_prompts
 
 
@@ -49,23 +50,24 @@ class ScriptArguments(ImageArguments):
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    script_args, training_args, model_args = parse_arguments(ScriptArguments, argv)
-    if model_args.model_name_or_path is None:
-        raise ValueError("`--model_name_or_path` is needed, such as BAAI/URSA-1.7B-IBQ512.")
-    reward = PickScoreReward(script_args.pickscore_model, script_args.pickscore_processor)
+    with mistakes_in_one_line("train_pickscore.py"):
+        script_args, training_args, model_args = parse_arguments(ScriptArguments, argv)
+        if model_args.model_name_or_path is None:
+            raise ValueError("`--model_name_or_path` is needed, such as BAAI/URSA-1.7B-IBQ512.")
+        reward = PickScoreReward(script_args.pickscore_model, script_args.pickscore_processor)
 
-    def pickscore(**kwargs):
-        # The scale of the figures in papers. The large model of the reward is loaded once
-        return [26 * value for value in reward(**kwargs)]
+        def pickscore(**kwargs):
+            # The scale of the figures in papers. The large model of the reward is loaded once
+            return [26 * value for value in reward(**kwargs)]
 
-    trainer = UDMGRPOTrainer(
-        load_pipeline(URSAPipeline, model_args.model_name_or_path, model_args),
-        reward_funcs=reward,
-        args=training_args,
-        train_dataset=load_prompts(script_args.dataset_name),
-        eval_dataset=load_prompts(script_args.eval_dataset_name),
-        peft_config=get_peft_config(model_args),
-    )
+        trainer = UDMGRPOTrainer(
+            load_pipeline(URSAPipeline, model_args.model_name_or_path, model_args),
+            reward_funcs=reward,
+            args=training_args,
+            train_dataset=load_prompts(script_args.dataset_name),
+            eval_dataset=load_prompts(script_args.eval_dataset_name),
+            peft_config=get_peft_config(model_args),
+        )
     return train_images(trainer, pickscore, script_args, "PickScore")
 
 

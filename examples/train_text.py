@@ -35,11 +35,13 @@ from dataclasses import dataclass, field
 from pkgutil import resolve_name
 from typing import Any
 
-from common import load_pipeline, load_rows, parse_arguments, train_texts
+from common import load_pipeline, parse_arguments, train_texts
 from datasets import Dataset
 from trl import get_peft_config
 
 from trl_udm import TextUDMPipeline, UDMGRPOTrainer
+from trl_udm.cli.mistakes import mistakes_in_one_line
+from trl_udm.data.files import load_rows
 from trl_udm.worlds.sums import CHECKPOINT_PATH
 from trl_udm.worlds.sums.problems import split_problems, sum_reward
 
@@ -76,16 +78,17 @@ def load_task(script_args: ScriptArguments, model_name_or_path: str | None):
 
 
 def main(argv: list[str]) -> dict[str, Any]:
-    script_args, training_args, model_args = parse_arguments(ScriptArguments, argv, "arithmetic.yaml")
-    path, reward_funcs, train_dataset, eval_dataset = load_task(script_args, model_args.model_name_or_path)
-    trainer = UDMGRPOTrainer(
-        load_pipeline(TextUDMPipeline, path, model_args),
-        reward_funcs=reward_funcs,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        peft_config=get_peft_config(model_args),
-    )
+    with mistakes_in_one_line("train_text.py"):
+        script_args, training_args, model_args = parse_arguments(ScriptArguments, argv, "arithmetic.yaml")
+        path, reward_funcs, train_dataset, eval_dataset = load_task(script_args, model_args.model_name_or_path)
+        trainer = UDMGRPOTrainer(
+            load_pipeline(TextUDMPipeline, path, model_args),
+            reward_funcs=reward_funcs,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            peft_config=get_peft_config(model_args),
+        )
     return train_texts(trainer, "Reward on the evaluation prompts", script_args.num_shown)
 
 

@@ -14,7 +14,10 @@
 
 """The code of a page of docs/, run as a reader would."""
 
+import os
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -25,14 +28,22 @@ import pytest
 DOCS_DIR = Path(__file__).parents[1] / "docs"
 
 
-def run_page(name: str, folder: Path, num_blocks: int) -> dict[str, Any]:
-    """Runs the Python blocks of a page one after the other, in a folder. Returns what they define."""
+def run_page(name: str, folder: Path, num_blocks: int, languages: str = "python", **variables: Any) -> dict[str, Any]:
+    """
+    Runs the blocks of a page one after the other, in a folder and with variables. Returns what they define.
+    `languages` is `"python"` or `"python|bash"`.
+    """
     page = DOCS_DIR / name
-    blocks = re.findall(r"^( *)```python\n(.*?)^\1```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    pattern = rf"^( *)```({languages})\n(.*?)^\1```"
+    blocks = re.findall(pattern, page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     assert len(blocks) == num_blocks
-    variables = {"__name__": "page"}
+    variables = {"__name__": "page", **variables}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for _, block in blocks:
-            exec(compile(textwrap.dedent(block), str(page), "exec"), variables)
+        patch.setenv("PATH", os.path.dirname(sys.executable), prepend=os.pathsep)
+        for _, language, block in blocks:
+            if language == "bash":
+                subprocess.run(["bash", "-ec", block], check=True)
+            else:
+                exec(compile(textwrap.dedent(block), str(page), "exec"), variables)
     return variables

@@ -250,10 +250,10 @@ def test_rows_of_one_prompt_are_one_prompt(pipeline):
 
 
 class ModeCallback(TrainerCallback):
-    """Whether the model is in training mode when the training begins, which is after the first evaluation."""
+    """Notes the model's mode and the random state as the training begins, which is after the first evaluation."""
 
     def on_train_begin(self, args, state, control, model, **kwargs):
-        self.is_training = model.training
+        self.is_training, self.random_state = model.training, torch.get_rng_state()
 
 
 def build_trainer(pipeline, reward_func, rows, output_dir, **options):
@@ -289,7 +289,9 @@ def test_images_are_compared_in_evaluation_mode_and_the_mode_is_restored(pipelin
         modes.append(trainer.model.training)
         return closeness(**columns)
 
+    random_state = torch.get_rng_state()
     results = train_and_compare(trainer, watched_closeness, ROWS, num_images_per_prompt=1)
+    assert torch.equal(callback.random_state, random_state)
     assert len(modes) > 0 and not any(modes)
     assert callback.is_training and trainer.model.training
     assert results["metric"] == "watched_closeness" and set(results["before"]) == {"short", "long", "overall"}
@@ -305,7 +307,9 @@ def test_texts_are_compared_with_the_same_seed(tmp_path, num_shown):
         TextUDMPipeline.from_pretrained(CHECKPOINT_PATH), sum_reward, rows, tmp_path, learning_rate=0.0
     )
     trainer.add_callback(callback)
+    random_state = torch.get_rng_state()
     results = train_and_compare_texts(trainer, num_shown)
+    assert torch.equal(callback.random_state, random_state)
     assert callback.is_training and trainer.model.training
     assert results["before"] == results["after"]
     assert [row["prompt"] for row in results.get("completions", [])] == [row["prompt"] for row in rows[:num_shown]]

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
 
@@ -246,6 +246,28 @@ def test_weights_gradients_and_states_are_exact(tmp_path, tokenizer, lora):
     assert estimate.peak == max(estimate.stages.values()) > estimate.resident
     assert type(pipeline.transformer.lm_head.weight.data) is torch.Tensor  # the pipeline is as it was
     assert isinstance(pipeline.scheduler, KineticOptimalScheduler)
+
+
+@pytest.mark.parametrize("way", ["loaded", "a PeftModel", "named"])
+def test_an_adapter_that_is_trained_further_is_held_twice(tmp_path, tokenizer, way):
+    """Its first weights are the reference. Else it takes what a new one takes, and the pipeline is as it was."""
+    pipeline = build_pipeline(tokenizer)
+    new = estimate_memory(pipeline, build_config(tmp_path), build_adapter())
+    get_peft_model(build_pipeline(tokenizer).transformer, build_adapter()).save_pretrained(tmp_path)
+    if way == "loaded":
+        pipeline.load_lora_weights(tmp_path)
+    elif way == "a PeftModel":
+        pipeline.transformer = PeftModel.from_pretrained(pipeline.transformer, tmp_path)
+    before = [(name, weight.requires_grad) for name, weight in pipeline.transformer.named_parameters()]
+    args = build_config(tmp_path, adapter=str(tmp_path) if way == "named" else None)
+    further = estimate_memory(pipeline, args)
+    assert further.trained_weights == further.reference_weights == new.trained_weights
+    assert (further.frozen_weights, further.optimizer_states) == (new.frozen_weights, new.optimizer_states)
+    assert further.peak == pytest.approx(new.peak + further.reference_weights, rel=0.01)
+    assert [(name, weight.requires_grad) for name, weight in pipeline.transformer.named_parameters()] == before
+    assert estimate_memory(pipeline, build_config(tmp_path, beta=0.0, adapter=args.adapter)).reference_weights == 0
+    with pytest.raises(ValueError, match="has adapters already|`adapter` must be None with a `peft_config`"):
+        estimate_memory(pipeline, args, build_adapter())
 
 
 def test_nothing_is_scored_without_need(tmp_path, tokenizer):

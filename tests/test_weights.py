@@ -66,7 +66,7 @@ def test_a_damaged_file_is_refused(name, tmp_path):
 
 
 def test_shards_are_preferred_to_safetensors_and_these_to_a_pickle(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"neither `x\.safetensors` nor `x\.bin` in"):
+    with pytest.raises(FileNotFoundError, match=r"There is no `x\.safetensors` or `x\.bin` in"):
         load_state_dict(tmp_path, "x")
     for content, file in enumerate(["x.bin", "x.safetensors", "x-1.safetensors"]):
         expected = {"a": torch.tensor(content)}
@@ -117,6 +117,9 @@ def test_every_weight_of_a_model_is_loaded_or_named(tmp_path):
     tensors = load_file(file)
     save_file({**tensors, "quantize.embedding.weight": torch.ones(3)}, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"another shape .*quantize\.embedding\.weight"):
+        load_every_weight(VQModel.from_pretrained, tmp_path)
+    save_file({**tensors, "extra": torch.ones(3)}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"some that the model of its config.json does not have: \['extra'\]"):
         load_every_weight(VQModel.from_pretrained, tmp_path)
     tensors.pop("quantize.embedding.weight")
     save_file(tensors, file, metadata={"format": "pt"})

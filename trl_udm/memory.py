@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,7 +36,7 @@ from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head, disable_dropout_in_model
 
 from .pipelines.pipeline_udm import UDMPipeline
-from .trainer.adapters import can_merge, merged_adapter, prepare_peft_config
+from .trainer.adapters import can_merge, merged_adapter, prepare_model, starts_at_zero
 from .trainer.udm_grpo_config import UDMGRPOConfig
 from .trainer.udm_grpo_trainer import UDMGRPOTrainer
 
@@ -54,7 +55,8 @@ class MemoryEstimate:
         frozen_weights (`int`):
             Other weights: those under an adapter, the decoder, and the scheduler's codebook.
         reference_weights (`int`):
-            Frozen copy of the transformer, the reference of full fine-tuning with a `beta` other than 0.
+            What the reference policy needs with a `beta` other than 0: a frozen copy of the transformer, or of an
+            adapter's first weights where the policy without the adapter is another one.
         ema_weights (`int`):
             Average of the trained weights, with an `ema_decay`.
         gradients (`int`):
@@ -116,7 +118,8 @@ def estimate_memory(
         args ([`UDMGRPOConfig`]):
             Configuration of the run.
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapter to train, instead of all weights.
+            New adapter to train, instead of all weights. `args.adapter`, or an adapter of the pipeline, is trained
+            further instead.
         prompt (`str` or `list[dict]`, *optional*, defaults to `""`):
             The longest prompt. URSA pads all of them to one length.
         device (`str`, *optional*, defaults to `"cuda"`):
@@ -126,8 +129,8 @@ def estimate_memory(
         [`MemoryEstimate`]: The bytes, by kind and by stage.
 
     Raises:
-        ValueError: If `device` is neither of the two, if the transformer has adapters already, or if the pipeline has
-            a sampler of its own, as [`DiffusionGemmaUDMPipeline`] has.
+        ValueError: If `device` is neither of the two, if the adapter cannot be trained, or if the pipeline has a
+            sampler of its own, as [`DiffusionGemmaUDMPipeline`] has.
 
     Example:
 
@@ -155,23 +158,30 @@ def estimate_memory(
     num_samples = min(num_samples, args.rollout_batch_size or num_samples)  # drawn at a time
     is_float32 = not (args.bf16 or args.fp16)
     autocast = torch.autocast("cpu", torch.float16 if args.fp16 else torch.bfloat16, enabled=not is_float32)
-    model = pipeline.transformer
-    peft_config = prepare_peft_config(model, peft_config)
+    planned = copy.copy(pipeline)  # which gets the adapter, and has no weights
+    setattr(planned, pipeline.transformer_name, _copy_module(pipeline.peft_model or pipeline.transformer, "meta"))
+    model, peft_config = prepare_model(planned, peft_config, args.adapter)
     if peft_config is not None:
-        model = get_peft_model(_copy_module(model, "meta"), peft_config)
+        model = get_peft_model(model, peft_config)
 
     with FakeTensorMode(), _Tracker(num_labels=num_rows * math.prod(latent_shape)) as tracker:
         # Networks
         model = _copy_module(model).train()
-        transformer = reference = model if peft_config is None else model.get_base_model()
-        if peft_config is None and args.beta != 0.0:
-            reference = _copy_module(pipeline.transformer).requires_grad_(False)
+        is_peft = isinstance(model, PeftModel)
+        transformer = reference = model.get_base_model() if is_peft else model
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        initial_weights = []
+        if args.beta != 0.0 and not is_peft:
+            reference = _copy_module(transformer).requires_grad_(False)
+            initial_weights = list(reference.parameters())
+        elif args.beta != 0.0 and not (peft_config is not None and starts_at_zero(model, trained)):
+            initial_weights = [parameter.detach().clone() for parameter in trained.values()]
         for network in {transformer, reference}:
             add_fused_lm_head(network, outputs=("entropy",), cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
         if args.disable_dropout:
             disable_dropout_in_model(model)
         pipeline = _copy_pipeline(pipeline, transformer)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = list(trained.values())
         ema = None if args.ema_decay is None else EMAModel(trained, decay=args.ema_decay, foreach=True)
         all_weights = tracker.live
 
@@ -189,7 +199,7 @@ def estimate_memory(
         # Rollout and decoding, in one context as the trainer's: autocast keeps its copies of the weights
         is_merged = args.merge_adapter
         if is_merged is None:
-            is_merged = peft_config is not None and is_float32 and can_merge(model)
+            is_merged = is_peft and is_float32 and can_merge(model)
         with torch.no_grad(), autocast, merged_adapter(model) if is_merged else contextlib.nullcontext():
             prompt_ids = torch.zeros(num_samples, num_prompt_tokens, dtype=torch.long)
             tracker.begin("rollout")
@@ -212,7 +222,7 @@ def estimate_memory(
             tokens = torch.zeros(num_rows, math.prod(latent_shape), dtype=torch.long)
             inputs = (prompt_ids, torch.ones_like(prompt_ids), tokens, latent_shape, tokens, torch.zeros(num_rows))
             score_model = network
-            if device == "cuda":
+            if device == "cuda" and not isinstance(network.get_output_embeddings(), BaseTunerLayer):
                 score_model = functools.partial(_forward_on_gpu, network, args.cast_lm_head_to_fp32)
             with autocast:
                 return pipeline.score(score_model, *inputs)[0].mean()
@@ -239,7 +249,7 @@ def estimate_memory(
             ema.step(trained)
 
     trained_weights = sum(parameter.nbytes for parameter in trained)
-    reference_weights = sum(weight.nbytes for weight in reference.parameters() if reference is not transformer)
+    reference_weights = sum(weight.nbytes for weight in initial_weights)
     ema_weights = 0 if ema is None else trained_weights
     return MemoryEstimate(
         trained_weights=trained_weights,

@@ -17,9 +17,33 @@
 import torch
 
 
+def check_generators(generator: torch.Generator | list[torch.Generator] | None, batch_size: int) -> None:
+    """
+    Checks that there is one generator for all samples, or one for each.
+
+    Args:
+        generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+            The generators.
+        batch_size (`int`):
+            Number of samples.
+
+    Raises:
+        TypeError: If one is no generator.
+        ValueError: If a list has another length.
+    """
+    generators = generator if isinstance(generator, list) else [generator]
+    if generator is not None and not all(isinstance(each, torch.Generator) for each in generators):
+        raise TypeError(f"`generator` must be a `torch.Generator`, or a list of them, got {generator!r}.")
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(
+            f"`generator` must be one generator or a list of one for each of the {batch_size} samples, got a list of "
+            f"{len(generator)}."
+        )
+
+
 def rand_tensor(
     shape: int | tuple[int, ...],
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
@@ -30,8 +54,9 @@ def rand_tensor(
     Args:
         shape (`int` or `tuple[int, ...]`):
             Shape of the result.
-        generator (`torch.Generator`, *optional*):
-            RNG of the draw. Defaults to the global RNG of `device`.
+        generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+            RNG of the draw, or one for each entry of the first dimension, which gets the numbers that a tensor of that
+            entry alone would get. Defaults to the global RNG of `device`.
         device (`str` or `torch.device`, *optional*):
             Device of the result.
         dtype (`torch.dtype`, *optional*):
@@ -39,7 +64,13 @@ def rand_tensor(
 
     Returns:
         `torch.Tensor` of shape `shape`: The numbers.
+
+    Raises:
+        ValueError: If a list of generators has another length than the first dimension.
     """
+    if isinstance(generator, list):
+        check_generators(generator, shape[0])
+        return torch.cat([rand_tensor((1, *shape[1:]), each, device, dtype) for each in generator])
     draw_device = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=draw_device, dtype=dtype).to(device)
 
@@ -47,7 +78,7 @@ def rand_tensor(
 def randint_tensor(
     high: int,
     shape: tuple[int, ...],
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
     device: str | torch.device | None = None,
 ) -> torch.LongTensor:
     """
@@ -58,13 +89,33 @@ def randint_tensor(
             Number of integers.
         shape (`tuple[int, ...]`):
             Shape of the result.
-        generator (`torch.Generator`, *optional*):
-            RNG of the draw. Defaults to the global RNG of `device`.
+        generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+            RNG of the draw, as in `rand_tensor`. Defaults to the global RNG of `device`.
         device (`str` or `torch.device`, *optional*):
             Device of the result.
 
     Returns:
         `torch.LongTensor` of shape `shape`: The integers.
+
+    Raises:
+        ValueError: If a list of generators has another length than the first dimension.
     """
+    if isinstance(generator, list):
+        check_generators(generator, shape[0])
+        return torch.cat([randint_tensor(high, (1, *shape[1:]), each, device) for each in generator])
     draw_device = device if generator is None else generator.device
     return torch.randint(high, shape, generator=generator, device=draw_device).to(device)
+
+
+def widest_dtype(device: str | torch.device) -> torch.dtype:
+    """
+    The most precise floating dtype of a device: float64, or float32 on devices that have no float64.
+
+    Args:
+        device (`str` or `torch.device`):
+            The device.
+
+    Returns:
+        `torch.dtype`: The dtype.
+    """
+    return torch.float32 if torch.device(device).type in ("mps", "npu") else torch.float64

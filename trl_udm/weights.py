@@ -25,12 +25,24 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from diffusers.utils import _get_model_file
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
-def find_file(pretrained_model_name_or_path: str | os.PathLike, names: list[str], **hub_kwargs: Any) -> Path:
+def find_file(
+    pretrained_model_name_or_path: str | os.PathLike,
+    names: list[str],
+    subfolder: str | None = None,
+    **hub_kwargs: Any,
+) -> Path:
     """
     Finds a file in a folder or a repository on the Hub, by several names.
 
@@ -39,22 +51,40 @@ def find_file(pretrained_model_name_or_path: str | os.PathLike, names: list[str]
             Folder, or id of a repository.
         names (`list[str]`):
             Names of the file, in order of preference.
+        subfolder (`str`, *optional*):
+            Folder of the file in the folder or repository.
         hub_kwargs:
-            `subfolder`, `cache_dir`, `force_download`, `proxies`, `local_files_only`, `token` and `revision`.
+            `cache_dir`, `force_download`, `local_files_only`, `token` and `revision`.
 
     Returns:
         `Path`: The first that exists. From the Hub it is downloaded.
 
     Raises:
-        FileNotFoundError: If none exists.
+        FileNotFoundError: If none exists, or there is no such folder or repository, or the Hub cannot be reached.
     """
-    for name in names:
-        try:
-            return Path(_get_model_file(pretrained_model_name_or_path, weights_name=name, **hub_kwargs))
-        except OSError as error:
-            missing_error = error
-    listed = " nor ".join(f"`{name}`" for name in names)
-    raise FileNotFoundError(f"Found neither {listed} in {pretrained_model_name_or_path}.") from missing_error
+    source = str(pretrained_model_name_or_path)
+    if Path(source).is_dir():
+        for name in names:
+            file = Path(source, subfolder or "", name)
+            if file.is_file():
+                return file
+    else:
+        for name in names:
+            try:
+                return Path(hf_hub_download(source, name, subfolder=subfolder, **hub_kwargs))
+            except RemoteEntryNotFoundError:
+                continue
+            except HFValidationError as error:
+                reason = "its name cannot be that of a repository on the Hub"
+                raise FileNotFoundError(f"There is no folder {source}, and {reason}.") from error
+            except RepositoryNotFoundError as error:
+                reason = "the Hub has no repository of this name that you may read. For a private one, log in first"
+                raise FileNotFoundError(f"There is no folder {source}, and {reason}: `hf auth login`.") from error
+            except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+                reason = "the Hub cannot be reached: there is no network, or HF_HUB_OFFLINE is set"
+                raise FileNotFoundError(f"There is no folder or cached repository {source}, and {reason}.") from error
+    where = source if subfolder is None else os.path.join(source, subfolder)
+    raise FileNotFoundError(f"There is no {' or '.join(f'`{name}`' for name in names)} in {where}.")
 
 
 def load_tensors(file: str | os.PathLike, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
@@ -154,8 +184,8 @@ def load_every_weight(
     from_pretrained: Callable, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
 ) -> Any:
     """
-    Calls a `from_pretrained` of transformers or diffusers, where a missing weight is an error. The libraries would
-    leave it random and warn.
+    Calls a `from_pretrained` of transformers or diffusers, where a missing or unexpected weight is an error. The
+    libraries would leave a missing one random, and warn.
 
     Args:
         from_pretrained (`Callable`):
@@ -163,32 +193,40 @@ def load_every_weight(
         pretrained_model_name_or_path (`str` or `os.PathLike`, *optional*):
             Folder, or id of a repository on the Hub.
         args, kwargs:
-            As in `from_pretrained`. With `ignore_mismatched_sizes=True` weights that are missing or of another shape
-            are no error.
+            As in `from_pretrained`. Weights that do not fit are no error with `ignore_mismatched_sizes=True`, or if
+            `output_loading_info=True` tells the caller of them.
 
     Returns:
         The model, or with `output_loading_info=True` a tuple of it and its loading info.
 
     Raises:
-        ValueError: If a weight is missing or of another shape, or a file is damaged.
+        ValueError: If a weight is missing, unexpected or of another shape, or a file is damaged.
     """
     settings = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         model, info = from_pretrained(pretrained_model_name_or_path, *args, **settings)
     except SafetensorError as error:
         raise ValueError(f"The weights in {pretrained_model_name_or_path} are damaged: {error}.") from error
-    absent = sorted(info["missing_keys"]) + sorted(
-        f"{name} (as {shape})" for name, shape, _ in info["mismatched_keys"]
-    )
-    if absent and not kwargs.get("ignore_mismatched_sizes", False):
-        raise ValueError(
-            f"The weights in {pretrained_model_name_or_path} miss, or have in another shape than its config.json "
-            f"says: {absent}."
-        )
-    return (model, info) if kwargs.get("output_loading_info", False) else model
+    if kwargs.get("output_loading_info", False):
+        return model, info
+    if not kwargs.get("ignore_mismatched_sizes", False):
+        absent = [*info["missing_keys"], *(f"{name} (as {shape})" for name, shape, _ in info["mismatched_keys"])]
+        if absent:
+            raise ValueError(
+                f"The weights in {pretrained_model_name_or_path} miss, or have in another shape than its config.json "
+                f"says: {sorted(absent)}."
+            )
+        if info["unexpected_keys"]:
+            raise ValueError(
+                f"The weights in {pretrained_model_name_or_path} have some that the model of its config.json does not "
+                f"have: {sorted(info['unexpected_keys'])}."
+            )
+    return model
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], file: str | os.PathLike) -> None:
+def save_tensors(
+    tensors: dict[str, torch.Tensor], file: str | os.PathLike, metadata: dict[str, str] | None = None
+) -> None:
     """
     Saves tensors as safetensors.
 
@@ -197,7 +235,9 @@ def save_tensors(tensors: dict[str, torch.Tensor], file: str | os.PathLike) -> N
             The tensors.
         file (`str` or `os.PathLike`):
             The file. Its folder is created if it does not exist.
+        metadata (`dict[str, str]`, *optional*):
+            Texts that the file holds besides.
     """
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, file, metadata={"format": "pt"})
+    save_file(contiguous, file, metadata={"format": "pt", **(metadata or {})})

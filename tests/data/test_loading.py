@@ -13,12 +13,16 @@
 # limitations under the License.
 
 import functools
+import gzip
 import json
+import logging
 
+import fsspec
 import pytest
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from trl_udm.data import loading
+from trl_udm.data.files import load_rows
 from trl_udm.data.geneval import generate_geneval_prompts
 
 
@@ -83,14 +87,111 @@ def test_text_lists_are_read_line_by_line(tmp_path, load_prompts, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_target_column_goes_before_the_quotes(tmp_path, load_prompts, streaming):
+def test_a_target_column_goes_before_the_quotes_and_other_columns_stay(tmp_path, load_prompts, streaming):
     path = tmp_path / "prompts.csv"
-    path.write_text('id,caption,target_text\n1,"A ""red"" door that reads PULL",PULL\n2,"A sign: ""Exit""",\n')
+    path.write_text('id,caption,target_text\n1,"A ""red"" door that reads PULL",PULL\n02,"A sign: ""Exit""",\n')
     dataset = load_prompts(path, task="ocr", prompt_column="caption", streaming=streaming)
     assert list(dataset) == [
-        {"prompt": 'A "red" door that reads PULL', "target_text": "PULL"},
-        {"prompt": 'A sign: "Exit"', "target_text": "Exit"},
+        {"prompt": 'A "red" door that reads PULL', "target_text": "PULL", "id": "1"},
+        {"prompt": 'A sign: "Exit"', "target_text": "Exit", "id": "02"},
     ]
+
+
+# What pandas or Arrow would take for a missing value, a number, a date or a truth value
+TEXTS = "NA null nan None N/A #N/A 007 1e5 1,000 -inf 0x1F 2024-01-02 TRUE".split()
+TEXTS += [" x ", "two\nlines", "two\r\nlines", 'a "quoted" text', "\u65e5\u672c"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("values", [TEXTS, TEXTS[6:8], TEXTS[11:13]], ids=["all", "numbers", "dates"])
+@pytest.mark.parametrize("name", ["a.csv", "a.TSV", "a.json", "a.JSONL", "folder"])
+def test_text_stays_as_it_is(tmp_path, load_prompts, name, values, streaming):
+    path = tmp_path / name
+    rows = [{"prompt": 'A "sign"', "target_text": value, "other": value} for value in values]
+    if path.suffix.lower() in (".csv", ".tsv", ""):
+        separator = "\t" if name == "a.TSV" else ","
+        quoted = [[f'"{cell.replace(chr(34), 2 * chr(34))}"' for cell in row.values()] for row in rows]
+        text = "\n".join(separator.join(row) for row in [list(rows[0]), *quoted])
+        if name == "folder":
+            path.mkdir()
+            path = path / "train.csv"
+        path.write_bytes(text.encode())
+    elif name == "a.json":
+        path.write_text(json.dumps(rows))
+    else:
+        write_lines(path, *rows)
+    assert list(load_prompts(tmp_path / name, task="ocr", streaming=streaming)) == rows
+    assert load_rows(tmp_path / name, cache_dir=str(tmp_path / "cache")).to_list() == rows
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("ends", ["\n", "\r\n"], ids=["LF", "CRLF"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize("suffix", [".txt", ".csv", ".tsv.gz", ".json", ".jsonl", ".JSONL.gz", ".txt.xz"])
+def test_encodings_and_compressions_are_recognized(tmp_path, load_prompts, suffix, encoding, ends, streaming):
+    path = tmp_path / f"prompts{suffix}"
+    row = json.dumps({"prompt": QUOTED}, ensure_ascii=False)
+    cell = QUOTED.replace('"', '""')
+    texts = {".txt": QUOTED, ".json": f"[{row}]", ".jsonl": row}
+    text = texts.get("." + suffix.split(".")[1].lower(), f'prompt{ends}"{cell}"') + ends
+    with fsspec.open(path, "wb", compression="infer") as file:
+        file.write(text.encode(encoding))
+    assert list(load_prompts(path, streaming=streaming)) == [{"prompt": QUOTED}]
+
+
+def test_other_encodings_and_separators_can_be_named(tmp_path, load_prompts):
+    path = tmp_path / "prompts.csv"
+    path.write_bytes("prompt;n\nGrüße;1\n".encode("latin-1"))
+    assert list(load_prompts(path, encoding="latin-1", delimiter=";")) == [{"prompt": "Grüße", "n": "1"}]
+
+
+def test_columns_may_have_several_types_and_gaps(tmp_path, load_prompts):
+    rows = [{"prompt": "a", "x": 1}, {"prompt": "b", "x": "one", "y": [1, "two"]}, {"prompt": "c\0"}]
+    dataset = load_prompts(write_lines(tmp_path / "prompts.jsonl", *rows), split="train[1:]")
+    assert list(dataset) == [{"prompt": "b", "x": "one", "y": [1, "two"]}, {"prompt": "c\0", "x": None, "y": None}]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_prompt_column_that_is_left_out_is_told(tmp_path, load_prompts, caplog, streaming):
+    path = write_lines(tmp_path / "prompts.jsonl", {"prompt": "a", "caption": "b", "n": 1})
+    with caplog.at_level(logging.WARNING):
+        assert list(load_prompts(path, prompt_column="caption", streaming=streaming)) == [{"prompt": "b", "n": 1}]
+    assert "The column `prompt` is left out, because `prompt_column` is 'caption'." in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        *((f"a{suffix}", b"", "it has no row. A file may be .txt,") for suffix in (".txt", ".csv", ".json", ".jsonl")),
+        ("a.csv", b"prompt,target_text\n", "it has no row"),
+        ("a.json", b"[]", "it has no row"),
+        ("a.csv", b"prompt\n\xe9\n", "it is not utf-8: .* byte 0xe9 .* Name its `encoding`, such as 'latin-1'"),
+        ("a.txt", b"\xff\xfeab\x00", "it is not utf-16: "),
+        ("a.txt.gz", b"text", "it cannot be decompressed: "),
+        ("a.txt.gz", gzip.compress(b"a long text")[:-9], "it cannot be decompressed: "),
+        ("a.csv", b"prompt,n,prompt\na,b,c\n", r"it has several columns of the names \['prompt'\]"),
+        ("a.csv", b"prompt,n\na,b\nc,d,e\n", "it cannot be read at line 3: there are 3 cells for 2 columns"),
+        ("a.csv", b'prompt\n"a\n', "it cannot be read at line 2: unexpected end of data"),
+        ("a.xlsx", b"PK", r"it has another suffix. A file may be \.txt, .* \(each also compressed, .* or \.parquet"),
+        ("a.parquet", b"PAR1", "it cannot be read: "),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, load_prompts, name, content, message, streaming):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"`path_or_name` must name rows .* got '.*{name}': {message}"):
+        list(load_prompts(path, streaming=streaming))
+
+
+def test_options_of_other_sources_and_missing_files_are_refused(tmp_path, load_prompts):
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl"):
+        load_prompts(tmp_path / "none.jsonl")
+    path = write_lines(tmp_path / "prompts.jsonl", {"prompt": "a"})
+    with pytest.raises(TypeError, match=r"\['field'\] are options of other sources, got them for '.*prompts.jsonl'"):
+        load_prompts(path, field="data")
+    with pytest.raises(ValueError, match='Unknown split "test"'):
+        load_prompts(path, split="test")
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -71,19 +71,6 @@ def test_a_repository_of_transformers_trains_on_checked_answers(tmp_path, proble
     assert results == {"before": 0.0, "after": 0.0}  # random letters solve nothing
 
 
-@pytest.mark.skipif(is_math_verify_available(), reason="the extra `math` is installed")
-def test_checked_answers_ask_for_their_package(tmp_path):
-    with pytest.raises(
-        ImportError, match="`--reward_funcs trl.rewards.accuracy_reward` needs the package `math_verify`"
-    ):
-        load_example("train_diffusion_gemma").main([*CONFIG, *SMALL, "--output_dir", str(tmp_path)])
-
-
-def test_the_example_asks_for_a_model(tmp_path):
-    with pytest.raises(ValueError, match="`--model_name_or_path` is needed, such as google/diffusiongemma-26B-A4B-it"):
-        load_example("train_diffusion_gemma").main(["--bf16", "False", "--output_dir", str(tmp_path)])
-
-
 def test_the_settings_hold_whole_groups(tmp_path):
     parser = TrlParser((load_example("train_diffusion_gemma").ScriptArguments, UDMGRPOConfig, ModelConfig))
     argv = [*CONFIG, "--output_dir", str(tmp_path), "--use_cpu", "True"]

@@ -47,10 +47,3 @@ def test_the_example_trains_on_shapes_and_leaves_its_results(tmp_path, capsys, e
     assert (tmp_path / "transformer_ema" / "adapter_model.safetensors").exists() == bool(extra)
     assert (tmp_path / ("adapter_model.safetensors" if extra else "model_index.json")).exists()
     assert "GenEval accuracy" in capsys.readouterr().out
-
-
-def test_the_real_run_asks_for_what_it_needs(tmp_path):
-    with pytest.raises(ValueError, match="`--eval_dataset_name` is needed with `--model_name_or_path`"):
-        load_example("train_geneval").main(
-            ["--output_dir", str(tmp_path), "--model_name_or_path", "some/model", "--bf16", "False"]
-        )

@@ -51,9 +51,3 @@ def test_another_model_trains_on_generated_or_given_prompts(tmp_path, oracle_dir
     results = load_example("train_ocr").main([*argv, "--output_dir", str(tmp_path / "out")])
     assert results["before"]["overall"] == 0.0
     assert (tmp_path / "out" / "model_index.json").exists()
-
-
-def test_another_model_asks_for_evaluation_prompts(tmp_path):
-    argv = ["--output_dir", str(tmp_path), "--model_name_or_path", "some/model", "--bf16", "False"]
-    with pytest.raises(ValueError, match="`--eval_dataset_name` is needed with `--model_name_or_path`"):
-        load_example("train_ocr").main(argv)

@@ -14,8 +14,6 @@
 
 import json
 
-import pytest
-
 from tests.rewards.test_clip import save_tiny_clip
 
 from . import load_example
@@ -39,9 +37,3 @@ def test_the_example_trains_on_pickscore_and_leaves_its_results(tmp_path, oracle
     for name in ("samples_before.png", "samples_after.png", "reward_curve.png", "model_index.json"):
         assert (tmp_path / "out" / name).exists()
     assert "PickScore" in capsys.readouterr().out
-
-
-def test_the_example_asks_for_a_model(tmp_path):
-    argv = ["--dataset_name", "train.txt", "--eval_dataset_name", "test.txt", "--bf16", "False"]
-    with pytest.raises(ValueError, match="`--model_name_or_path` is needed"):
-        load_example("train_pickscore").main([*argv, "--output_dir", str(tmp_path)])

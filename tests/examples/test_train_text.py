@@ -52,9 +52,3 @@ def test_another_model_trains_on_messages_with_a_reward_of_trl(tmp_path):
     results = load_example("train_text").main([*argv, "--output_dir", str(tmp_path / "out")])
     assert results["before"] == results["after"] == 0.0  # its vocabulary has no "<think>"
     assert [row["prompt"] for row in results["completions"]] == [row["prompt"] for row in rows[:2]]
-
-
-def test_a_model_asks_for_its_prompts_and_rewards(tmp_path):
-    argv = ["--output_dir", str(tmp_path), "--model_name_or_path", "some/model", "--bf16", "False"]
-    with pytest.raises(ValueError, match="`--dataset_name`, `--eval_dataset_name` and `--reward_funcs` must be given"):
-        load_example("train_text").main(argv)

@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, DynamicCache, Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RotaryEmbedding
 
 from trl_udm import URSAConfig, URSAForImageGeneration, URSAPipeline
 from trl_udm.models.modeling_ursa import URSAModel, URSARotaryEmbedding
@@ -261,10 +261,10 @@ def test_saved_model_loads_through_its_class_and_the_auto_classes(tmp_path):
 
 
 def test_loading_info_is_returned_on_request(tmp_path):
-    tiny_model().save_pretrained(tmp_path)
+    tiny_model().model.save_pretrained(tmp_path)
     model, info = URSAForImageGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert isinstance(model, URSAForImageGeneration)
-    assert not info["missing_keys"]
+    assert info["missing_keys"] == {"lm_head.weight"}
 
 
 def test_another_codebook_size_is_refused_unless_asked_for(tmp_path):
@@ -300,9 +300,68 @@ def test_bov_outside_the_text_vocabulary_is_refused(bov_token_id):
         URSAConfig(**TINY | {"bov_token_id": bov_token_id})
 
 
-def test_sliding_window_is_refused():
-    with pytest.raises(ValueError, match="`use_sliding_window` must be False"):
-        URSAConfig(**TINY, use_sliding_window=True)
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"use_sliding_window": True}, "`use_sliding_window` must be False"),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "`use_sliding_window` must be"),
+        ({"tie_word_embeddings": True}, "`tie_word_embeddings` must be False"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "`partial_rotary_factor` must be 1.0",
+        ),
+    ],
+)
+def test_settings_of_qwen3_that_do_not_fit_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        URSAConfig(**TINY, **setting)
+
+
+@pytest.mark.parametrize(
+    "rope_parameters",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+        {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+    ],
+    ids=lambda parameters: parameters["rope_type"],
+)
+def test_scaled_rotary_embeddings_are_those_of_transformers_on_text(rope_parameters):
+    rope_parameters = {"rope_theta": 1e4, "original_max_position_embeddings": 8, **rope_parameters}
+    config = URSAConfig(**TINY, max_position_embeddings=8, rope_parameters=rope_parameters)
+    rotary, reference = URSARotaryEmbedding(config), Qwen3RotaryEmbedding(config)
+    plain = URSARotaryEmbedding(URSAConfig(**TINY, rope_parameters={"rope_type": "default", "rope_theta": 1e4}))
+    for length in (20, 5, 30):  # beyond the original length, within it, and beyond it again
+        positions, x = torch.arange(length).unsqueeze(0), torch.zeros(1)
+        embeddings = rotary(x, positions.unsqueeze(-1).expand(-1, -1, 3))
+        torch.testing.assert_close(embeddings, reference(x, positions), rtol=0, atol=0)
+        if length > 8:
+            assert (embeddings[0] - plain(x, positions.unsqueeze(-1).expand(-1, -1, 3))[0]).abs().max() > 0.1
+
+
+def test_the_loss_of_labels_is_that_of_the_logits_before_them():
+    model, inputs = tiny_model(), tiny_inputs()
+    labels = torch.full((2, 18), -100)
+    labels[:, 6:] = torch.randint(24, (2, 12), generator=torch.Generator().manual_seed(2))
+    output = model(**inputs, labels=labels)
+    expected = nn.functional.cross_entropy(output.logits[:, 5:-1].flatten(0, 1), labels[:, 6:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+    scores = model(**inputs, shift_labels=nn.functional.pad(labels[:, 1:], (0, 1), value=-100)).log_probs
+    torch.testing.assert_close(output.loss, -scores.sum() / 24)
+    torch.testing.assert_close(model(**inputs, labels=labels, logits_to_keep=13).loss, expected)
+    torch.testing.assert_close(model(**inputs, labels=labels, return_dict=False)[0], expected)
+    with pytest.raises(ValueError, match=r"`labels` must be image codes in \[0, 24\), .* got labels up to 63"):
+        model(**inputs, labels=torch.full((2, 18), 63))
+
+
+def test_embeddings_keep_their_size():
+    model = tiny_model()
+    assert model.resize_token_embeddings(64) is model.get_input_embeddings()
+    with pytest.raises(ValueError, match="`new_num_tokens` must be 64, got 70: image codes follow the text tokens"):
+        model.resize_token_embeddings(70)
+    with pytest.raises(ValueError, match="`new_num_tokens` must be 64, got 70"):
+        model.model.resize_token_embeddings(70)
 
 
 @pytest.mark.parametrize(
@@ -319,6 +378,8 @@ def test_positions_of_another_shape_are_refused(position_ids, shape):
 def test_a_cache_is_refused():
     with pytest.raises(ValueError, match="`use_cache` must be False"):
         tiny_model()(**tiny_inputs(), use_cache=True)
+    with pytest.raises(ValueError, match="`use_cache` must be False, without a cache"):
+        tiny_model()(**tiny_inputs(), past_key_values=DynamicCache())
 
 
 def test_ids_and_embeddings_together_or_neither_are_refused():

@@ -136,6 +136,17 @@ def test_one_of_the_two_scores_may_be_left_unused(used):
     assert_close(gradients(model, *scores), expected)
 
 
+@pytest.mark.parametrize("is_cast", [False, True])
+def test_a_head_that_trl_casts_to_float32_is_not_rounded_by_autocast(is_cast):
+    head, hidden_states, labels = nn.Linear(8, CODEBOOK_SIZE, bias=False), torch.randn(64, 8), torch.arange(64)
+    expected = [scores.detach() for scores in score_tokens(head, hidden_states, labels)]
+    if is_cast:
+        head.forward = head.forward  # as `GRPOTrainer` replaces it with `cast_lm_head_to_fp32`
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = score_tokens(head, hidden_states, labels)
+    assert all(torch.equal(*pair) == is_cast for pair in zip(scores, expected, strict=True))
+
+
 @pytest.mark.parametrize("has_lora", [False, True])
 def test_no_tensor_of_all_tokens_and_all_codes_is_made(has_lora, monkeypatch):
     monkeypatch.setattr(token_scores, "CHUNK_LENGTH", 16)

@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 from trl_udm import URSAPipeline
 from trl_udm.cli import main
 from trl_udm.pipelines.lora import has_adapters
+from trl_udm.worlds import words
 from trl_udm.worlds.shapes import CHECKPOINT_PATH
 
 from ..trainer.toy_text_family import build_toy_text_pipeline
@@ -209,17 +210,44 @@ def test_what_a_denoiser_cannot_have_is_refused(config, message):
     assert not has_adapters(pipeline.transformer)
 
 
-def test_an_adapter_of_another_base_is_warned_of(tmp_path, caplog):
+@pytest.fixture
+def diffusers_log(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    return caplog
+
+
+def test_an_adapter_of_another_base_is_warned_of(tmp_path, diffusers_log):
     save_adapter(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "someone/words"}))
-    logging.getLogger("diffusers").propagate = True
     for name, is_warned in (("someone/words", False), ("someone/shapes", True)):
-        caplog.clear()
+        diffusers_log.clear()
         pipeline = build_pipeline()
         pipeline.register_to_config(_name_or_path=name)
         pipeline.load_lora_weights(tmp_path)
-        assert ("was trained on someone/words, and the pipeline is someone/shapes" in caplog.text) is is_warned
+        assert ("was trained on someone/words, and the pipeline is someone/shapes" in diffusers_log.text) is is_warned
+
+
+@pytest.mark.parametrize("name", ["lora", "pissa", "bias"])
+def test_an_adapter_knows_its_base_by_the_weights(tmp_path, diffusers_log, name):
+    """In any dtype, whether a trainer or a pipeline has saved it, and whatever it does to the weights under it."""
+    save_adapter(tmp_path / "peft", CONFIGS[name])
+    pipeline = build_pipeline()
+    pipeline.load_lora_weights(tmp_path / "peft")  # PEFT's own file tells nothing
+    pipeline.save_lora_weights(tmp_path / "a")
+    again = build_pipeline()
+    again.load_lora_weights(tmp_path / "a")
+    again.save_lora_weights(tmp_path / "b")
+    for folder, dtype in ((tmp_path / "a", torch.bfloat16), (tmp_path / "a", torch.float16), (tmp_path / "b", None)):
+        pipeline = build_pipeline().to(dtype=dtype)
+        pipeline.register_to_config(_name_or_path="a/copy")
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "the/original"}))
+        pipeline.load_lora_weights(folder)
+    assert not diffusers_log.records
+    build_pipeline(seed=1).load_lora_weights(tmp_path / "b")
+    messages = [record.message for record in diffusers_log.records]
+    assert len(messages) == 1 and "was trained on other weights than the pipeline has" in messages[0]
 
 
 # --- Several ---
@@ -438,7 +466,30 @@ def test_layers_of_unknown_origin_are_named_and_can_be_taken_off(tmp_path):
     assert_same_state(pipeline, state)
 
 
-# --- Merge ---
+# --- The command line ---
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["generate", "a photo of a ring", "--num_inference_steps", "1"],
+        ["evaluate", "--benchmark", "shapes", "--num_inference_steps", "1", "--prompts", "prompts.jsonl"],
+        ["merge"],
+    ],
+)
+def test_each_verb_warns_once_of_an_adapter_of_another_world(tmp_path, monkeypatch, diffusers_log, argv):
+    monkeypatch.chdir(tmp_path)
+    row = {"tag": "colors", "include": [{"class": "ring", "count": 1}], "prompt": "a photo of a ring"}
+    Path("prompts.jsonl").write_text(json.dumps(row))
+    for world, path in (("shapes", CHECKPOINT_PATH), ("words", words.CHECKPOINT_PATH)):
+        pipeline = URSAPipeline.from_pretrained(path)
+        config, name = pipeline.transformer.config, "model.layers.0.mlp.up_proj"
+        shapes = {"lora_A": (1, config.hidden_size), "lora_B": (config.intermediate_size, 1)}
+        pipeline.load_lora_weights({f"{name}.{key}.weight": torch.zeros(shape) for key, shape in shapes.items()})
+        pipeline.save_lora_weights(world)
+        main([*argv, "--model", "shapes", "--adapter", world, "--output_dir", f"of_{world}"])
+        warnings = [record.message for record in diffusers_log.records if "was trained on" in record.message]
+        assert len(warnings) == (world == "words")
 
 
 @pytest.fixture

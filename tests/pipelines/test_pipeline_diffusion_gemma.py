@@ -286,13 +286,30 @@ def test_given_latents_are_the_first_states():
 
 
 def test_rollouts_at_temperature_zero_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="`temperature` must be 1.0, got 0.0: .* At 0 they would take the likeliest"):
+    with pytest.raises(ValueError, match="`temperature` must be 1.0, got 0.0: rollouts draw"):
         UDMGRPOConfig(str(tmp_path), temperature=0.0, bf16=False)
 
 
 def test_guidance_is_refused():
     with pytest.raises(ValueError, match="`guidance_scale` must be 1.0 for DiffusionGemma, got 3.0"):
         draw_sample(build_pipeline(), guidance_scale=3.0)
+
+
+def test_rollouts_take_a_generator_for_each_sample_and_are_interrupted():
+    pipeline = build_pipeline()
+    condition, shape = pipeline.encode_prompt(TEXTS), pipeline.latent_shape(NUM_TOKENS)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(TEXTS))]
+    samples = pipeline.sample_tokens(*condition, shape, 3, generator=generators).clean_samples
+    for seed, sample in enumerate(samples):
+        rows = [tensor[seed : seed + 1] for tensor in condition]
+        alone = pipeline.sample_tokens(*rows, shape, 3, generator=torch.Generator().manual_seed(seed)).clean_samples
+        assert torch.equal(alone[0], sample)
+
+    def interrupt(step, timestep, tensors):
+        pipeline._interrupt = True
+        return tensors
+
+    assert pipeline.sample_tokens(*condition, shape, 3, callback=interrupt).clean_samples.shape == (4, CANVAS_LENGTH)
 
 
 # --- Schedulers and `__call__` ---

@@ -432,8 +432,8 @@ def test_diffusers_callbacks_say_which_tensors_they_take(pipe):
         ({"width": 1}, "`width` must be a positive multiple of 4, got 1. Try 4."),
         ({"width": 0}, "`width` must be a positive multiple of 4, got 0. Try 4."),
         (
-            {"latents": torch.zeros(2, 1, 8, 8, dtype=torch.long)},
-            "`latents` must have shape (2, 64) and ids in [0, 256), got shape (2, 1, 8, 8) and ids in [0, 0].",
+            {"latents": torch.zeros(2, 8, 8, dtype=torch.long)},
+            "`latents` must have shape (2, 64) and ids in [0, 256), got shape (2, 8, 8) and ids in [0, 0].",
         ),
         (
             {"latents": torch.zeros(2, 64, dtype=torch.long), "num_images_per_prompt": 2},

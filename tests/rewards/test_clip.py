@@ -307,3 +307,18 @@ def test_options_out_of_range_are_refused(folder):
         PickScoreReward(batch_size=0)
     with pytest.raises(ValueError, match="`text_cache_size` must be >= 0, got -1."):
         HPSv2Reward(folder, text_cache_size=-1)
+
+
+def test_prompts_that_are_cut_are_told_once(folder, caplog):
+    reward = CLIPReward(folder, prefix="a ")
+    long, longer = "b" * (MAX_LENGTH - 2), "c" * MAX_LENGTH
+    with caplog.at_level(logging.WARNING):
+        reward(["b" * (MAX_LENGTH - 3)], IMAGES[:1])  # the prefix and two special tokens fill it up
+        assert caplog.text == ""
+        reward([long, longer, "a dog"], IMAGES)
+        reward([longer + "d"], IMAGES[:1])
+    (record,) = caplog.records
+    assert record.message == (
+        f"2 of 3 prompts are longer than the {MAX_LENGTH} tokens that CLIPReward reads, and are cut. The first is "
+        f"{long!r}. Further ones are not told."
+    )

@@ -77,6 +77,14 @@ def test_score_counts_edits(recognized, target, score):
         ("it’s", "It's"),
         ("it´s `so`", "it's 'so'"),
         ("“Hello„ 5″", '"hello" 5"'),
+        ("hello", "hel\u200blo\ufeff"),  # of zero width
+        ("hello", "\u202ehe\u00adllo\x00\x07"),  # control characters, a soft hyphen
+        ("café", "cafe\u200b\u0301"),  # an accent behind a character of zero width
+        ("hxllo", "hx\u0302llo"),  # an accent that no letter has
+        ("hello", "h\u0336e\u0336l\u0336lo"),
+        ("ok❤", "ok❤\ufe0f"),  # the form of a symbol
+        ("hi", "\u3164hi\u2800"),  # blank letters
+        ("i", "İ"),
     ],
 )
 def test_case_white_space_and_forms_of_a_character_make_no_difference(recognized, target):
@@ -125,20 +133,46 @@ def test_lines_without_confidence_are_ignored():
         ('A sign that says "New York" above "Paris".', "New York"),
         ('A sign that says “New York” above "Paris".', "New York"),
         ('A sign that says "it\'s “here”".', "it's “here”"),
+        ('He bought a 5" pipe and a "SALE" sign.', "SALE"),
+        ('A 5 " pipe and a "SALE" sign.', "SALE"),
+        ('A 6\'2" man at a "5" beside a 3" nail.', "5"),
+        ('A "SALE sign above an "OPEN" sign.', "OPEN"),
+        ('A "" above an "OPEN" sign.', "OPEN"),
+        ('A sign that says " OPEN ".', " OPEN "),
+        ('A sign that says"OPEN".', "OPEN"),
+        ("A sign: „HALLO“", "HALLO"),
+        ("A sign: „CZEŚĆ”", "CZEŚĆ"),
+        ("A sign: ”HEJ”", "HEJ"),
+        ("A sign: «\u00a0Bonjour\u00a0»", "\u00a0Bonjour\u00a0"),
+        ("A sign: »HALLO«", "HALLO"),
+        ("A sign: ‹a› and ›b‹", "a"),
+        ("A sign: “He said “Hi” twice”", "He said “Hi” twice"),
+        ('A sign: “She said "Hi"”', 'She said "Hi"'),
+        ("看板「営業中」と『本日』", "営業中"),
+        ('写着"你好"的牌子', "你好"),
+        ("写着'你好'的牌子", "你好"),
+        ("A sign that says 'HELLO'.", "HELLO"),
+        ("The dogs' bowl says 'Don't touch Rex'.", "Don't touch Rex"),
+        ("The ‘Don’t walk’ sign, 6' x 4'.", "Don’t walk"),
+        ("A sign: ‚HALLO‘", "HALLO"),
+        ("Don't say \"Hi\" to 'Rex'", "Hi"),
     ],
 )
 def test_target_is_the_first_quoted_text(prompt, target):
     assert extract_target(prompt) == target
 
 
-@pytest.mark.parametrize("prompt", ["A sign.", "A sign that says 'HELLO'.", 'A 5" sign.', "A sign that says “HELLO."])
+@pytest.mark.parametrize(
+    "prompt",
+    ["A sign.", 'A 5" sign.', 'A 5" by 7" print.', "A sign that says “HELLO.", "Don't walk, y'all. The dogs' sign."],
+)
 def test_prompt_without_quoted_text_is_refused(prompt):
     message = f"`prompt` must have its target text in double quotes, got {prompt!r}."
     with pytest.raises(ValueError, match=re.escape(message)):
         extract_target(prompt)
 
 
-@pytest.mark.parametrize("prompt", ['A sign that says "".', 'A sign that says "  ".', "A sign that says “”."])
+@pytest.mark.parametrize("prompt", ['A sign: "".', 'A sign: "  ".', "A sign: “”.", 'A sign: "\u200b"'])
 def test_empty_quoted_text_is_refused(prompt):
     message = f"`prompt` must quote a target text that is not empty, got {prompt!r}."
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -325,11 +359,31 @@ def test_nothing_is_downloaded_and_nothing_logged(monkeypatch, caplog):
     assert caplog.records == []
 
 
-def test_failed_engine_is_an_error_and_the_next_call_goes_on(line_reward):
-    too_thin = Image.new("RGB", (5000, 1))
-    with pytest.raises(ResizeImgError):
-        line_reward(['"CAFE"'], [too_thin])
+def test_failed_engine_is_an_error_and_the_next_call_goes_on(monkeypatch, line_reward):
+    def fail(self, pixels):
+        raise ResizeImgError("no pixels")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RapidOCR, "__call__", fail)
+        with pytest.raises(ResizeImgError, match="no pixels"):
+            line_reward(['"CAFE"'], [draw_word("CAFE")])
     assert line_reward(['"CAFE"'], [draw_word("CAFE")]) == [1.0]
+
+
+# The engine itself raises an error without a message for strips of more than 2000 pixels, and draws no box around the
+# text of others
+@pytest.mark.parametrize("size", [(2080, 32), (3000, 24), (4096, 32), (8192, 64)])
+def test_strips_are_read(reward, line_reward, size):
+    image = Image.new("RGB", size, "white")
+    center, font_size = (size[0] / 2, size[1] / 2), 0.75 * size[1]
+    ImageDraw.Draw(image).text(center, "HELLO", anchor="mm", fill="black", font_size=font_size)
+    assert reward(['"HELLO"'], [image]) == line_reward(['"HELLO"'], [image]) == [1.0]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5000, 1), (1, 5000), (32, 4096)])
+def test_images_without_room_for_a_text_read_as_nothing(reward, line_reward, size):
+    images = [Image.new("RGB", size, "gray")]
+    assert reward(['"HELLO"'], images) == line_reward(['"HELLO"'], images) == [0.0]
 
 
 @pytest.mark.parametrize("target", ["", " \n", 24])

@@ -54,7 +54,8 @@ class KilledTrainer(UDMGRPOTrainer):
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
-        self.rows.append((self.state.global_step, len(self.rollouts)))
+        clipped = self._metrics["train"]["clip_ratio/region_mean"][-1]
+        self.rows.append((self.state.global_step, len(self.rollouts), clipped))
         self.reach("backward")
         return loss
 
@@ -64,7 +65,7 @@ class KilledTrainer(UDMGRPOTrainer):
         self.reach("saved but for its state")
 
 
-def build_trainer(output_dir, lora=False, ema=False, num_iterations=1, max_steps=4, **kwargs):
+def build_trainer(output_dir, lora=False, ema=False, num_iterations=1, max_steps=4, pipeline=None, **kwargs):
     def count_a(prompts, completions, **kwargs):
         trainer.reach("reward")
         return [completion.count("a") / len(completion) for completion in completions]
@@ -86,7 +87,7 @@ def build_trainer(output_dir, lora=False, ema=False, num_iterations=1, max_steps
         "ema_decay": 0.9 if ema else None,
     }
     trainer = KilledTrainer(
-        build_toy_text_pipeline(),
+        build_toy_text_pipeline() if pipeline is None else pipeline,
         count_a,
         UDMGRPOConfig(str(output_dir), **{**args, **kwargs}),
         train_dataset=PROMPTS,
@@ -116,11 +117,11 @@ def train(output_dir, resume=False, moment=None, step=None, signal_number=signal
     torch.save(outcome, Path(output_dir) / "outcome.pth")
 
 
-def run(output_dir, **kwargs):
-    """`train` in a process of its own. Returns its exit code, negative for a signal."""
+def run(output_dir, target=train, **kwargs):
+    """`target` in a process of its own. Returns its exit code, negative for a signal."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    process = context.Process(target=train, args=(str(output_dir),), kwargs=kwargs)
+    process = context.Process(target=target, args=(str(output_dir),), kwargs=kwargs)
     process.start()
     process.join(120)
     return process.exitcode

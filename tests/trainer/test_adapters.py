@@ -14,20 +14,27 @@
 
 import gc
 import inspect
+import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from peft import FourierFTConfig, LoraConfig, OSFConfig, PeftModel, PeftType, get_peft_model
+from peft import FourierFTConfig, IA3Config, LoraConfig, OSFConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import safe_open
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 
-from trl_udm import UDMGRPOTrainer
+from trl_udm import UDMGRPOTrainer, URSAPipeline
+from trl_udm.cli import merge
 from trl_udm.pipelines.lora import has_adapters
 from trl_udm.trainer.adapters import can_merge, merged_adapter, try_merging
+from trl_udm.worlds import shapes
 
+from ..pipelines import tiny_diffusion_gemma
 from ..pipelines.test_lora import assert_same_state, build_pipeline, copy_state, predict
 from .test_udm_grpo_trainer import LORA, PROMPTS, build_args, build_trainer, count_a
 
@@ -38,7 +45,7 @@ LINEAR = ["q_proj", "down_proj"]
 
 def train(pipeline, output_dir, peft_config=None, **kwargs):
     """A run of two steps, and its KL at each."""
-    args = build_args(output_dir, max_steps=2, **kwargs)
+    args = build_args(output_dir, **{"max_steps": 2, **kwargs})
     trainer = UDMGRPOTrainer(pipeline, count_a, args, train_dataset=PROMPTS, peft_config=peft_config)
     trainer.train()
     trainer.model.eval()
@@ -223,6 +230,45 @@ def test_adapters_of_which_none_can_be_saved_alone_are_not_trained(tmp_path):
     assert train(pipeline, tmp_path)[1][0] == 0
 
 
+def test_an_adapter_that_is_named_is_trained_further_and_resumes(tmp_path):
+    train(build_pipeline(), tmp_path, LORA)[0].save_model(str(tmp_path / "mine"))
+    given = build_pipeline()
+    given.load_lora_weights(tmp_path / "mine")
+    settings = {"adapter": str(tmp_path / "mine"), "save_strategy": "steps", "save_steps": 1, "ema_decay": 0.5}
+    trainer, kl = train(build_pipeline(), tmp_path / "run", **settings)
+    assert kl[0] == 0 and kl[1] > 0
+    with trainer._reference_weights():
+        assert torch.equal(predict(trainer.pipeline), predict(given))
+    args = build_args(tmp_path / "run", max_steps=2, **settings)
+    resumed = UDMGRPOTrainer(build_pipeline(), count_a, args, train_dataset=PROMPTS)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+    assert_same_state(resumed.pipeline, copy_state(trainer.pipeline))
+    assert resumed._reference_checksum == trainer._reference_checksum
+    resumed.save_model()
+    assert "mine" not in (tmp_path / "run" / "README.md").read_text()
+    for folder in ("", "checkpoint-1", "transformer_ema"):  # whose files tell the base that the adapter belongs to
+        with safe_open(tmp_path / "run" / folder / "adapter_model.safetensors", "pt") as file:
+            assert "base_sample" in file.metadata()
+
+
+def test_an_adapter_is_named_alone_and_is_not_left_behind(tmp_path):
+    train(build_pipeline(), tmp_path, LORA)[0].save_model(str(tmp_path / "mine"))
+    pipeline = build_pipeline()
+    state = copy_state(pipeline)
+    for kwargs, message in (
+        ({"adapter": str(tmp_path / "mine"), "peft_config": LORA}, "`adapter` must be None with a `peft_config`"),
+        ({"adapter": str(tmp_path / "nowhere")}, "adapter model file not found"),
+        ({"adapter": str(tmp_path / "mine"), "reward_weights": [1.0, 1.0]}, "weights"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(pipeline, tmp_path, **kwargs)
+        assert_same_state(pipeline, state)
+        assert not has_adapters(pipeline.transformer)
+    pipeline.load_lora_weights(tmp_path / "mine")
+    with pytest.raises(ValueError, match="and where the pipeline has an adapter already, got"):
+        train(pipeline, tmp_path, adapter=str(tmp_path / "mine"))
+
+
 def test_layers_that_nobody_handed_in_are_not_trained_around(tmp_path):
     train(build_pipeline(), tmp_path, LORA)[0].save_model(str(tmp_path / "a"))
     pipeline = build_pipeline()
@@ -258,6 +304,50 @@ def test_a_run_does_not_go_on_from_another_start_of_its_adapter(tmp_path):
         trainer = UDMGRPOTrainer(pipeline, count_a, build_args(tmp_path), train_dataset=PROMPTS)
         sums.append(trainer._reference_checksum)
     assert sums[0] == sums[1] != sums[2]
+
+
+def build_family(name):
+    if name == "toy":
+        return build_pipeline(), ["ab", "cd"]
+    if name == "gemma":
+        return tiny_diffusion_gemma.build_pipeline(self_conditioning=True), ["What is 1+1?", "Hello"]
+    return URSAPipeline.from_pretrained(shapes.CHECKPOINT_PATH), ["a photo of a ring", "a photo of a cross"]
+
+
+@pytest.mark.parametrize("family", ["toy", "gemma", "shapes"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["lm_head"]),
+        IA3Config(target_modules=["lm_head"], feedforward_modules=[]),
+        LoraConfig(target_modules=r"model\.(decoder\.)?layers\.0\.mlp\.up_proj", modules_to_save=["lm_head"]),
+    ],
+)
+def test_an_adapter_on_the_head_is_scored_as_it_samples(family, config):
+    """Which TRL's fused head would leave out."""
+    pipeline, prompts = build_family(family)
+    add_fused_lm_head(pipeline.transformer, outputs=("log_probs", "entropy"))
+    model = get_peft_model(pipeline.transformer, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+    latent_shape = pipeline.latent_shape()
+    generator, num_codes = torch.Generator().manual_seed(0), pipeline.scheduler.config.codebook_size
+    tokens = torch.randint(3, num_codes, (2, 2, math.prod(latent_shape)), generator=generator)
+    inputs = pipeline.extend_prompt(*pipeline.encode_prompt(prompts), tokens[0])
+
+    def check():
+        expected = pipeline.denoise(*inputs, tokens[0], latent_shape, t=torch.zeros(2)).log_softmax(dim=-1)
+        scores = pipeline.score(model, *inputs, tokens[0], latent_shape, labels=tokens[1], t=torch.zeros(2))
+        labels = expected.gather(-1, tokens[1].unsqueeze(-1)).squeeze(-1)
+        torch.testing.assert_close(scores[0], labels, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(scores[1], -(expected.exp() * expected).sum(dim=-1), atol=1e-4, rtol=1e-4)
+        return scores[0]
+
+    check().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    with model.disable_adapter():
+        check()
 
 
 # --- The types that PEFT has ---
@@ -303,49 +393,84 @@ def build_adapter_config(name):
     return config_class(**{**settings, **SETTINGS.get(name, {})})
 
 
-def make_row(name, tmp_path):
-    """One row of the table in docs/checkpoints.md."""
-    pipeline = build_pipeline()
-    state = copy_state(pipeline)
-    base = predict(pipeline)
+def make_cell(check):
+    """What a cell of the table says of a check: that it passes, or why it is refused."""
     try:
-        trainer, kl = train(pipeline, tmp_path / "first", build_adapter_config(name))
+        check()
     except ValueError as error:
+        reason = re.sub(r"^.*? (?:be fused|used here|merge the adapter in \S+): ", "", str(error))
+        return f"refused: {re.split(r'[.] | [(]', reason)[0]}"
+    return "yes"
+
+
+def make_row(name, tmp_path, tiny_ursa):
+    """One row of the table in docs/checkpoints.md."""
+    pipeline, config = build_pipeline(), build_adapter_config(name)
+    state, base = copy_state(pipeline), predict(pipeline)
+    saved, rounding = str(tmp_path / "run"), {"atol": 1e-5, "rtol": 1e-5}
+    kl, trainer = [], None
+
+    def check_training():
+        nonlocal kl, trainer
+        trainer, kl = train(pipeline, saved, config, save_strategy="steps", save_steps=1)
+
+    trains = make_cell(check_training)
+    if trains != "yes":
         assert_same_state(pipeline, state)
-        reason = str(error).removeprefix("The adapter cannot be used here: ").partition(". ")[0].partition(" (")[0]
-        return f"| {name} | refused: {reason} | | | | |"
+        return f"| {name} | {trains} | | | | | | |"
     assert kl[0] == pytest.approx(0, abs=1e-7) and kl[1] != 0
-    trained = predict(pipeline)
+    trained, trained_state = predict(pipeline), copy_state(pipeline)
     assert (trained - base).abs().max() > 1e-4
-    trainer.save_model(str(tmp_path / "saved"))
+    trainer.save_model()
 
-    def is_trained(other):
-        return torch.allclose(predict(other), trained, atol=1e-5, rtol=1e-5)
+    def check_loading():
+        with_peft, again = build_pipeline(), build_pipeline()
+        PeftModel.from_pretrained(with_peft.transformer, saved)
+        loaded.save_lora_weights(tmp_path / "again")
+        again.load_lora_weights(tmp_path / "again")
+        for one in (with_peft, loaded, again):
+            torch.testing.assert_close(predict(one), trained, **rounding)
 
-    peft_pipeline, loaded = build_pipeline(), build_pipeline()
-    PeftModel.from_pretrained(peft_pipeline.transformer, str(tmp_path / "saved"))
-    assert is_trained(peft_pipeline)
-    loaded.load_lora_weights(tmp_path / "saved")
-    assert is_trained(loaded)
-    adapted = copy_state(loaded)
-    try:
+    def check_fusing():
         loaded.fuse_lora()
-        assert torch.allclose(predict(loaded), trained, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(predict(loaded), trained, atol=1e-4, rtol=1e-4)
         loaded.unfuse_lora()
-        fused = "yes"
-    except ValueError:
-        fused = "refused"
+
+    def check_resume():
+        resumed = UDMGRPOTrainer(build_pipeline(), count_a, trainer.args, train_dataset=PROMPTS, peft_config=config)
+        resumed.train(resume_from_checkpoint=f"{saved}/checkpoint-1")
+        assert_same_state(resumed.pipeline, trained_state)
+
+    def check_further_training():
+        further, kl = train(loaded, tmp_path / "further", max_steps=1)
+        assert kl[0] == pytest.approx(0, abs=1e-7) and not torch.equal(predict(loaded), trained)
+
+    loaded = build_pipeline()
+    loaded.load_lora_weights(saved)
+    adapted = copy_state(loaded)
+    cells = [make_cell(check_loading), make_cell(check_fusing)]
     assert_same_state(loaded, adapted)
-    loaded.save_lora_weights(tmp_path / "again")
-    again = build_pipeline()
-    again.load_lora_weights(tmp_path / "again")
-    assert is_trained(again)
-    _, further = train(loaded, tmp_path / "further")
-    assert further[0] == pytest.approx(0, abs=1e-7) and further[1] != 0
+    cells += [make_cell(lambda: check_merge(config, tmp_path, tiny_ursa))]
+    cells += [make_cell(check_resume), make_cell(check_further_training)]
     for one in (pipeline, loaded):
         one.unload_lora_weights()
         assert_same_state(one, state)
-    return f"| {name} | yes | 0 | yes | {fused} | yes |"
+    return f"| {name} | yes | 0 | {' | '.join(cells)} |"
+
+
+def check_merge(config, tmp_path, tiny_ursa):
+    """The verb `merge`, on a model that it can load."""
+    pipeline = URSAPipeline.from_pretrained(tiny_ursa)
+    model = get_peft_model(pipeline.transformer, config).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / "adapter")
+    merge.run(merge.Arguments(model=tiny_ursa, adapter=str(tmp_path / "adapter"), output_dir=tmp_path / "merged"))
+    merged = URSAPipeline.from_pretrained(tmp_path / "merged")
+    inputs = (*pipeline.encode_prompt(["a ring"]), torch.arange(16).view(1, 16), (1, 4, 4))
+    with torch.no_grad():
+        torch.testing.assert_close(merged.denoise(*inputs), pipeline.denoise(*inputs), atol=1e-4, rtol=1e-4)
 
 
 @pytest.fixture
@@ -357,11 +482,11 @@ def fast_collection():
 
 
 @pytest.mark.parametrize("name", [*sorted(peft_type.value for peft_type in PEFT_TYPE_TO_CONFIG_MAPPING), *VARIANTS])
-def test_the_table_of_adapter_types(tmp_path, fast_collection, name):
+def test_the_table_of_adapter_types(tmp_path, fast_collection, oracle_dir, name):
     if name == "ADAMSS":
         pytest.importorskip("sklearn")
-    row = make_row(name, tmp_path)
-    assert row in DOCS.read_text(encoding="utf-8")
+    row = make_row(name, tmp_path, str(oracle_dir / "tiny-ursa"))
+    assert row in DOCS.read_text(encoding="utf-8").splitlines()
 
 
 @pytest.mark.parametrize(

@@ -169,8 +169,8 @@ def test_runs_push_to_a_hub_what_the_cards_snippet_loads_and_no_token(tmp_path, 
 
 def test_a_configuration_keeps_its_token_to_itself():
     args = UDMGRPOConfig("out", bf16=False, hub_token=TOKEN)
-    assert pickle.loads(pickle.dumps(args)).hub_token is None
-    assert copy.copy(args).hub_token == TOKEN
+    copies = (copy.copy(args), copy.deepcopy(args), pickle.loads(pickle.dumps(args)))
+    assert all(copied.hub_token == TOKEN for copied in copies)
     assert repr(args) == str(args) and "hub_token=<HUB_TOKEN>" in repr(args)
 
 

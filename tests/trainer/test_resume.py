@@ -12,9 +12,12 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import ast
+import errno
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -24,12 +27,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 from trl.trainer.utils import RepeatSampler
 
-from trl_udm import EMACallback, KineticOptimalScheduler
+from trl_udm import EMACallback, KineticOptimalScheduler, TextUDMPipeline
 from trl_udm.trainer.checkpoint import EpochRepeatSampler, find_checkpoints, is_whole
 
-from .resume_worker import build_trainer, run
+from ..pipelines.text_families import build_text_pipeline
+from .resume_worker import PROMPTS, build_trainer, run
 from .toy_text_family import ToyTextPipeline
 
 
@@ -67,6 +72,15 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, lora, ema, nu
     assert_equal(outcome(tmp_path / "unbroken"), outcome(tmp_path / "broken"))
     assert len(outcome(tmp_path / "broken")["history"]) == 4  # three logs and the summary
     assert len(outcome(tmp_path / "broken")["ema"]) == ema * len(outcome(tmp_path / "broken")["optimizer"]["state"])
+
+
+def test_a_run_whose_prompts_another_process_loads_goes_on_so_too(tmp_path):
+    outcomes = []
+    for folder, max_steps, resume in (("unbroken", 5, False), ("broken", 2, False), ("broken", 5, True)):
+        trainer = build_trainer(tmp_path / folder, max_steps=max_steps, dataloader_num_workers=1)
+        trainer.train(resume_from_checkpoint=resume)
+        outcomes.append((trainer.model.state_dict(), trainer.optimizer.state_dict(), torch.rand(1)))
+    assert_equal(outcomes[0], outcomes[2])
 
 
 @pytest.mark.parametrize("moment", ["rollout", "reward", "backward", "save", "saved but for its state"])
@@ -142,42 +156,58 @@ def test_a_checkpoint_without_a_state_goes_on_with_a_warning(tmp_path, caplog):
 
 
 # Another geometry
-FIRST = {"per_device_train_batch_size": 24, "gradient_accumulation_steps": 2, "steps_per_generation": 2}
+FIRST = {"gradient_accumulation_steps": 2, "steps_per_generation": 2, "num_iterations": 2}
 GEOMETRIES = {
-    "accumulation": {"gradient_accumulation_steps": 4, "steps_per_generation": 4, "per_device_train_batch_size": 12},
-    "accumulation of one": {"gradient_accumulation_steps": 1},
+    "gradient_accumulation_steps": {"gradient_accumulation_steps": 1},
     "steps_per_generation": {"steps_per_generation": 4, "per_device_train_batch_size": 12},
+    "both": {"gradient_accumulation_steps": 4, "steps_per_generation": 4, "per_device_train_batch_size": 12},
     "num_iterations": {"num_iterations": 3},
-    "batch": {"per_device_train_batch_size": 36},
+    "per_device_train_batch_size": {"per_device_train_batch_size": 36},
     "num_generations": {"num_generations": 8},
+    "num_train_timesteps": {"num_train_timesteps": 2},
+    "importance_sampling_level": {"importance_sampling_level": "token"},
+    "beta": {"beta": 0.0},
 }
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("geometry", GEOMETRIES)
-def test_with_another_geometry_rollouts_begin_with_updates_to_the_end(tmp_path, caplog, geometry, lora):
-    """The checkpoint is in the middle of a rollout with two iterations. After it, an update is of rows of one rollout, and
-    the prompts are those that an unbroken run of the new geometry has there."""
-    first = {**FIRST, "num_iterations": 2, "lora": lora}
-    second = {**first, **GEOMETRIES[geometry], "max_steps": 9}
-    build_trainer(tmp_path, max_steps=3, **first).train()
-    trainer = build_trainer(tmp_path, **second)
-    caplog.clear()
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    warnings = [record.getMessage() for record in caplog.records if "unfinished rollouts" in record.getMessage()]
-    (name,) = list(GEOMETRIES[geometry])[:1]
-    assert len(warnings) == 1 and f"'{name}': {GEOMETRIES[geometry][name]}" in warnings[0]
-    num_rollouts = {step: {rollout for at, rollout in trainer.rows if at == step} for step in range(3, 9)}
-    assert all(len(rollouts) == 1 for rollouts in num_rollouts.values())
-    assert trainer.rollouts[0][0] == 3
+@pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
+def unfinished(request, tmp_path_factory):
+    """Whether it is LoRA, and a checkpoint after the third of the four updates of a rollout's two iterations."""
+    folder = tmp_path_factory.mktemp("unfinished")
+    build_trainer(folder, lora=request.param, max_steps=3, save_steps=3, **FIRST).train()
+    return request.param, folder / "checkpoint-3"
 
-    unbroken = build_trainer(tmp_path / "unbroken", save_strategy="no", **second)
-    unbroken.train()
-    of_unbroken = {step: prompts for step, _, prompts in unbroken.rollouts}
-    of_resumed = {step: prompts for step, _, prompts in trainer.rollouts[1:]}
-    assert of_resumed == {step: prompts for step, prompts in of_unbroken.items() if step > 3}
-    last = [prompts for step, prompts in of_unbroken.items() if step <= 3][-1]
-    assert trainer.rollouts[0][2] == last
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_with_another_geometry_rollouts_begin_with_updates_to_the_end(tmp_path, caplog, unfinished, geometry):
+    lora, checkpoint = unfinished
+    changed = GEOMETRIES[geometry]
+    options = {**FIRST, **changed, "lora": lora, "max_steps": 9, "save_strategy": "no"}
+    trainer = build_trainer(tmp_path, **options)
+    caplog.clear()
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    (warning,) = [record.getMessage() for record in caplog.records if "unfinished rollouts" in record.getMessage()]
+    before, now = re.search("was saved with ({.*}), and this run has ({.*}). Its unfinished", warning).groups()
+    assert (ast.literal_eval(before).keys(), ast.literal_eval(now)) == (changed.keys(), changed)
+
+    # The rows of an update are of one rollout, and as a rollout's first update begins, the policy is the rollout's
+    first_updates = [step for step, *_ in trainer.rollouts]
+    assert first_updates[0] == 3
+    for step in range(3, 9):
+        rollouts, clipped = zip(*(row[1:] for row in trainer.rows if row[0] == step), strict=True)
+        assert len(set(rollouts)) == 1
+        assert (sum(clipped) == 0) == (step in first_updates)
+
+    # The prompts are those that an unbroken run of this geometry has there
+    num_rows = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation
+    sampler, steps = trainer._get_train_sampler(), []
+    for epoch in range(9):
+        sampler.get_epoch = lambda epoch=epoch: epoch
+        rows = list(sampler)
+        steps += [rows[i : i + num_rows : trainer.args.num_train_timesteps] for i in range(0, len(rows), num_rows)]
+    for global_step, _, prompts in trainer.rollouts:
+        rows = steps[global_step * trainer.args.gradient_accumulation_steps]
+        assert prompts == [trainer.train_dataset[row]["prompt"] for row in rows]
 
 
 def test_a_run_resumed_with_another_geometry_is_exact_from_there(tmp_path):
@@ -194,16 +224,34 @@ def test_a_run_resumed_with_another_geometry_is_exact_from_there(tmp_path):
     assert_equal(outcome(tmp_path / "unbroken"), outcome(tmp_path / "broken"))
 
 
-def test_a_checkpoint_of_an_earlier_version_without_a_geometry_resumes_exactly(tmp_path):
-    kwargs = {"num_iterations": 2, "max_steps": 4}
-    assert run(tmp_path / "unbroken", **kwargs) == 0
-    assert run(tmp_path / "broken", moment="backward", step=3, **kwargs) == -signal.SIGKILL
-    path = tmp_path / "broken" / "checkpoint-3" / "rollout_state_0.pth"
+def make_a_checkpoint_of_version_0_1(checkpoint):
+    """Which has neither the geometry nor the average's decay and number of steps."""
+    path = Path(checkpoint) / "rollout_state_0.pth"
     state = torch.load(path, weights_only=True)
     del state["geometry"]
     torch.save(state, path)
+    (path.parent / "ema_state.json").unlink(missing_ok=True)
+
+
+def test_a_checkpoint_of_version_0_1_resumes_exactly(tmp_path):
+    kwargs = {"ema": True, "num_iterations": 2, "max_steps": 4}
+    assert run(tmp_path / "unbroken", **kwargs) == 0
+    assert run(tmp_path / "broken", moment="backward", step=3, **kwargs) == -signal.SIGKILL
+    make_a_checkpoint_of_version_0_1(tmp_path / "broken" / "checkpoint-3")
     assert run(tmp_path / "broken", resume=True, **kwargs) == 0
     assert_equal(outcome(tmp_path / "unbroken"), outcome(tmp_path / "broken"))
+
+
+@pytest.mark.parametrize("changed", [{"gradient_accumulation_steps": 1}, GEOMETRIES["steps_per_generation"]])
+def test_a_checkpoint_of_version_0_1_shows_another_geometry(tmp_path, caplog, unfinished, changed):
+    lora, checkpoint = unfinished
+    checkpoint = shutil.copytree(checkpoint, tmp_path / "checkpoint-3")
+    make_a_checkpoint_of_version_0_1(checkpoint)
+    trainer = build_trainer(tmp_path, **{**FIRST, **changed}, lora=lora, max_steps=4)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    (now,) = re.findall("this run has ({.*}). Its unfinished rollouts are dropped", caplog.text)
+    assert ast.literal_eval(now) == changed
+    assert trainer.rollouts[0][0] == 3
 
 
 def test_a_second_training_draws_its_own_rollouts(tmp_path):
@@ -228,20 +276,56 @@ def test_after_training_sigterm_is_the_scripts_own_again(tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_full_disk_ends_the_run_with_its_older_checkpoints_whole(tmp_path, monkeypatch):
-    trainer = build_trainer(tmp_path, max_steps=3, save_total_limit=1)
-    save_optimizer = trainer._save_optimizer_and_scheduler
+class FileSizeLimit(TrainerCallback):
+    """From the second step on, a file may have `size` bytes. PyTorch and safetensors fail as on a full disk."""
 
-    def link_to_a_full_device(output_dir):
-        if trainer.state.global_step == 2:
-            os.symlink("/dev/full", Path(output_dir) / "optimizer.pt")
-        save_optimizer(output_dir)
+    def __init__(self, size):
+        self.size = size
 
-    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", link_to_a_full_device)
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
+
+
+def fail_to_save(output_dir, size):
+    trainer = build_trainer(output_dir, max_steps=3, save_total_limit=1)
+    trainer.add_callback(FileSizeLimit(size))
     with pytest.raises(RuntimeError, match=r"checkpoint-2 could not be written \(.*\). The disk has .* GB left"):
         trainer.train()
+
+
+@pytest.mark.parametrize("size", [10_000, 100_000], ids=["weights", "optimizer"])
+def test_a_full_disk_ends_the_run_with_its_older_checkpoints_whole(tmp_path, size):
+    assert run(tmp_path, target=fail_to_save, size=size) == 0
     assert [Path(checkpoint).name for checkpoint in find_checkpoints(tmp_path)] == ["checkpoint-1"]
     assert is_whole(tmp_path / "checkpoint-1")
+
+
+class Failing(TrainerCallback, ExportableState):
+    """Its state cannot be saved."""
+
+    def __init__(self, error):
+        self.error, self.has_begun = error, False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.has_begun = True
+
+    def state(self):
+        if self.has_begun:
+            raise self.error
+        return {"args": {}, "attributes": {}}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, None])
+def test_only_a_full_disk_is_reported_as_one(tmp_path, number):
+    is_full = number in (errno.ENOSPC, errno.EDQUOT)
+    error = RuntimeError("CUDA error") if number is None else OSError(number, os.strerror(number))
+    trainer = build_trainer(tmp_path, max_steps=1)
+    trainer.add_callback(Failing(error))
+    with pytest.raises((RuntimeError, OSError)) as raised:
+        trainer.train()
+    assert ("GB left" in str(raised.value), raised.value is error) == (is_full, not is_full)
+    assert find_checkpoints(tmp_path) == []
 
 
 # The average
@@ -377,20 +461,70 @@ def test_the_state_of_a_checkpoint_is_small_where_no_rollout_is_pending(tmp_path
 
 
 # What must not be lost
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("change", ["missing", "renamed"])
-def test_a_checkpoint_without_some_weights_is_refused_by_their_names(tmp_path, lora, change):
-    build_trainer(tmp_path, lora=lora, max_steps=1).train()
-    path = tmp_path / "checkpoint-1" / ("adapter_model.safetensors" if lora else "transformer/model.safetensors")
+@pytest.fixture(scope="module", params=[False, True], ids=["full", "lora"])
+def finished(request, tmp_path_factory):
+    """Whether it is LoRA, and a checkpoint with an average."""
+    folder = tmp_path_factory.mktemp("finished")
+    build_trainer(folder, lora=request.param, ema=True, max_steps=1).train()
+    return request.param, folder / "checkpoint-1"
+
+
+@pytest.mark.parametrize("is_average", [False, True], ids=["weights", "average"])
+@pytest.mark.parametrize("change", ["missing", "renamed", "reshaped", "no file"])
+def test_a_checkpoint_without_some_weights_is_refused_by_their_names(tmp_path, finished, is_average, change):
+    lora, checkpoint = finished
+    checkpoint = shutil.copytree(checkpoint, tmp_path / "checkpoint-1")
+    folder = checkpoint / ("transformer_ema" if is_average else "." if lora else "transformer")
+    path = folder / ("adapter_model.safetensors" if lora else "model.safetensors")
     weights = load_file(path)
     name = sorted(weights)[0]
     value = weights.pop(name)
     if change == "renamed":
         weights["another"] = value
+    elif change == "reshaped":
+        weights[name] = torch.cat([value, value])
     save_file(weights, path, metadata={"format": "pt"})
-    lacks = f"this one lacks ['{name}'], and has {['another'] if change == 'renamed' else []} besides"
-    with pytest.raises(ValueError, match=re.escape(lacks)):
-        build_trainer(tmp_path, lora=lora).train(resume_from_checkpoint=True)
+    words = {
+        "missing": f"The weights in {folder} miss ['{name}'] and have unexpected none.",
+        "renamed": f"The weights in {folder} miss ['{name}'] and have unexpected ['another'].",
+        "reshaped": f"`{name}` in {folder} must have shape {tuple(value.shape)}",
+        "no file": f"Found neither `{path.name}` nor",
+    }
+    if change == "no file":
+        path.unlink()
+    error = FileNotFoundError if change == "no file" else ValueError
+    with pytest.raises(error, match=re.escape(words[change])):
+        build_trainer(tmp_path, lora=lora, ema=True).train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_checkpoint_without_one_of_its_files_is_refused(tmp_path, finished, name):
+    lora, checkpoint = finished
+    checkpoint = shutil.copytree(checkpoint, tmp_path / "checkpoint-1")
+    (checkpoint / name).unlink()
+    with pytest.raises(ValueError, match=rf"must have all of its files, but .*checkpoint-1 lacks \['{name[:8]}"):
+        build_trainer(tmp_path, lora=lora, ema=True).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_weights_that_were_loaded_under_other_names_are_found_again(tmp_path):
+    """Old repositories call the weight of a layer norm gamma, and its bias beta."""
+    build_text_pipeline("bert").save_pretrained(tmp_path / "new")
+    path = tmp_path / "new" / "transformer" / "model.safetensors"
+    weights = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+        for name, value in load_file(path).items()
+    }
+    save_file(weights, path, metadata={"format": "pt"})
+    kwargs = {"ema": True, "pipeline_kwargs": None, "max_steps": 1}
+    trainers = []
+    for resume in (False, True):
+        pipeline = TextUDMPipeline.from_pretrained(tmp_path / "new")
+        trainers.append(build_trainer(tmp_path, pipeline=pipeline, **kwargs))
+        trainers[-1].train(resume_from_checkpoint=resume)
+    assert_equal(*(trainer.model.state_dict() for trainer in trainers))
+    assert_equal(*(trainer.ema.shadow_params for trainer in trainers))
+    saved = TextUDMPipeline.from_pretrained(tmp_path / "checkpoint-1").transformer
+    assert_equal(saved.state_dict(), trainers[0].model.state_dict())
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -430,12 +564,12 @@ def test_an_average_that_began_later_keeps_its_count_of_steps(tmp_path, caplog):
     build_trainer(tmp_path, max_steps=2).train()
     trainer = build_trainer(tmp_path, ema=True, max_steps=3)
     trainer.train(resume_from_checkpoint=True)
-    assert "checkpoint-2 has an average of `ema_decay` None. The run goes on with 0.9." in caplog.text
+    assert "checkpoint-2 was saved with `ema_decay=None`, and this run has 0.9." in caplog.text
     assert trainer.ema.optimization_step == 1
     trainer = build_trainer(tmp_path, ema_decay=0.5, max_steps=4)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.ema.optimization_step == 2
-    assert "checkpoint-3 has an average of `ema_decay` 0.9. The run goes on with 0.5." in caplog.text
+    assert "checkpoint-3 was saved with `ema_decay=0.9`, and this run has 0.5." in caplog.text
 
 
 def test_without_the_average_none_is_left_beside_new_weights(tmp_path, caplog):
@@ -445,22 +579,32 @@ def test_without_the_average_none_is_left_beside_new_weights(tmp_path, caplog):
     assert (tmp_path / "transformer_ema").is_dir()
     trainer = build_trainer(tmp_path, max_steps=3)
     trainer.train(resume_from_checkpoint=True)
-    assert "checkpoint-2 has an average of `ema_decay` 0.9. The run goes on with None." in caplog.text
+    assert "checkpoint-2 was saved with `ema_decay=0.9`, and this run has None." in caplog.text
     trainer.save_model()
-    assert not (tmp_path / "transformer_ema").exists()
+    assert list(tmp_path.glob("*ema*")) == []
 
 
-@pytest.mark.parametrize("save_strategy", ["no", "steps"])
-def test_evaluation_leaves_the_rollouts_as_they_are_without_it(tmp_path, save_strategy):
+class Predict(TrainerCallback):
+    """Predicts after each step, which draws samples as an evaluation does."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.predict(self.trainer.train_dataset)
+
+
+@pytest.mark.parametrize("kind", ["on start", "several datasets", "predict", "worker"])
+def test_evaluation_leaves_the_rollouts_as_they_are_without_it(tmp_path, kind):
     outcomes = []
     for is_evaluated in (False, True):
-        trainer = build_trainer(
-            tmp_path / str(is_evaluated),
-            save_strategy=save_strategy,
-            eval_strategy="steps" if is_evaluated else "no",
-            eval_steps=1,
-            per_device_eval_batch_size=6,
-        )
+        kwargs = {"per_device_eval_batch_size": 6, "dataloader_num_workers": int(kind == "worker")}
+        if is_evaluated and kind != "predict":
+            kwargs |= {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": kind == "on start"}
+        trainer = build_trainer(tmp_path / str(is_evaluated), save_steps=2, **kwargs)
+        if is_evaluated and kind == "several datasets":
+            trainer.eval_dataset = {"first": PROMPTS, "second": PROMPTS}
+        if is_evaluated and kind == "predict":
+            callback = Predict()
+            callback.trainer = trainer
+            trainer.add_callback(callback)
         trainer.train()
         streams = (random.random(), np.random.rand(), torch.rand(1))
         outcomes.append((trainer.model.state_dict(), trainer.optimizer.state_dict(), streams))
@@ -470,17 +614,20 @@ def test_evaluation_leaves_the_rollouts_as_they_are_without_it(tmp_path, save_st
 def test_evaluations_of_one_model_are_equal(tmp_path):
     trainer = build_trainer(tmp_path, save_strategy="no", per_device_eval_batch_size=6)
     torch.manual_seed(5)
-    first = trainer.evaluate(trainer.train_dataset)
-    second = trainer.evaluate(trainer.train_dataset)
-    assert first["eval_reward"] == second["eval_reward"]
+    trainer.evaluate(PROMPTS)
+    trainer.evaluate({"first": PROMPTS, "second": PROMPTS})
+    first, second, third = ((log["eval_reward"], log["eval_entropy"]) for log in trainer.state.log_history)
+    assert first == second == third
 
 
-def test_an_error_of_another_kind_than_a_full_disk_keeps_its_words(tmp_path, monkeypatch):
-    trainer = build_trainer(tmp_path, max_steps=1)
-    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", lambda output_dir: torch.ones(2) @ torch.ones(3))
-    with pytest.raises(RuntimeError, match="^inconsistent tensor size"):
-        trainer.train()
-    assert find_checkpoints(tmp_path) == []
+def test_a_resumed_run_that_is_evaluated_at_once_has_its_average(tmp_path):
+    kwargs = {"ema": True, "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 6}
+    rewards = []
+    for resume in (False, True):
+        trainer = build_trainer(tmp_path, max_steps=2 + resume, eval_on_start=resume, **kwargs)
+        trainer.train(resume_from_checkpoint=resume)
+        rewards.append([log["eval_entropy"] for log in trainer.state.log_history if "eval_entropy" in log])
+    assert rewards[1][:2] == rewards[0] * 2
 
 
 def test_persistent_workers_are_refused(tmp_path):

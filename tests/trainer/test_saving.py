@@ -12,16 +12,20 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import copy
-import pickle
+import json
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import TrainerCallback
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import GenerationConfig, TrainerCallback
 
-from trl_udm import UDMGRPOTrainer
+from trl_udm import UDMGRPOTrainer, URSAPipeline
+from trl_udm.trainer.ema import EMA_FOLDER
+from trl_udm.worlds.shapes import CHECKPOINT_PATH as SHAPES_PATH
 
+from ..pipelines.text_families import build_text_pipeline
+from ..pipelines.tiny_diffusion_gemma import build_pipeline as build_gemma_pipeline
 from .test_udm_grpo_trainer import LORA, PROMPTS, build_args, build_trainer, count_a
 from .toy_text_family import ToyTextPipeline, build_toy_text_pipeline
 
@@ -118,49 +122,68 @@ def test_a_checkpoint_of_the_model_only_has_no_optimizer(tmp_path, peft_config):
     assert names[True] < names[False]
 
 
-@pytest.mark.parametrize("pad_token_id", [None, 3])
-@pytest.mark.parametrize("peft_config", [None, LORA])
-def test_the_config_keeps_its_special_tokens(tmp_path, peft_config, pad_token_id):
+FAMILIES = {
+    "causal": build_toy_text_pipeline,
+    "masked": lambda: build_text_pipeline("bert"),
+    "blocks": build_gemma_pipeline,
+    "images": lambda: URSAPipeline.from_pretrained(SHAPES_PATH),
+}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_configs_keep_their_special_tokens(tmp_path, family, lora):
     """The tokenizer's padding token would become one whose embedding has no gradient, once it is loaded."""
-    pipeline = build_toy_text_pipeline()
-    pipeline.transformer.config.pad_token_id = pad_token_id
-    pipeline.transformer.model.embed_tokens.padding_idx = None
-    before = pipeline.transformer.config.to_dict()
+
+    def special_tokens(config):
+        return [config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")]
+
+    pipeline = FAMILIES[family]()
+    transformer = pipeline.transformer
+    transformer.config.get_text_config().pad_token_id = None
+    generation_config = getattr(transformer, "generation_config", GenerationConfig())
+    before = [special_tokens(vars(config)) for config in (transformer.config.get_text_config(), generation_config)]
     trainer = UDMGRPOTrainer(
         pipeline,
-        count_a,
-        build_args(tmp_path, save_strategy="steps", save_steps=1),
-        train_dataset=PROMPTS,
-        peft_config=peft_config,
+        lambda completions, **kwargs: list(map(float, range(len(completions)))),
+        build_args(tmp_path, save_strategy="steps", save_steps=1, ema_decay=0.5),
+        train_dataset=Dataset.from_dict({"prompt": ["a", "b", "c", "ab"]}),
+        peft_config=LoraConfig(r=2, target_modules=r".*(layers?\.1.*mlp\.up_proj|query)") if lora else None,
     )
     trainer.train()
     trainer.save_model()
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    assert {name: before[name] for name in names} == {
-        name: pipeline.transformer.config.to_dict()[name] for name in names
-    }
-    if peft_config is None:
-        for folder in (tmp_path, tmp_path / "checkpoint-1"):
-            transformer = ToyTextPipeline.from_pretrained(folder).transformer
-            assert {name: before[name] for name in names} == {
-                name: transformer.config.to_dict()[name] for name in names
-            }
-            assert transformer.model.embed_tokens.padding_idx == pad_token_id
-            transformer(torch.zeros(1, 1, dtype=torch.long)).logits.sum().backward()
-            assert transformer.model.embed_tokens.weight.grad[0].abs().sum() > 0
+    configs = (transformer.config.get_text_config(), transformer.generation_config)
+    assert [special_tokens(vars(config)) for config in configs] == before
+    if not lora:  # whose folders have no config
+        names = (pipeline.transformer_name, EMA_FOLDER)
+        for folder in [path / name for path in (tmp_path, tmp_path / "checkpoint-1") for name in names]:
+            config = json.loads((folder / "config.json").read_text())
+            assert special_tokens(config.get("text_config", config)) == before[0]
+            if transformer.can_generate():
+                assert special_tokens(json.loads((folder / "generation_config.json").read_text())) == before[1]
 
 
-def test_the_token_of_the_hub_survives_a_copy_and_is_in_no_file(tmp_path):
-    args = build_args(tmp_path, hub_token="hf_secret")
-    assert copy.deepcopy(args).hub_token == copy.copy(args).hub_token == "hf_secret"
-    copied = copy.deepcopy(args)
-    copied.timestep_window.append(1)
-    assert args.timestep_window == build_args(tmp_path).timestep_window
-    assert b"hf_secret" not in pickle.dumps(copied)
-    trainer = build_trainer(tmp_path, hub_token="hf_secret", save_strategy="steps", save_steps=1)
-    trainer.train()
-    trainer.save_model()
-    assert trainer.args.hub_token == "hf_secret"
+def test_a_padding_token_that_is_seen_has_a_gradient_after_saving(tmp_path):
+    pipeline = build_toy_text_pipeline()
+    pipeline.transformer.config.pad_token_id = pipeline.transformer.model.embed_tokens.padding_idx = None
+    args = build_args(tmp_path, save_strategy="steps", save_steps=1)
+    UDMGRPOTrainer(pipeline, count_a, args, train_dataset=PROMPTS).train()
+    transformer = ToyTextPipeline.from_pretrained(tmp_path / "checkpoint-1").transformer
+    transformer(torch.zeros(1, 1, dtype=torch.long)).logits.sum().backward()
+    assert transformer.model.embed_tokens.weight.grad[0].abs().sum() > 0
+
+
+def test_the_token_of_the_hub_survives_a_copy_and_is_in_no_file_of_the_trainer(tmp_path):
+    for peft_config in (None, LORA):
+        output_dir = tmp_path / str(peft_config is None)
+        trainer = build_trainer(
+            output_dir, peft_config=peft_config, hub_token="hf_secret", save_strategy="steps", save_steps=1
+        )
+        trainer.train()
+        trainer.save_model()
+        assert trainer.args.hub_token == "hf_secret"
+        saved = torch.load(output_dir / "training_args.bin", weights_only=False)
+        assert saved.hub_token is None and saved.output_dir == str(output_dir)
     assert all(b"hf_secret" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 

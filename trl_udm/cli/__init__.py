@@ -19,13 +19,13 @@ A verb is a module with a dataclass `Arguments` and a function `run`. Its docstr
 when the verb is given, so that `trl-udm --help` is quick and needs no extra.
 """
 
-import argparse
-import dataclasses
-import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from importlib.metadata import version
+
+from .mistakes import DEBUG_VARIABLE, ArgumentParser, mistakes_in_one_line
 
 
 VERBS = {
@@ -40,67 +40,31 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """
-    Runs the command.
+    Runs the command. A mistake of the user ends it with one line on stderr and exit code 2.
 
     Args:
         argv (`Sequence[str]`, *optional*):
-            Verb and flags. By default those of the process.
+            Verb and flags. By default those of the process. `--debug` shows the traceback of a mistake.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(
-        prog="trl-udm", description="Reinforcement learning for uniform discrete diffusion models."
-    )
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True)
-    for verb, text in VERBS.items():
-        verbs.add_parser(verb, help=text, add_help=False)
-    verb = parser.parse_args(argv[:1]).verb
-    module = import_module(f".{verb.replace('-', '_')}", __name__)
-    module.run(parse_arguments(verb, module.Arguments, argv[1:]))
+    if "--debug" in argv:
+        argv.remove("--debug")
+        os.environ[DEBUG_VARIABLE] = "1"
+    if "" not in sys.path:  # a console command does not look for modules in the working folder, as `python -m` does
+        sys.path.insert(0, "")
+    with mistakes_in_one_line("trl-udm"):
+        parser = ArgumentParser(
+            prog="trl-udm",
+            description="Reinforcement learning for uniform discrete diffusion models.",
+            epilog="`trl-udm VERB --help` lists the flags of a verb. With `--debug` a mistake shows its traceback.",
+        )
+        parser.add_argument("--version", action="version", version=f"trl-udm {version('trl-udm')}")
+        verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True)
+        for name, text in VERBS.items():
+            verbs.add_parser(name, help=text, add_help=False)
+        verb = parser.parse_args(argv[:1]).verb
+    with mistakes_in_one_line(f"trl-udm {verb}"):
+        from .parser import parse_arguments
 
-
-def parse_arguments(verb: str, arguments_class: type, argv: Sequence[str]) -> Any:
-    """
-    Parses the flags of a verb with TRL's parser, which also reads them from a YAML file given as `--config`.
-
-    TRL's parser leaves out the fields of a dataclass that have `init=False`. Here they are the positional arguments.
-
-    Args:
-        verb (`str`):
-            The verb.
-        arguments_class (`type`):
-            Its dataclass.
-        argv (`Sequence[str]`):
-            The flags.
-
-    Returns:
-        `arguments_class`: The parsed arguments.
-    """
-    from trl.scripts.utils import TrlParser
-
-    description = sys.modules[arguments_class.__module__].__doc__
-    epilog = "`--config file.yaml` reads arguments from a YAML file. Flags override the file."
-    parser = TrlParser(arguments_class, prog=f"trl-udm {verb}", description=description, epilog=epilog)
-    parser.register("type", dict, _parse_json_object)
-    positional = [field for field in dataclasses.fields(arguments_class) if not field.init]
-    for field in positional:
-        parser.add_argument(field.name, **field.metadata)
-    for field in dataclasses.fields(arguments_class):
-        if field.type == bool | None:  # TRL's parser adds the `--no` form only to what is `True` by default
-            off = {"action": "store_false", "default": argparse.SUPPRESS, "help": f"The opposite of --{field.name}."}
-            parser.add_argument(f"--no-{field.name}", dest=field.name, **off)
-    arguments, *namespace, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    for field in positional:
-        setattr(arguments, field.name, getattr(namespace[0], field.name))
-    return arguments
-
-
-def _parse_json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"""must be a JSON object such as '{{"mode": "dense"}}', got {text!r}""")
-    return value
+        module = import_module(f".{verb.replace('-', '_')}", __name__)
+        module.run(parse_arguments(verb, module.Arguments, argv[1:]))

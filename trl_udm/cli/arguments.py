@@ -15,12 +15,15 @@
 """The arguments that verbs share, and the pipeline that they describe."""
 
 import dataclasses
+import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from ..trainer.udm_grpo_config import UDMGRPOConfig
 from ..worlds import IMAGE_WORLDS
+from .parser import check_range
 
 
 MODEL_HELP = f"Folder or Hub repository of a pipeline, or an embedded world: {', '.join(IMAGE_WORLDS)}."
@@ -99,6 +102,11 @@ class SamplingArguments(ModelArguments):
         "guidance_scale_eval", "Weight of classifier-free guidance. 1 is no guidance."
     )
 
+    def check(self) -> None:
+        """Raises a `ValueError` if a number is out of its range."""
+        check_range(self, seed=(0, 2**63 - 1), height=(1, math.inf), width=(1, math.inf))
+        check_range(self, num_inference_steps=(1, math.inf), guidance_scale=(-sys.float_info.max, sys.float_info.max))
+
     @property
     def pipeline_kwargs(self) -> dict[str, Any]:
         """`dict[str, Any]`: Arguments of a call of the pipeline."""
@@ -122,8 +130,14 @@ def load_pipeline(arguments: ModelArguments, adapter: str | None = None) -> Any:
     import torch
     from accelerate import PartialState
 
+    from ..pipelines.lora import read_adapter
     from ..pipelines.pipeline_ursa import URSAPipeline
 
+    if adapter is not None:
+        read_adapter(adapter)  # a mistake in it is told before a large model is loaded
+    size = {name: getattr(arguments, name, None) for name in ("height", "width")}
+    if any(size.values()):
+        URSAPipeline.from_configs(arguments.checkpoint_path).latent_shape(**size)
     device = PartialState().device
     dtype = arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     pipeline = URSAPipeline.from_pretrained(arguments.checkpoint_path, dtype=getattr(torch, dtype))

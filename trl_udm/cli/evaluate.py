@@ -19,6 +19,7 @@ The same command continues a run that was interrupted. Without a model, the imag
 they must lie as GenEval's own do. For several GPUs: accelerate launch -m trl_udm.cli evaluate ...
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from accelerate import PartialState
 from ..evaluation import evaluate
 from ..evaluation.benchmarks import BENCHMARKS
 from .arguments import MODEL_HELP, SamplingArguments, load_pipeline
+from .parser import check_output_dir, check_range
 
 
 @dataclass(kw_only=True)
@@ -88,6 +90,9 @@ def run(arguments: Arguments) -> None:
     """
     if arguments.benchmark not in BENCHMARKS:  # a `--config` file is not checked against the choices
         raise ValueError(f"`--benchmark` must be one of {sorted(BENCHMARKS)}, got {arguments.benchmark!r}.")
+    arguments.check()
+    check_range(arguments, batch_size=(1, math.inf), num_images_per_prompt=(1, math.inf))
+    check_output_dir(arguments.output_dir)
     benchmark = BENCHMARKS[arguments.benchmark]
     pipeline = rows = settings = None
     if arguments.model is None:
@@ -96,11 +101,13 @@ def run(arguments: Arguments) -> None:
                 raise ValueError(f"`--{name}` needs `--model`: without one, the images in `--output_dir` are scored.")
     else:
         rows = benchmark.load_rows(arguments.prompts)
+    options = {**benchmark.reward_options, **arguments.options}
+    reward = benchmark.make_reward(options)
+    if rows is not None:
         pipeline = load_pipeline(arguments, arguments.adapter)
         settings = {"model": arguments.model, "adapter": arguments.adapter, "dtype": str(pipeline.dtype)}
-    options = {**benchmark.reward_options, **arguments.options}
     evaluate(
-        [benchmark.make_reward(options)],
+        [reward],
         arguments.output_dir,
         pipeline,
         rows,

@@ -14,12 +14,14 @@
 
 """Draw images of prompts."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from .arguments import SamplingArguments, load_pipeline
+from .parser import check_output_dir, check_range
 
 
 @dataclass(kw_only=True)
@@ -60,11 +62,13 @@ def run(arguments: Arguments) -> None:
 
     Raises:
         FileExistsError: If an image would be overwritten.
-        ValueError: If `batch_size` is not positive.
+        OSError: If the folder cannot be written to.
+        ValueError: If a number is out of its range.
     """
     prompts, batch_size = arguments.prompts, arguments.batch_size
-    if batch_size < 1:
-        raise ValueError(f"`--batch_size` must be > 0, got {batch_size}.")
+    arguments.check()
+    check_range(arguments, batch_size=(1, math.inf), num_images_per_prompt=(1, math.inf))
+    check_output_dir(arguments.output_dir)
     num_images = len(prompts) * arguments.num_images_per_prompt
     paths = [arguments.output_dir / f"{index:05}.png" for index in range(num_images)]
     for path in paths:

@@ -29,6 +29,7 @@ from ..memory import estimate_memory
 from ..pipelines.pipeline_ursa import URSAPipeline
 from ..trainer.udm_grpo_config import UDMGRPOConfig
 from .arguments import ModelArguments, config_field
+from .parser import check_range
 
 
 @dataclass(kw_only=True)
@@ -44,7 +45,9 @@ class Arguments(ModelArguments):
         dtype (`str`, *optional*, defaults to `"float32"`):
             Dtype of the weights.
         lora_r (`int`, *optional*, defaults to `0`):
-            Rank of a LoRA on all linear layers, or 0 to train all weights.
+            Rank of a new LoRA on all linear layers, or 0 for none.
+        adapter (`str`, *optional*):
+            Folder or Hub repository of an adapter to train further. Without it and a LoRA, all weights are trained.
         height (`int`, *optional*):
             Height of the images in pixels.
         width (`int`, *optional*):
@@ -57,7 +60,7 @@ class Arguments(ModelArguments):
         every_n_layers (`int`, *optional*, defaults to `1`):
             One layer of every so many is recomputed, > 0.
         per_device_train_batch_size, rollout_batch_size, decode_batch_size, num_generations, num_train_timesteps,
-        guidance_scale, beta, bf16, activation_checkpointing (*optional*):
+        guidance_scale, beta, ema_decay, bf16, activation_checkpointing (*optional*):
             With their defaults.
 
         > Parameters that control the comparison
@@ -69,7 +72,8 @@ class Arguments(ModelArguments):
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Dtype of the weights."}
     )
-    lora_r: int = field(default=0, metadata={"help": "Rank of a LoRA on all linear layers. 0 trains all weights."})
+    lora_r: int = field(default=0, metadata={"help": "Rank of a new LoRA on all linear layers. 0 is none."})
+    adapter: str | None = config_field("adapter")
     height: int | None = field(default=None, metadata={"help": "Pixels. By default the model's own height."})
     width: int | None = field(default=None, metadata={"help": "Pixels. By default the model's own width."})
 
@@ -84,6 +88,7 @@ class Arguments(ModelArguments):
     num_train_timesteps: int = config_field("num_train_timesteps")
     guidance_scale: float = config_field("guidance_scale")
     beta: float = config_field("beta")
+    ema_decay: float | None = config_field("ema_decay")
     bf16: bool | None = config_field("bf16", "Compute in bfloat16, the default.", nargs="?", const=True)
     activation_checkpointing: bool | None = config_field(
         "activation_checkpointing", "Recompute the layers, the default.", nargs="?", const=True
@@ -103,9 +108,10 @@ def run(arguments: Arguments) -> None:
     Raises:
         ValueError: If a value is out of its range, or the batch does not contain whole groups.
     """
-    for name, smallest in (("lora_r", 0), ("every_n_layers", 1), ("per_device_train_batch_size", 1)):
-        if getattr(arguments, name) < smallest:
-            raise ValueError(f"`--{name}` must be >= {smallest}, got {getattr(arguments, name)}.")
+    check_range(arguments, lora_r=(0, math.inf), every_n_layers=(1, math.inf), gpu_memory=(0, math.inf))
+    check_range(arguments, per_device_train_batch_size=(1, math.inf), gradient_accumulation_steps=(1, math.inf))
+    check_range(arguments, num_generations=(2, math.inf), num_train_timesteps=(1, math.inf))
+    check_range(arguments, beta=(0, math.inf), guidance_scale=(-math.inf, math.inf))
     config_names = {config_field.name for config_field in fields(UDMGRPOConfig)}
     settings = {name: value for name, value in vars(arguments).items() if name in config_names}
     if arguments.gradient_accumulation_steps is None:
@@ -125,7 +131,8 @@ def run(arguments: Arguments) -> None:
     peft_config = LoraConfig(r=arguments.lora_r, target_modules="all-linear") if arguments.lora_r else None
     estimate = estimate_memory(pipeline, args, peft_config)
     print("| computed, not measured | GiB |\n|---|---|")
-    for name in ("trained_weights", "frozen_weights", "reference_weights", "optimizer_states", "gradients"):
+    names = ("trained_weights", "frozen_weights", "reference_weights", "ema_weights", "optimizer_states", "gradients")
+    for name in names:
         print(f"| {name.replace('_', ' ')} | {getattr(estimate, name) / 2**30:.2f} |")
     for stage, peak in estimate.stages.items():
         print(f"| peak of the {stage} | {peak / 2**30:.2f} |")

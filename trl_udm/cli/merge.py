@@ -12,13 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Add a LoRA to the weights of its base model, and write the pipeline that results."""
+"""Add an adapter to the weights of its base model, and write the pipeline that results."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from .arguments import ModelArguments, load_pipeline
+from .parser import check_output_dir
 
 
 @dataclass(kw_only=True)
@@ -37,7 +38,7 @@ class Arguments(ModelArguments):
             Dtype in which the weights are added and saved.
     """
 
-    adapter: str = field(metadata={"help": "Folder or Hub repository of a LoRA."})
+    adapter: str = field(metadata={"help": "Folder or Hub repository of a PEFT adapter."})
     output_dir: Path = field(metadata={"help": "Folder of the pipeline, new or empty."})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Dtype in which the weights are added and saved."}
@@ -59,11 +60,15 @@ def run(arguments: Arguments) -> None:
     output_dir = arguments.output_dir
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"`--output_dir` must be new or empty, and {output_dir} is not. Give another folder.")
+    check_output_dir(output_dir)
     pipeline = load_pipeline(arguments, arguments.adapter)
     try:
         pipeline.peft_model.merge_and_unload(safe_merge=True)
     except (NotImplementedError, RuntimeError, ValueError) as error:
-        raise ValueError(f"PEFT cannot merge the adapter in {arguments.adapter}: {error} Use it as it is.") from error
+        reason = str(error).rstrip(".")
+        raise ValueError(
+            f"PEFT cannot merge the adapter in {arguments.adapter}: {reason}. Use it as it is."
+        ) from error
     pipeline.forget_local_paths()
     pipeline.save_pretrained(output_dir)
     print(output_dir)

@@ -19,15 +19,16 @@ It needs `pip install trl-udm[server]`. The client is trl_udm.rewards.remote.Rem
 TRL_UDM_REWARD_TOKEN is set, clients must send its value. Without a token, only processes of this machine are served.
 """
 
+import math
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..rewards.loading import REWARD_NAMES, load_reward
+from ..rewards.loading import REWARD_NAMES, find_reward, load_reward
 from ..worlds import IMAGE_WORLDS
+from .parser import check_range
 
 
 @dataclass(kw_only=True)
@@ -119,10 +120,15 @@ def run(arguments: Arguments) -> None:
     from ..rewards.remote.server import serve
     from ..rewards.remote.wire import TOKEN_VARIABLE
 
+    check_range(arguments, port=(0, 65535), max_batch_size=(1, math.inf), max_body_bytes=(1, math.inf))
+    check_range(arguments, max_pixels=(1, math.inf), max_concurrency=(1, math.inf), max_queue=(0, math.inf))
+    if not 0 < arguments.body_timeout < math.inf:
+        raise ValueError(f"`--body_timeout` must be > 0, got {arguments.body_timeout}.")
     token = os.environ.get(TOKEN_VARIABLE)
     if arguments.token_file is not None:
         token = arguments.token_file.read_text(encoding="utf-8").strip()
-    sys.path.insert(0, os.getcwd())  # a console command does not look there for modules, as `python -m` does
     reward_names = ("reward", "options", "token_file")
     server_options = {name: value for name, value in vars(arguments).items() if name not in reward_names}
+    # Before the server starts, which loads the reward in a thread. That of a world is made at once
+    (make_reward if arguments.reward in IMAGE_WORLDS else find_reward)(arguments.reward, arguments.options)
     serve(lambda: make_reward(arguments.reward, arguments.options), token=token, **server_options)

@@ -15,17 +15,24 @@
 """Prompt files and Hub datasets as datasets of checked rows."""
 
 import functools
-import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from datasets import Dataset, Features, IterableDataset, Value, load_dataset
+from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 
 from ..rewards.geneval import CLASS_NAMES
 from ..rewards.ocr import extract_target
+from .files import read_source, to_dataset
 from .geneval import GENEVAL_FEATURES, check_row
 from .ocr import OCR_FEATURES
+
+
+logger = logging.getLogger(__name__)
+
+TASK_FEATURES = {None: Features({"prompt": Value("string")}), "geneval": GENEVAL_FEATURES, "ocr": OCR_FEATURES}
+"""The columns of each task."""
 
 
 def load_prompts(
@@ -36,24 +43,29 @@ def load_prompts(
     streaming: bool = False,
     prompt_column: str = "prompt",
     class_names: Sequence[str] = CLASS_NAMES,
+    encoding: str | None = None,
     **kwargs: Any,
 ) -> Dataset | IterableDataset:
     """
-    Loads prompts, checks every row, and keeps the columns of the task.
+    Loads prompts and checks every row.
 
     | `task` | columns | checked |
     |---|---|---|
     | `None` | `prompt` | a string that is not blank |
     | `"geneval"` | `prompt`, `tag`, `include`, `exclude` | by [`~trl_udm.rewards.geneval.check_metadata`] |
-    | `"ocr"` | `prompt`, `target_text` | a string that is not blank; if absent or `None`, the prompt's quoted part |
+    | `"ocr"` | `prompt`, `target_text` | not blank; if absent, `None` or empty, the prompt's quoted part |
 
-    The columns have the same types for every source, so that `datasets.concatenate_datasets` can join datasets of
-    several tasks. In the joined dataset, a column that a row's task does not have is `None`.
+    These columns come first and have the same types for every source, so that `datasets.concatenate_datasets` can join
+    datasets of several tasks. In the joined dataset, a column that a row's task does not have is `None`. All other
+    columns of the source follow unchanged, and reach the reward functions.
+
+    Text is read as text: the cell `NA` or `007` of a table, or a date in JSON, is that string.
 
     Args:
         path_or_name (`str` or `Path`):
-            A file: `.txt` (a prompt a line), `.jsonl` (a row a line), `.json`, `.csv` or `.parquet`. Otherwise a
-            dataset on the Hub, or a folder.
+            A file: `.txt` (a prompt a line), `.jsonl` (a row a line), `.json` (a list of rows, or a row a line),
+            `.csv`, `.tsv` or `.parquet`. All but `.parquet` may be compressed, such as `.csv.gz`. Otherwise a dataset
+            on the Hub, or a folder.
         task (`str`, *optional*):
             `"geneval"`, `"ocr"` or `None`.
         split (`str`, *optional*, defaults to `"train"`):
@@ -61,18 +73,23 @@ def load_prompts(
         streaming (`bool`, *optional*, defaults to `False`):
             Whether to read and check each row only when it is needed.
         prompt_column (`str`, *optional*, defaults to `"prompt"`):
-            The column of the prompts.
+            The column of the prompts, which becomes `prompt`.
         class_names (`Sequence[str]`, *optional*, defaults to `CLASS_NAMES`):
             The classes that the detector knows, for `task="geneval"`.
+        encoding (`str`, *optional*):
+            The encoding of a text file, such as `"latin-1"`. By default what its byte order mark says, else UTF-8.
         kwargs (`dict[str, Any]`, *optional*):
-            Further arguments of [`~datasets.load_dataset`], such as `name` or `revision`.
+            Further arguments of [`~datasets.load_dataset`], such as `name` or `revision`. For a `.csv` or `.tsv` file
+            those of `csv.reader`, such as `delimiter`.
 
     Returns:
         [`~datasets.Dataset`] or, if `streaming`, [`~datasets.IterableDataset`].
 
     Raises:
-        ValueError: If there is no such task, or a row is malformed. The message names the row (counted from 0, as in
-        `dataset[index]`), the field and the reason. With `streaming`, it is raised when the row is read.
+        FileNotFoundError: If there is no such file.
+        ValueError: If there is no such task, the source cannot be read or has no row, or a row is malformed. The
+        message names the row (counted from 0), the field and the reason. With `streaming`, it is raised when the row
+        is read.
 
     Example:
 
@@ -85,56 +102,27 @@ def load_prompts(
     {'prompt': 'A neon sign that says "Open late"', 'target_text': 'Open late'}
     ```
     """
-    if task not in (None, "geneval", "ocr"):
+    if task not in TASK_FEATURES:
         raise ValueError(f"`task` must be 'geneval', 'ocr' or `None`, got {task!r}.")
 
-    source = str(path_or_name)
-    suffix = Path(source).suffix
-    if suffix in (".txt", ".jsonl"):
-        # JSON lines are parsed below, because the JSON builder guesses the types, and its errors do not name the row
-        column = prompt_column if suffix == ".txt" else "line"
-        text_options = {"features": Features({column: Value("string")}), "encoding": "utf-8-sig"}
-        dataset = load_dataset("text", data_files=source, split=split, streaming=streaming, **text_options, **kwargs)
-    elif suffix in (".json", ".csv", ".parquet"):
-        dataset = load_dataset(suffix[1:], data_files=source, split=split, streaming=streaming, **kwargs)
-    else:
-        dataset = load_dataset(source, split=split, streaming=streaming, **kwargs)
-
-    if task == "geneval":
-        features = GENEVAL_FEATURES
-    elif task == "ocr":
-        features = OCR_FEATURES
-    else:
-        features = Features({"prompt": Value("string")})
-    read = functools.partial(
-        _read_row,
-        is_json_line=suffix == ".jsonl",
-        task=task,
-        prompt_column=prompt_column,
-        class_names=class_names,
-    )
-    if streaming:
-        return dataset.map(read, with_indices=True, features=features).select_columns(list(features))
-    return Dataset.from_list([read(row, index) for index, row in enumerate(dataset)], features=features)
+    features = TASK_FEATURES[task]
+    rows = read_source(path_or_name, split, streaming, encoding, prompt_column, **kwargs)
+    check = functools.partial(_check_row, task=task, prompt_column=prompt_column, class_names=class_names)
+    if isinstance(rows, IterableDataset):
+        replaced = None if prompt_column == "prompt" else [prompt_column]
+        return rows.map(check, with_indices=True, features=features, remove_columns=replaced)
+    checked = Dataset.from_list([check(row, index) for index, row in enumerate(rows)], features=features)
+    others = to_dataset(rows) if isinstance(rows, list) else rows
+    others = others.remove_columns([name for name in others.column_names if name in {*features, prompt_column}])
+    return concatenate_datasets([checked, others], axis=1)
 
 
-def _read_row(
-    row: Mapping[str, Any],
-    index: int,
-    is_json_line: bool,
-    task: str | None,
-    prompt_column: str,
-    class_names: Sequence[str],
+def _check_row(
+    row: Mapping[str, Any], index: int, task: str | None, prompt_column: str, class_names: Sequence[str]
 ) -> dict[str, Any]:
-    if is_json_line:
-        line = row["line"]
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"Row {index}: the line must be JSON, got {line!r}: {error}.") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"Row {index}: the line must be a JSON object, got {line!r}.")
-
+    """The columns of the task."""
+    if index == 0 and prompt_column != "prompt" and "prompt" in row:
+        logger.warning(f"The column `prompt` is left out, because `prompt_column` is {prompt_column!r}.")
     prompt = row.get(prompt_column)
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(
@@ -145,7 +133,7 @@ def _read_row(
         return check_row({**row, "prompt": prompt}, class_names, index)
     if task == "ocr":
         target = row.get("target_text")
-        if target is None:
+        if target is None or target == "":  # a table has no `None`
             try:
                 target = extract_target(prompt)
             except ValueError as error:

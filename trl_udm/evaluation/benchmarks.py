@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.loading import load_prompts
+from ..data.loading import TASK_FEATURES, load_prompts
 from ..rewards.loading import load_reward
 from ..worlds import IMAGE_WORLDS, World
 
@@ -85,7 +85,7 @@ class Benchmark:
         """
         if prompts is not None:
             options = {"task": self.task} if self.world is None else self.world.prompt_options
-            return list(load_prompts(prompts, **options))
+            return list(load_prompts(prompts, **options).select_columns([*TASK_FEATURES[options.get("task")]]))
         if self.world is None:
             raise ValueError(f"`--prompts` is needed for {self.name}: a file or a dataset on the Hub.")
         return self.world.load_eval_rows()

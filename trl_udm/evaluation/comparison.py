@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+import torch
 
 from ..trainer.udm_grpo_trainer import UDMGRPOTrainer
 from .images import evaluate, get_reward_name
@@ -126,12 +126,12 @@ def train_and_compare_texts(trainer: UDMGRPOTrainer, num_shown: int = 0) -> dict
     args, prompts = trainer.args, trainer.eval_dataset[:num_shown]["prompt"]
 
     def evaluate_texts(_: str) -> tuple[float, list[str]]:
-        set_seed(args.seed)
         with _evaluation_mode(trainer):
             reward = trainer.evaluate()["eval_reward"]
             if num_shown == 0:
                 return reward, []
-            with trainer._sampling():
+            with trainer._sampling(), torch.random.fork_rng():  # as `evaluate`, with random numbers of its own
+                torch.manual_seed(args.seed)
                 options = {"num_inference_steps": args.num_inference_steps_eval, **(args.pipeline_kwargs or {})}
                 return reward, trainer.pipeline(prompts, **options).texts
 

@@ -34,7 +34,8 @@ class URSAConfig(Qwen3Config):
             Text token between the text and the image tokens (beginning of vision).
 
     Raises:
-        ValueError: If `bov_token_id` is not a text token, or `use_sliding_window` is set.
+        ValueError: If `bov_token_id` is not a text token, or `use_sliding_window`, `tie_word_embeddings` or a
+            `partial_rotary_factor` is set.
     """
 
     model_type = "ursa"
@@ -59,9 +60,13 @@ class URSAConfig(Qwen3Config):
             raise ValueError(
                 f"`bov_token_id` must be a text token, in [0, {self.text_vocab_size}), got {self.bov_token_id}."
             )
-        if self.use_sliding_window:
+        if self.use_sliding_window or "sliding_attention" in (self.layer_types or []):
             raise ValueError("`use_sliding_window` must be False: every token of URSA attends to every other.")
+        if self.tie_word_embeddings:
+            raise ValueError("`tie_word_embeddings` must be False: the head has image codes, and no text tokens.")
         super().__post_init__(**kwargs)
+        if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError("`partial_rotary_factor` must be 1.0: the three axes take all channels of a head.")
 
     @classmethod
     def from_original_config(cls, config: dict[str, Any]) -> "URSAConfig":

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 from transformers import PreTrainedModel as PreTrainedModel  # diffusers looks a component's loader up by this name
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3PreTrainedModel, Qwen3RotaryEmbedding
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -37,9 +38,13 @@ class URSARotaryEmbedding(Qwen3RotaryEmbedding):
     A head with D channels has D/2 frequencies base^(−2j/D). The first 3·(D/8) of them take the axes frame, row,
     column, frame, row, column, …, and the others row, column, row, column, … . On text, where the three positions are
     equal, this is the ordinary rotary embedding.
+
+    `config.rope_parameters` may scale it. The length that `"dynamic"` and `"longrope"` look at is the largest position
+    of the three axes, plus one.
     """
 
     @torch.no_grad()
+    @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -57,7 +62,8 @@ class URSARotaryEmbedding(Qwen3RotaryEmbedding):
         axes = torch.where(index < num_interleaved, index % 3, 1 + (index - num_interleaved) % 2)
         freqs = position_ids[..., axes].float() * inv_freq  # (B, L, D/2)
         emb = torch.cat((freqs, freqs), dim=-1)  # (B, L, D)
-        return emb.cos().to(dtype=x.dtype), emb.sin().to(dtype=x.dtype)
+        cos, sin = emb.cos() * self.attention_scaling, emb.sin() * self.attention_scaling
+        return cos.to(dtype=x.dtype), sin.to(dtype=x.dtype)
 
 
 class URSAPreTrainedModel(Qwen3PreTrainedModel):
@@ -76,6 +82,21 @@ class URSAPreTrainedModel(Qwen3PreTrainedModel):
         """
         return load_every_weight(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, **kwargs) -> nn.Embedding:
+        """
+        As in transformers, for the size that the embeddings have.
+
+        Raises:
+            ValueError: For another size. Image code k is token `text_vocab_size + k`, so that tokens at the end would
+                be no text, and the head has a row for each code, not for each token.
+        """
+        if new_num_tokens not in (None, self.config.vocab_size):
+            raise ValueError(
+                f"`new_num_tokens` must be {self.config.vocab_size}, got {new_num_tokens}: image codes follow the text"
+                " tokens. Build a model from another `text_vocab_size` and copy the weights."
+            )
+        return self.get_input_embeddings()
+
 
 class URSAModel(URSAPreTrainedModel, Qwen3Model):
     """
@@ -85,6 +106,8 @@ class URSAModel(URSAPreTrainedModel, Qwen3Model):
         config ([`URSAConfig`]):
             The configuration.
     """
+
+    _keys_to_ignore_on_load_unexpected = ["lm_head.weight"]
 
     def __init__(self, config: URSAConfig):
         super().__init__(config)
@@ -104,8 +127,8 @@ class URSAModel(URSAPreTrainedModel, Qwen3Model):
     ) -> BaseModelOutput:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` or `inputs_embeds`.")
-        if use_cache:
-            raise ValueError("`use_cache` must be False: every token is predicted anew in each step.")
+        if use_cache or kwargs.get("past_key_values") is not None:
+            raise ValueError("`use_cache` must be False, without a cache: every token is predicted anew in each step.")
         if position_ids is None or position_ids.dim() != 3 or position_ids.size(-1) != 3:
             raise ValueError(
                 "`position_ids` must have shape (batch_size, sequence_length, 3), got "
@@ -182,6 +205,7 @@ class URSAForImageGeneration(URSAPreTrainedModel):
         super().__init__(config)
         self.model = URSAModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.codebook_size, bias=False)
+        self.loss_type = "ForCausalLM"  # by its shift of the logits
         self.post_init()
 
     @can_return_tuple
@@ -191,6 +215,7 @@ class URSAForImageGeneration(URSAPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
         logits_to_keep: int = 0,
         shift_labels: torch.LongTensor | None = None,
         **kwargs,
@@ -205,6 +230,9 @@ class URSAForImageGeneration(URSAPreTrainedModel):
                 Frame, row and column of each token.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
                 Instead of `input_ids`.
+            labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Image codes at their own positions, in `[0, codebook_size)`, and -100 elsewhere. The loss is the
+                cross-entropy of the logits at the positions before them.
             logits_to_keep (`int`, *optional*, defaults to `0`):
                 Number of positions, at the end, to compute logits for. 0 means all.
             shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -213,8 +241,16 @@ class URSAForImageGeneration(URSAPreTrainedModel):
 
         Returns:
             [`~transformers.modeling_outputs.MaskedLMOutput`]: With `logits` of shape `(batch_size, sequence_length,
-            codebook_size)`. With `shift_labels` a [`URSAScoreOutput`] instead.
+            codebook_size)`, and with `labels` the `loss`. With `shift_labels` a [`URSAScoreOutput`] instead.
+
+        Raises:
+            ValueError: If inputs are missing or have another shape, or a label is no image code.
         """
+        if labels is not None and (shift_labels is not None or labels.max() >= self.config.codebook_size):
+            raise ValueError(
+                f"`labels` must be image codes in [0, {self.config.codebook_size}), without `text_vocab_size` added, "
+                f"or -100, and not be given with `shift_labels`, got labels up to {labels.max().item()}."
+            )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -232,8 +268,13 @@ class URSAForImageGeneration(URSAPreTrainedModel):
                 hidden_states=outputs.hidden_states,
                 attentions=outputs.attentions,
             )
+        logits, loss = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:]), None
+        if labels is not None:
+            labels = labels[:, -logits_to_keep:]
+            loss = self.loss_function(logits, labels, vocab_size=self.config.codebook_size, **kwargs)
         return MaskedLMOutput(
-            logits=self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:]),
+            loss=loss,
+            logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

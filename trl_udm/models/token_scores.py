@@ -47,6 +47,15 @@ def score_tokens(
     Returns:
         `tuple`: Log-probabilities and entropies, each of shape `(num_tokens,)` in float32. Both are differentiable.
     """
+    device_type = hidden_states.device.type
+    is_cast = "forward" in vars(head)  # by TRL's `cast_lm_head_to_fp32`, which autocast would undo
+    with torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type) and not is_cast):
+        return _score_tokens(head, hidden_states, labels)
+
+
+def _score_tokens(
+    head: nn.Module, hidden_states: torch.Tensor, labels: torch.LongTensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     # Sharded and quantized weights are wrappers around others
     is_matrix = type(head) is nn.Linear and head.bias is None and not is_traceable_wrapper_subclass(head.weight)
     if is_matrix and head.weight.shape == (head.out_features, head.in_features):  # DeepSpeed empties a sharded weight

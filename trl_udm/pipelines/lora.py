@@ -16,6 +16,9 @@
 
 import contextlib
 import copy
+import dataclasses
+import json
+import math
 import os
 import warnings
 from collections import Counter
@@ -33,8 +36,12 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors import safe_open
+from safetensors.torch import load
 from torch import nn
 
 from ..weights import find_file, load_tensors, save_tensors
@@ -47,6 +54,9 @@ PREFIX = "base_model.model."
 
 OWN_CALL_TYPES = (PeftType.XLORA, PeftType.POLY, PeftType.SHADOW)
 """Types that need a model's call to be theirs."""
+
+BASE_SAMPLE = "base_sample"
+"""Where the metadata of a file of weights has a sample of the weights under the adapter. PEFT does not look there."""
 
 BASE_CHANGING_INITS = ("pissa", "olora")
 """Values of `init_lora_weights` with which an adapter takes its start from the weights under it."""
@@ -92,13 +102,7 @@ class LoraMixin:
 
     @contextlib.contextmanager
     def keep_base_weights(self, peft_config: PeftConfig | None) -> Iterator["BaseWeights"]:
-        """
-        A context in which someone puts an adapter into the transformer. On an error it is taken off again.
-
-        Args:
-            peft_config ([`~peft.PeftConfig`], *optional*):
-                The adapter's configuration.
-        """
+        """A context in which someone puts an adapter into the transformer. On an error it is taken off again."""
         base_weights, had_adapters = BaseWeights(self.transformer, peft_config), has_adapters(self.transformer)
         try:
             yield base_weights
@@ -109,15 +113,7 @@ class LoraMixin:
             raise
 
     def attach_adapters(self, model: PeftModel, base_weights: "BaseWeights") -> None:
-        """
-        Takes over the adapters that someone has put into the transformer.
-
-        Args:
-            model ([`~peft.PeftModel`]):
-                The model that PEFT has put around the transformer.
-            base_weights ([`BaseWeights`]):
-                The transformer's weights, as they were before.
-        """
+        """Takes over the model that someone has put around the transformer, whose weights were `base_weights`."""
         base_weights.forget_unchanged()
         self._attached, self._base_weights = model, base_weights
         self._unfused, self._scalings = None, {}
@@ -162,65 +158,38 @@ class LoraMixin:
                 f"Adapter with name {adapter_name} already exists. Give another `adapter_name`, or remove that one "
                 f"with `unload_lora_weights({adapter_name!r})`."
             )
-        source = pretrained_model_name_or_path_or_dict
-        state_dict, config = read_adapter(source, subfolder, weight_name, peft_config, **hub_kwargs)
-        label = "the dictionary" if isinstance(source, dict) else str(source)
+        adapter = read_adapter(
+            pretrained_model_name_or_path_or_dict, subfolder, weight_name, peft_config, **hub_kwargs
+        )
         tuned = self.transformer if model is None else model
-        if model is not None and model.peft_config and config.peft_type != model.peft_type:
+        if model is not None and model.peft_config and adapter.config.peft_type != model.peft_type:
             raise ValueError(
-                f"The adapter in {label} is of type {config.peft_type.value}, and the transformer has adapters of "
-                f"type {model.peft_type.value}, beside which PEFT takes no other. Unload them first."
+                f"The adapter in {adapter.label} is of type {adapter.config.peft_type.value}, and the transformer has "
+                f"adapters of type {model.peft_type.value}, beside which PEFT takes no other. Unload them first."
             )
         if model is not None and (
-            config.to_dict().get("init_lora_weights") in BASE_CHANGING_INITS
+            adapter.config.to_dict().get("init_lora_weights") in BASE_CHANGING_INITS
             or (self._base_weights is not None and self._base_weights.has_changed)
         ):
             raise ValueError(
-                f"The adapter in {label} cannot lie beside {list(model.peft_config)}: one of them starts from the "
-                f"weights under it (`init_lora_weights` in {BASE_CHANGING_INITS}). Unload the others first."
+                f"The adapter in {adapter.label} cannot lie beside {list(model.peft_config)}: one of them starts from "
+                f"the weights under it (`init_lora_weights` in {BASE_CHANGING_INITS}). Unload the others first."
             )
-        _attach(_copy_structure(tuned, config), state_dict, config, adapter_name, label)  # refuses what does not fit
+        _attach(_copy_structure(tuned, adapter.config), adapter, adapter_name)  # refuses what does not fit
         is_training = self.transformer.training
         base_weights = self._base_weights
         if model is None:
-            base_weights = BaseWeights(self.transformer, config)
+            base_weights = BaseWeights(self.transformer, adapter.config)
         elif base_weights is not None:
-            base_weights.keep(config)
-        attached = _attach(tuned, state_dict, config, adapter_name, label).train(is_training)
+            base_weights.keep(adapter.config)
+        self._warn_of_another_base(adapter, base_weights)
+        attached = _attach(tuned, adapter, adapter_name).train(is_training)
         attached.requires_grad_(False)
-        self._warn_of_another_base(config, label)
         if model is None:
             self.attach_adapters(attached, base_weights)
         elif base_weights is not None:
             base_weights.forget_unchanged()
         self.set_adapters(adapter_name)
-
-    def unfreeze_adapter(self) -> PeftModel:
-        """
-        Makes the adapter trainable that the transformer has.
-
-        Returns:
-            [`~peft.PeftModel`]: The model that holds it.
-
-        Raises:
-            ValueError: If there are several, or it is fused or not called "default".
-        """
-        model = self.peft_model
-        if list(model.peft_config) != ["default"] or model.active_adapters != ["default"] or self.is_fused:
-            raise ValueError(
-                f"The pipeline has adapters {sorted(model.peft_config)}. One alone can be trained further, not fused "
-                'and named "default". Unload the others, or fuse them and call `unload_lora_weights()` to train all '
-                "weights."
-            )
-        check_peft_config(model.peft_config["default"], is_trained=True)
-        model.set_adapter("default")
-        bias = model.peft_config["default"].to_dict().get("bias", "none")
-        layers = [model] if bias == "all" else list(tuner_layers(model)) if bias != "none" else []
-        for layer in layers:
-            for name, parameter in layer.named_parameters():
-                if name.endswith("bias"):
-                    parameter.requires_grad_(True)
-        return model
 
     def get_active_adapters(self) -> list[str]:
         """
@@ -277,13 +246,12 @@ class LoraMixin:
         except ValueError as error:
             model.base_model.set_adapter(active, inference_mode=True)
             raise ValueError(f"PEFT cannot use {names} at a time: {error}") from error
-        scalings = {} if self._scalings is None else self._scalings
+        scalings = self._scalings = self._scalings or {}
         for name, weight in zip(names, weights, strict=True):
             if weight != 1.0 and name not in scalings:
                 scalings[name] = {layer: layer.scaling[name] for layer in layers if name in layer.scaling}
             for layer, scaling in scalings.get(name, {}).items():
                 layer.scaling[name] = scaling * weight
-        self._scalings = scalings
 
     def delete_adapters(self, adapter_names: str | list[str]) -> None:
         """
@@ -327,9 +295,8 @@ class LoraMixin:
         """
         if adapter_name is not None:
             return self.delete_adapters(adapter_name)
-        transformer = (
-            self.transformer.get_base_model() if isinstance(self.transformer, PeftModel) else self.transformer
-        )
+        is_wrapped = isinstance(self.transformer, PeftModel)
+        transformer = self.transformer.get_base_model() if is_wrapped else self.transformer
         if not has_adapters(transformer):
             raise ValueError("No adapter loaded. `load_lora_weights` loads one.")
         remove_adapters(transformer)
@@ -365,23 +332,14 @@ class LoraMixin:
         reason = reason_against_merging(model)
         if reason is not None:
             raise ValueError(f"The adapters {names} cannot be fused: {reason}. Use them as they are.")
-        layers = scaled_layers(model)
-        if lora_scale != 1.0 and not layers:
-            raise ValueError(f"`lora_scale` must be 1 for type {model.peft_type.value}, got {lora_scale}.")
         originals = {parameter: parameter.data for parameter in base_parameters(model)}
-        scales = [dict(layer.scaling) for layer in layers]
         try:
-            for layer, scale in zip(layers, scales, strict=True):
-                for name in names:
-                    if name in scale:
-                        layer.scaling[name] = scale[name] * lora_scale
-            merge(model, names, safe_merge=safe_fusing)
+            with rescale_adapter_scale(model, lora_scale) if lora_scale != 1.0 else contextlib.nullcontext():
+                merge(model, names, is_checked=safe_fusing)
         except (ValueError, RuntimeError, NotImplementedError, AttributeError) as error:
             unmerge(model, originals)
-            raise ValueError(f"The adapters {names} cannot be fused: {error}. Use them as they are.") from error
-        finally:
-            for layer, scale in zip(layers, scales, strict=True):
-                layer.scaling.update(scale)
+            reason = str(error).rstrip(".")
+            raise ValueError(f"The adapters {names} cannot be fused: {reason}. Use them as they are.") from error
         self._unfused = originals
 
     def unfuse_lora(self) -> None:
@@ -415,10 +373,17 @@ class LoraMixin:
             raise ValueError(f"`adapter_name` must be given where several adapters are active, got {names}.")
         state_dict = get_peft_model_state_dict(model, adapter_name=names[0], save_embedding_layers=False)
         state_dict = {name: tensor.detach().clone() for name, tensor in state_dict.items()}  # some share memory
-        save_tensors(state_dict, Path(save_directory) / "adapter_model.safetensors")
+        save_tensors(state_dict, Path(save_directory, SAFETENSORS_WEIGHTS_NAME))
+        self.save_base_sample(save_directory)
         config = copy.copy(model.peft_config[names[0]])
         config.inference_mode = True
         config.save_pretrained(str(save_directory))
+
+    def save_base_sample(self, save_directory: str | os.PathLike) -> None:
+        """Adds to a saved adapter a few values of the weights under it, by which `load_lora_weights` knows them."""
+        file = Path(save_directory, SAFETENSORS_WEIGHTS_NAME)
+        if self._base_weights is not None and file.exists():
+            save_tensors(load(file.read_bytes()), file, {BASE_SAMPLE: json.dumps(self._base_weights.sample)})
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
@@ -454,33 +419,43 @@ class LoraMixin:
         if self.is_fused:
             raise ValueError(f"The adapters are fused: call `unfuse_lora` before you {action}.")
 
-    def _warn_of_another_base(self, config: PeftConfig, label: str) -> None:
-        base = config.base_model_name_or_path
+    def _warn_of_another_base(self, adapter: "Adapter", base_weights: "BaseWeights | None") -> None:
+        base = adapter.config.base_model_name_or_path
         names = {str(name) for name in (self.name_or_path, getattr(self.transformer, "name_or_path", None)) if name}
         names |= {os.path.join(name, self.transformer_name) for name in names}
         paths = {os.path.realpath(name) for name in names}
+        reason = None
         if base and names and base not in names and os.path.realpath(base) not in paths:
+            reason = f"{base}, and the pipeline is {self.name_or_path}"
+        is_same = None if base_weights is None else base_weights.is_sampled_by(adapter.base_sample)
+        if is_same is not None:  # which tells more than names
+            reason = None if is_same else reason or "other weights than the pipeline has"
+        if reason is not None:
             logger.warning(
-                f"The adapter in {label} was trained on {base}, and the pipeline is {self.name_or_path}. It fits by "
-                "the shapes of its weights, but is of use only where the base weights are the same."
+                f"The adapter in {adapter.label} was trained on {reason}. It fits by the shapes of its weights, but "
+                "is of use only where the base weights are the same."
             )
 
 
-class BaseWeights:
-    """
-    The weights of a transformer before it has adapters, some of which change them, so that they can be put back.
+@dataclasses.dataclass
+class Adapter:
+    """An adapter before it is in a model."""
 
-    Args:
-        transformer (`nn.Module`):
-            The transformer.
-        peft_config ([`~peft.PeftConfig`], *optional*):
-            Configuration of the adapter that it will have.
-    """
+    weights: dict[str, torch.Tensor]  # under PEFT's names
+    config: PeftConfig
+    label: str  # where it comes from
+    base_sample: dict[str, list[float]]  # `sample_weights` of its base, or empty where it does not tell
+
+
+class BaseWeights:
+    """The weights of a transformer before it has adapters, some of which change them, so that they can be put back."""
 
     def __init__(self, transformer: nn.Module, peft_config: PeftConfig | None):
         self.transformer = transformer
-        self._requires_grad = {parameter: parameter.requires_grad for parameter in transformer.parameters()}
-        self._values = {parameter: parameter.data for parameter in transformer.parameters()}
+        self._parameters = dict(transformer.named_parameters())
+        self.sample = sample_weights(self._parameters)
+        self._requires_grad = {parameter: parameter.requires_grad for parameter in self._parameters.values()}
+        self._values = {parameter: parameter.data for parameter in self._parameters.values()}
         self._trained: set[nn.Parameter] = set()
         self.keep(peft_config)
 
@@ -489,14 +464,15 @@ class BaseWeights:
         """`bool`: Whether an adapter has changed a weight, once `forget_unchanged` was called."""
         return bool(self._values)
 
-    def keep(self, peft_config: PeftConfig | None) -> None:
-        """
-        Keeps the values of the weights that an adapter changes in place.
+    def is_sampled_by(self, sample: dict[str, list[float]]) -> bool | None:
+        """Whether `sample_weights` gave this for the same weights in some dtype, or `None` if there is no telling."""
+        own = sample_weights({name: weight for name, weight in self._parameters.items() if name in sample})
+        pairs = [(torch.tensor(values), torch.tensor(sample[name])) for name, values in own.items()]
+        # Half precision rounds
+        return all(x.shape == y.shape and torch.allclose(x, y, 1e-2, 1e-6) for x, y in pairs) if pairs else None
 
-        Args:
-            peft_config ([`~peft.PeftConfig`], *optional*):
-                Its configuration.
-        """
+    def keep(self, peft_config: PeftConfig | None) -> None:
+        """Keeps the values of the weights that an adapter changes in place."""
         for parameter in self._requires_grad:
             if changes_in_place(peft_config, parameter):
                 self._values.setdefault(parameter, parameter.data)
@@ -514,17 +490,26 @@ class BaseWeights:
         }
 
     def restore(self, with_values: bool = True) -> None:
-        """
-        Puts back what was changed.
-
-        Args:
-            with_values (`bool`, *optional*, defaults to `True`):
-                Whether to put back the values too, beside `requires_grad`.
-        """
+        """Puts back `requires_grad` and, `with_values`, the values that were changed."""
         for parameter, requires_grad in self._requires_grad.items():
             parameter.requires_grad_(requires_grad)
         for parameter, value in self._values.items() if with_values else ():
             parameter.data = value.to(parameter.device, parameter.dtype)
+
+
+def sample_weights(weights: dict[str, nn.Parameter]) -> dict[str, list[float]]:
+    """
+    At most 8 values of each of at most 8 weights, at evenly spaced places, by which the weights are known again. Those
+    that are no whole matrix of floating-point numbers, such as quantized and sharded ones, are left out.
+    """
+    matrices = [
+        name
+        for name, weight in weights.items()
+        if type(weight) is nn.Parameter and weight.dim() > 1 and weight.numel() > 0 and not weight.is_meta
+        if weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ]
+    chosen = {name: weights[name].detach().flatten() for name in matrices[:: math.ceil(len(matrices) / 8) or 1]}
+    return {name: values[:: math.ceil(len(values) / 8)].tolist() for name, values in chosen.items()}
 
 
 def tuner_layers(model: nn.Module) -> Iterator[BaseTunerLayer]:
@@ -557,18 +542,7 @@ def changes_in_place(peft_config: PeftConfig | None, parameter: nn.Parameter) ->
 
 
 def check_peft_config(config: PeftConfig, is_trained: bool = False) -> None:
-    """
-    Checks that a denoiser can have an adapter.
-
-    Args:
-        config ([`~peft.PeftConfig`]):
-            The adapter's configuration.
-        is_trained (`bool`, *optional*, defaults to `False`):
-            Whether it is to be trained.
-
-    Raises:
-        ValueError: If it cannot, with the reason.
-    """
+    """Raises a `ValueError` with the reason if a denoiser cannot have an adapter, or not train it."""
     fields = config.to_dict()
     reason = None
     if config.is_prompt_learning or config.is_adaption_prompt or config.peft_type in OWN_CALL_TYPES:
@@ -588,6 +562,25 @@ def check_peft_config(config: PeftConfig, is_trained: bool = False) -> None:
         raise ValueError(f"The adapter cannot be used here: {reason}. A `LoraConfig` that names layers can.")
 
 
+def unfreeze_adapter(model: PeftModel) -> PeftModel:
+    """Makes the adapter of a model trainable, or raises a `ValueError` if it is not one alone that can be."""
+    is_merged = any(layer.merged for layer in tuner_layers(model))
+    if list(model.peft_config) != ["default"] or model.active_adapters != ["default"] or is_merged:
+        raise ValueError(
+            f"The pipeline has adapters {sorted(model.peft_config)}. One alone can be trained further, not fused and "
+            'named "default". Unload the others, or fuse them and call `unload_lora_weights()` to train all weights.'
+        )
+    check_peft_config(model.peft_config["default"], is_trained=True)
+    model.set_adapter("default")
+    bias = model.peft_config["default"].to_dict().get("bias", "none")
+    layers = [model] if bias == "all" else list(tuner_layers(model)) if bias != "none" else []
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            if name.endswith("bias"):
+                parameter.requires_grad_(True)
+    return model
+
+
 def remove_adapters(transformer: nn.Module) -> None:
     """Takes the layers of adapters off a transformer, whoever put them there, and leaves the modules under them."""
     for module in list(transformer.modules()):
@@ -603,16 +596,7 @@ def remove_adapters(transformer: nn.Module) -> None:
 
 
 def reason_against_merging(model: nn.Module) -> str | None:
-    """
-    Tells why the adapters of a model cannot be added to the weights under them.
-
-    Args:
-        model (`nn.Module`):
-            The model.
-
-    Returns:
-        `str`, *optional*: The reason, or `None` where they can.
-    """
+    """Why the adapters of a model cannot be added to the weights under them, or `None` where they can."""
     if any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):
         return "they replace whole modules (`modules_to_save`), which is no sum"
     for parameter in base_parameters(model):
@@ -621,11 +605,14 @@ def reason_against_merging(model: nn.Module) -> str | None:
     return None
 
 
-def merge(model: PeftModel, adapter_names: list[str] | None = None, safe_merge: bool = True) -> None:
+def merge(model: PeftModel, adapter_names: list[str] | None = None, is_checked: bool = True) -> None:
     """Adds adapters to copies of the weights under them. `unmerge` with the original ones is the exact inverse."""
-    for parameter in base_parameters(model):
-        parameter.data = parameter.data.clone()  # some types add in place
-    model.merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+    parameters = base_parameters(model)
+    for parameter in parameters:
+        parameter.data = parameter.data.clone()  # to which PEFT adds in place
+    model.merge_adapter(adapter_names=adapter_names)
+    if is_checked and not all(parameter.isfinite().all() for parameter in parameters):
+        raise ValueError("weights would become NaN or infinite")
 
 
 def unmerge(model: PeftModel, originals: dict[nn.Parameter, torch.Tensor]) -> None:
@@ -650,15 +637,8 @@ def starts_at_zero(model: PeftModel, trained: dict[str, nn.Parameter]) -> bool:
 
 def can_merge(model: PeftModel) -> bool:
     """
-    Tells whether merging the adapter leaves the policy as it is, up to float32 rounding.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The model.
-
-    Returns:
-        `bool`: Whether the weights under the adapter are float32 and belong to one module each. Narrower weights would
-        round a small adapter away. Of two modules that share a weight, only one has the adapter.
+    Whether merging the adapter leaves the policy as it is, up to float32 rounding. Narrower weights would round a
+    small adapter away. Of two modules that share a weight, only one has the adapter.
     """
     uses = Counter(parameter for module in model.modules() for parameter in module.parameters(recurse=False))
     parameters = base_parameters(model)
@@ -685,10 +665,6 @@ def merged_adapter(model: PeftModel) -> Iterator[None]:
     A context in which the adapter is merged into the weights under it, so that forward passes skip its small products.
 
     Subtracting the adapter again would round. So the original tensors are kept meanwhile, and put back exactly.
-
-    Args:
-        model ([`~peft.PeftModel`]):
-            The model, for whose weights [`can_merge`] holds.
     """
     originals = {parameter: parameter.data for parameter in base_parameters(model)}
     try:
@@ -704,53 +680,51 @@ def read_adapter(
     weight_name: str | None = None,
     peft_config: PeftConfig | None = None,
     **hub_kwargs: Any,
-) -> tuple[dict[str, torch.Tensor], PeftConfig]:
+) -> Adapter:
     """
-    Reads an adapter.
-
-    Args:
-        source, subfolder, weight_name, peft_config, hub_kwargs:
-            As in [`LoraMixin.load_lora_weights`].
-
-    Returns:
-        `tuple`: The weights, under PEFT's names, and the configuration.
-
-    Raises:
-        ValueError: If there are no weights, or they are damaged or not finite.
+    Reads an adapter, with the arguments of [`LoraMixin.load_lora_weights`]. Raises a `ValueError` if there are no
+    weights, or they are damaged or not finite.
     """
-    label = "The dictionary" if isinstance(source, dict) else str(source)
+    label, base_sample = "the dictionary", {}
     if isinstance(source, dict):
         tensors = source
     else:
-        settings = {"subfolder": subfolder, **hub_kwargs}
-        names = [weight_name] if weight_name else ["adapter_model.safetensors", "adapter_model.bin"]
+        label, settings = str(source), {"subfolder": subfolder, **hub_kwargs}
+        names = [weight_name] if weight_name else [SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME]
         try:
-            tensors = load_tensors(find_file(source, names, **settings))
+            file = find_file(source, names, **settings)
         except FileNotFoundError as error:
             raise ValueError(f"adapter model file not found in {source}: {error}") from error
+        tensors = load_tensors(file)
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                base_sample = json.loads((opened.metadata() or {}).get(BASE_SAMPLE, "{}"))
         if peft_config is None:
             try:
-                peft_config = read_config(find_file(source, ["adapter_config.json"], **settings))
+                peft_config = read_config(source, **settings)
             except FileNotFoundError:
                 logger.warning(
                     f"{source} has no `adapter_config.json`: it is read as a LoRA, with its rank as `alpha`."
                 )
     infinite = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
     if infinite:
-        raise ValueError(f"{label} has weights that are NaN or infinite, so it is not loaded: {infinite}.")
-    state_dict = {}
-    for name, tensor in tensors.items():  # those of other programs lack PEFT's prefix
-        name = name if name.startswith("base_model.") else PREFIX + name.removeprefix("transformer.")
-        state_dict[name] = tensor
-    config = copy.deepcopy(peft_config) if peft_config is not None else infer_lora_config(state_dict, label)
+        raise ValueError(
+            f"The adapter in {label} has weights that are NaN or infinite, so it is not loaded: {infinite}."
+        )
+    weights = {  # those of other programs lack PEFT's prefix
+        name if name.startswith("base_model.") else PREFIX + name.removeprefix("transformer."): tensor
+        for name, tensor in tensors.items()
+    }
+    config = copy.deepcopy(peft_config) if peft_config is not None else infer_lora_config(weights, label)
     check_peft_config(config)
     config.task_type = None  # PEFT's task classes wrap `generate`, which a denoiser does not have
     config.inference_mode = True
-    return state_dict, config
+    return Adapter(weights, config, label, base_sample)
 
 
-def read_config(file: Path) -> PeftConfig:
-    """Reads an `adapter_config.json` of any type that PEFT has."""
+def read_config(source: str | os.PathLike, **hub_kwargs: Any) -> PeftConfig:
+    """Reads the `adapter_config.json` of a folder or a Hub repository, of any type that PEFT has."""
+    file = find_file(source, [CONFIG_NAME], **hub_kwargs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's about fields of other versions
         return PeftConfig.from_pretrained(str(file.parent))
@@ -778,49 +752,45 @@ def infer_lora_config(state_dict: dict[str, torch.Tensor], label: str) -> LoraCo
     )
 
 
-def _attach(
-    model: nn.Module, state_dict: dict[str, torch.Tensor], config: PeftConfig, adapter_name: str, label: str
-) -> PeftModel:
+def _attach(model: nn.Module, adapter: Adapter, adapter_name: str) -> PeftModel:
     """Puts an adapter into a transformer, or beside others, and loads its weights."""
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(adapter.config)
     try:
         if isinstance(model, PeftModel):
             model.add_adapter(adapter_name, config)
         else:
             model = PeftModel(model, config, adapter_name=adapter_name)
-        expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-        state_dict = _drop_embeddings(state_dict, expected, model)
-        unfit = expected.keys() ^ state_dict.keys()
+        expected, own = (
+            get_peft_model_state_dict(model, None, adapter_name, save_embedding_layers=False),
+            model.state_dict(),
+        )
+        extra = [
+            name for name in adapter.weights.keys() - expected.keys() if _is_own(name, adapter.weights[name], own)
+        ]
+        weights = {name: tensor for name, tensor in adapter.weights.items() if name not in extra}
+        unfit = expected.keys() ^ weights.keys()
         if not unfit:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PEFT's about shapes, which are an error below
-                set_peft_model_state_dict(model, state_dict, adapter_name=adapter_name, ignore_mismatched_sizes=True)
-            loaded = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-            unfit = {name for name, tensor in loaded.items() if tensor.shape != state_dict[name].shape}
+                set_peft_model_state_dict(model, weights, adapter_name=adapter_name, ignore_mismatched_sizes=True)
+            loaded = get_peft_model_state_dict(model, None, adapter_name, save_embedding_layers=False)
+            unfit = {name for name, tensor in loaded.items() if tensor.shape != weights[name].shape}
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
-        raise ValueError(f"The adapter in {label} does not fit the transformer: {error}") from error
+        raise ValueError(f"The adapter in {adapter.label} does not fit the transformer: {error}") from error
     if unfit:
         names = sorted(name.removeprefix(PREFIX) for name in unfit)
         raise ValueError(
-            f"The adapter in {label} does not fit the transformer: {names} are missing, unexpected, or of another "
-            "shape."
+            f"The adapter in {adapter.label} does not fit the transformer: {names} are missing, unexpected, or of "
+            "another shape."
         )
     return model
 
 
-def _drop_embeddings(
-    state_dict: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], model: PeftModel
-) -> dict[str, torch.Tensor]:
-    """Weights of an adapter without those embeddings that PEFT saves beside it, where they are the model's own."""
-    own = model.state_dict()
-    extra = [name for name in state_dict.keys() - expected.keys() if name in own]
-    dropped = {
-        name
-        for name in extra
-        if own[name].shape == state_dict[name].shape
-        and torch.allclose(own[name].cpu().float(), state_dict[name].cpu().float(), rtol=1e-2, atol=1e-3)
-    }
-    return {name: tensor for name, tensor in state_dict.items() if name not in dropped}
+def _is_own(name: str, tensor: torch.Tensor, own: dict[str, torch.Tensor]) -> bool:
+    """Whether a weight is the model's own, such as the embeddings that PEFT saves beside an adapter."""
+    if name not in own or own[name].shape != tensor.shape:
+        return False
+    return own[name].is_meta or torch.allclose(own[name].cpu().float(), tensor.cpu().float(), rtol=1e-2, atol=1e-3)
 
 
 def _copy_structure(model: nn.Module, config: PeftConfig) -> nn.Module:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
 
@@ -27,7 +26,7 @@ from ..models.autoencoder_vq import AutoencoderVQ
 from ..models.configuration_ursa import URSAConfig
 from ..models.modeling_ursa import URSAForImageGeneration
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
-from ..weights import check_state_dict, load_state_dict
+from ..weights import check_state_dict, find_file, load_state_dict
 from .pipeline_udm import HUB_KWARGS
 
 
@@ -55,7 +54,7 @@ def is_original_checkpoint(pretrained_model_name_or_path: str | Path, **kwargs) 
         `bool`: Whether it is in the original format.
     """
     hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-    index = DiffusionPipeline.load_config(pretrained_model_name_or_path, **hub_kwargs)
+    index = load_json(find_file(pretrained_model_name_or_path, ["model_index.json"], **hub_kwargs))
     return index.get("transformer", (None, None))[1] == "URSATransformer3DModel"
 
 
@@ -73,9 +72,12 @@ def check_configs(folder: Path, **components) -> None:
     Raises:
         FileNotFoundError: If a configuration is missing.
     """
+    index_path = folder / "model_index.json"
+    index = load_json(index_path) if index_path.is_file() else {}
     for name, config_name in _CONFIG_NAMES.items():
         path = folder / name / config_name
-        if name not in components and not path.is_file():
+        is_loaded = name not in components and index.get(name, (name,))[0] is not None
+        if is_loaded and not path.is_file():
             raise FileNotFoundError(f"The checkpoint has no {path}.")
 
 
@@ -106,7 +108,7 @@ def load_original_components(
         TypeError: If an argument is unknown.
         ValueError: If a part is damaged, lacks a weight, has the wrong shape, or holds more than tensors.
     """
-    unknown = sorted(set(kwargs) - {*HUB_KWARGS, *_CONFIG_NAMES, "max_prompt_length"})
+    unknown = sorted(set(kwargs) - {*HUB_KWARGS, *_CONFIG_NAMES, "max_prompt_length", "vae_scale_factor"})
     if unknown:
         raise TypeError(f"Arguments not supported for checkpoints in the original format: {unknown}.")
     dtype = dtype or torch_dtype or torch.float32
@@ -119,7 +121,7 @@ def load_original_components(
     components = {name: value for name, value in kwargs.items() if name not in HUB_KWARGS}
     check_configs(folder, **components)
     if "transformer" not in components:
-        config = URSAConfig.from_original_config(load_config(folder / "transformer"))
+        config = URSAConfig.from_original_config(load_json(folder / "transformer" / "config.json"))
         state_dict = load_state_dict(folder / "transformer", _WEIGHTS_NAME)
         with torch.device("meta"):
             check_state_dict(state_dict, URSAForImageGeneration(config).state_dict(), folder / "transformer")
@@ -127,7 +129,7 @@ def load_original_components(
             None, config=config, state_dict=state_dict, dtype=dtype
         )
     if "vae" not in components:
-        vae = AutoencoderVQ.from_original_config(load_config(folder / "vae"))
+        vae = AutoencoderVQ.from_original_config(load_json(folder / "vae" / "config.json"))
         state_dict = {
             name.replace("quantizer.", "quantize."): tensor
             for name, tensor in load_state_dict(folder / "vae", _WEIGHTS_NAME).items()
@@ -146,22 +148,24 @@ def load_original_components(
     return components
 
 
-def load_config(folder: Path) -> dict[str, Any]:
+def load_json(file: Path) -> dict[str, Any]:
     """
-    Reads a component's `config.json`.
+    Reads a JSON file.
 
     Args:
-        folder (`Path`):
-            The component's folder.
+        file (`Path`):
+            The file.
 
     Returns:
-        `dict[str, Any]`: The configuration.
+        `dict[str, Any]`: The object in it.
 
     Raises:
-        ValueError: If the file is not JSON.
+        ValueError: If the file is not JSON, or not an object.
     """
-    path = folder / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # also of bytes that are no UTF-8
+        raise ValueError(f"{file} is not valid JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {value!r}.")
+    return value

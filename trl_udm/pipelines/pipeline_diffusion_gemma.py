@@ -30,6 +30,7 @@ from transformers import (
 from transformers.models.diffusion_gemma.modeling_diffusion_gemma import DiffusionGemmaTextRouter
 
 from ..schedulers.scheduling_uniform_ddim import UniformDDIMScheduler
+from ..weights import load_every_weight
 from .pipeline_output import UDMSamplerOutput
 from .pipeline_udm import HUB_KWARGS, UDMPipeline
 from .text import TextMixin
@@ -88,6 +89,7 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
     """
 
     transformer_name = "model"
+    model_cpu_offload_seq = "model"
 
     def __init__(
         self,
@@ -135,16 +137,19 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
 
         Returns:
             [`DiffusionGemmaUDMPipeline`]: The pipeline, in evaluation mode.
+
+        Raises:
+            ValueError: If the weights of the network are not those that its configuration says.
         """
         path = pretrained_model_name_or_path
-        kwargs = {"use_safetensors": True, **kwargs}
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         try:
             cls.load_config(path, **hub_kwargs)
         except OSError:  # no `model_index.json`
             names = ("scheduler", "processor", "self_conditioning", "train_router")
             components = {name: kwargs.pop(name) for name in names if name in kwargs}
-            model = DiffusionGemmaForBlockDiffusion.from_pretrained(path, **kwargs)
+            kwargs = {"use_safetensors": True, **kwargs}
+            model = load_every_weight(DiffusionGemmaForBlockDiffusion.from_pretrained, path, **kwargs)
             if "processor" not in components:
                 components["processor"] = AutoTokenizer.from_pretrained(path, **hub_kwargs)
             if "scheduler" not in components:
@@ -188,19 +193,21 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
             )
         return (gen_length // canvas_length, canvas_length)
 
-    def _encode(self, text_or_messages: str | list[dict[str, Any]]) -> list[int]:
+    def _encode(self, text_or_messages: str | list[dict[str, Any]], **chat_template_kwargs: Any) -> list[int]:
         messages = text_or_messages
         if isinstance(messages, str):  # a user's message
             messages = [{"role": "user", "content": messages}]
+        options = {"add_generation_prompt": True, **chat_template_kwargs}
         encoded = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_tensors="pt", return_dict=True
+            messages, tokenize=True, return_tensors="pt", return_dict=True, **options
         )
         return encoded["input_ids"][0].tolist()
 
-    # diffusers' `__call__` calls this method, whose own version does not pad the prompts of a list to one length
+    # diffusers' `__call__` calls this method, whose own version does not pad the prompts of a list to one length, and
+    # takes messages under another name
     def _prepare_inputs(self, *, prompt, messages, image, add_generation_prompt):
         if isinstance(prompt, list) and image is None and add_generation_prompt:
-            return *self.encode_prompt(prompt), {}
+            return *self.encode_prompt(self._as_list(prompt)), {}
         return super()._prepare_inputs(
             prompt=prompt, messages=messages, image=image, add_generation_prompt=add_generation_prompt
         )
@@ -288,16 +295,14 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As in [`UDMPipeline`], with `prompt_ids` and `prompt_mask` from `extend_prompt`."""
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape, labels=labels)
-        shift_labels = inputs.pop("shift_labels")
         if self.self_conditioning:
             with torch.no_grad():
-                inputs["self_conditioning_logits"] = model(**inputs).logits
+                unlabeled = {name: value for name, value in inputs.items() if name != "shift_labels"}
+                inputs["self_conditioning_logits"] = model(**unlabeled).logits
             # Under autocast, versions of PyTorch without https://github.com/pytorch/pytorch/pull/165068 would reuse
             # weights that were cast without gradients
             torch.clear_autocast_cache()
-        outputs = model(**inputs, shift_labels=shift_labels, fused_lm_head=True)
-        entropies = None if outputs.entropy is None else outputs.entropy.view_as(labels)
-        return outputs.log_probs.view_as(labels), entropies
+        return self._score_labels(model, inputs, labels)
 
     @torch.no_grad()
     def sample_tokens(
@@ -331,6 +336,8 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
         past_key_values = DynamicCache(config=self.model.config.get_text_config())
         outputs = []
         for canvas in range(num_canvases):
+            if outputs and self.interrupt:
+                break
             output = super().sample_tokens(
                 prompt_ids,
                 prompt_mask,

@@ -92,11 +92,12 @@ class TextUDMPipelineOutput(BaseOutput):
     Output of [`TextUDMPipeline`].
 
     Args:
-        texts (`list[str]`):
-            The completions.
+        texts (`list[str]` or `torch.LongTensor`):
+            What `output_type` asks for: the completions (`"text"`), or token ids of shape `(batch_size, num_tokens)`
+            (`"latent"`).
         trajectory ([`UDMTrajectory`], *optional*):
             The states of the sampler, with `return_trajectory=True`.
     """
 
-    texts: list[str]
+    texts: list[str] | torch.LongTensor
     trajectory: UDMTrajectory | None = None

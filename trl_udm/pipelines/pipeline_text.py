@@ -13,9 +13,11 @@
 # limitations under the License.
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -68,6 +70,9 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
     >>> text = pipe("17+45=").texts[0]
     ```
     """
+
+    model_cpu_offload_seq = "transformer"
+    _callback_tensor_inputs = ["latents", "logits"]
 
     def __init__(
         self,
@@ -129,12 +134,11 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
             raise ValueError(f"`max_completion_length` must be > 0, got {length}.")
         return (length,)
 
-    def _encode(self, text_or_messages: str | list[dict[str, Any]]) -> list[int]:
+    def _encode(self, text_or_messages: str | list[dict[str, Any]], **chat_template_kwargs: Any) -> list[int]:
         if isinstance(text_or_messages, str):
             return self.tokenizer(text_or_messages)["input_ids"]
-        return self.tokenizer.apply_chat_template(text_or_messages, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
+        options = {"add_generation_prompt": True, **chat_template_kwargs, "return_dict": True}
+        return self.tokenizer.apply_chat_template(text_or_messages, **options)["input_ids"]
 
     def prepare_denoiser_inputs(
         self,
@@ -196,9 +200,7 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
         # From logits: many of these networks have more than a linear head on the backbone, such as BERT's transform,
         # which TRL's fused head would leave out
         logits = self._denoise(model, prompt_ids, prompt_mask, noised_samples, latent_shape, t)
-        log_probs = logits.float().log_softmax(dim=-1)  # (B, N, V)
-        entropies = -(log_probs.exp() * log_probs).sum(dim=-1)
-        return log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropies
+        return self._score_logits(logits, labels)
 
     @torch.no_grad()
     def __call__(
@@ -207,9 +209,20 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
         max_completion_length: int | None = None,
         num_inference_steps: int = 32,
         num_completions_per_prompt: int = 1,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         return_trajectory: bool = False,
-    ) -> TextUDMPipelineOutput:
+        negative_prompt: str | list[Any] | None = None,
+        guidance_scale: float = 1.0,
+        guidance_trunc: float = 0.9,
+        latents: torch.LongTensor | None = None,
+        output_type: str = "text",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict]
+        | PipelineCallback
+        | MultiPipelineCallbacks
+        | None = None,
+        callback_on_step_end_tensor_inputs: list[str] | None = None,
+    ) -> TextUDMPipelineOutput | tuple:
         """
         Generates text.
 
@@ -222,28 +235,62 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
                 Number of denoising steps, > 0.
             num_completions_per_prompt (`int`, *optional*, defaults to `1`):
                 Number of completions of each prompt, > 0.
-            generator (`torch.Generator`, *optional*):
-                Source of every random draw.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of every random draw, or one for each completion. A CPU generator serves any device.
             return_trajectory (`bool`, *optional*, defaults to `False`):
                 Whether to also return the states that the sampler passed through.
+            negative_prompt (`str`, `list[dict]`, `list[str]` or `list[list[dict]]`, *optional*):
+                What to guide away from: one for all prompts, or a list with one for each. Defaults to the empty text.
+                Not used without guidance.
+            guidance_scale (`float`, *optional*, defaults to `1.0`):
+                Weight of classifier-free guidance. At 1 there is none.
+            guidance_trunc (`float`, *optional*, defaults to `0.9`):
+                Time in `[0, 1]` from which there is no guidance.
+            latents (`torch.LongTensor` of shape `(batch_size * num_completions_per_prompt, num_tokens)`, *optional*):
+                Token ids to start from instead of uniform noise.
+            output_type (`str`, *optional*, defaults to `"text"`):
+                `"text"`, or `"latent"` (token ids).
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return a [`TextUDMPipelineOutput`], or a tuple of its fields that are set.
+            callback_on_step_end (`Callable`, `PipelineCallback` or `MultiPipelineCallbacks`, *optional*):
+                As in [`URSAPipeline`].
+            callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
+                As in [`URSAPipeline`].
 
         Returns:
-            [`TextUDMPipelineOutput`]: The completions, in the order of the prompts.
+            [`TextUDMPipelineOutput`] or `tuple`: The completions, in the order of the prompts.
+
+        Raises:
+            ValueError: If an argument is out of its range.
         """
+        if not prompt and prompt != "":
+            raise ValueError(f"`prompt` must be a text, messages, or a non-empty list of them, got {prompt!r}.")
+        if output_type not in ("text", "latent"):
+            raise ValueError(f"`output_type` must be 'text' or 'latent', got {output_type!r}.")
         latent_shape = self.latent_shape(max_completion_length)
-        is_one = isinstance(prompt, str) or isinstance(prompt[0], dict)
-        prompt_ids, prompt_mask = self.encode_prompt([prompt] if is_one else prompt)
-        output = self.sample_tokens(
-            prompt_ids.repeat_interleave(num_completions_per_prompt, dim=0),
-            prompt_mask.repeat_interleave(num_completions_per_prompt, dim=0),
+        prompts, negative_prompts = self._as_list(prompt), self._as_list(negative_prompt or "")
+        if negative_prompts is not negative_prompt:  # one for all
+            negative_prompts = negative_prompts * len(prompts)
+        output = self._sample_prompts(
+            prompts,
+            negative_prompts,
             latent_shape,
-            num_inference_steps=num_inference_steps,
+            num_inference_steps,
+            guidance_trunc,
+            {"num_completions_per_prompt": num_completions_per_prompt},
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            guidance_scale=guidance_scale,
+            latents=latents,
             generator=generator,
             return_trajectory=return_trajectory,
         )
-        texts = self.decode(output.clean_samples, latent_shape)
+        texts = output.clean_samples
+        if output_type == "text":
+            texts = self.decode(texts, latent_shape)
         self.maybe_free_model_hooks()
-        return TextUDMPipelineOutput(texts=texts, trajectory=output.trajectory)
+        result = TextUDMPipelineOutput(texts=texts, trajectory=output.trajectory)
+        return result if return_dict else result.to_tuple()
 
 
 __all__ = ["TextUDMPipeline"]

@@ -12,17 +12,23 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import numbers
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from huggingface_hub import snapshot_download
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput
 
-from ..random_tensor import randint_tensor
+from ..random_tensor import check_generators, randint_tensor
+from ..weights import load_every_weight
 from .lora import LoraMixin
 from .pipeline_output import UDMSamplerOutput, UDMTrajectory
 
@@ -58,6 +64,55 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
 
     modality: str = "image"
     transformer_name: str = "transformer"
+    # Of the last call. A callback may change the first two between steps.
+    _guidance_scale: float = 1.0
+    _interrupt: bool = False
+    _num_timesteps: int = 0
+
+    @property
+    def guidance_scale(self) -> float:
+        """`float`: Guidance weight of the next step. A callback changes it as `pipeline._guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """`bool`: Whether that weight means guidance. It does except at 1."""
+        return self._guidance_scale != 1.0
+
+    @property
+    def interrupt(self) -> bool:
+        """`bool`: Whether to end with the state as it is. A callback says so by `pipeline._interrupt = True`."""
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """`int`: Number of steps of the last call."""
+        return self._num_timesteps
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "UDMPipeline":
+        """
+        As in [`~diffusers.DiffusionPipeline.from_pretrained`], with `use_safetensors=True` by default. A weight of the
+        transformer that is missing or that it does not have is an error, where transformers would warn.
+
+        Raises:
+            ValueError: If the weights of the transformer are not those that its configuration says.
+        """
+        kwargs = {"use_safetensors": True, **kwargs}
+        pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        # ZeRO-3 refuses a device map
+        if cls.transformer_name not in kwargs and not is_deepspeed_zero3_enabled():
+            # What the loader saw of the weights is not kept. On the meta device it reads their names and shapes alone.
+            names = (*HUB_KWARGS, "variant", "use_safetensors")
+            options = {name: kwargs[name] for name in names if name in kwargs}
+            load_every_weight(
+                type(pipeline.transformer).from_pretrained,
+                pretrained_model_name_or_path,
+                subfolder=cls.transformer_name,
+                device_map="meta",
+                **options,
+            )
+        return pipeline
 
     def latent_shape(self, **kwargs) -> tuple[int, ...]:
         """
@@ -172,7 +227,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         Log-probabilities of tokens, for the trainer.
 
         By default TRL's fused head computes them without logits. It needs a backbone that returns `last_hidden_state`,
-        and a linear head directly on it. A family of other networks overrides this method.
+        and a linear head directly on it. Under an adapter on the head, they are computed from logits. A family of
+        other networks overrides this method.
 
         Args:
             model (`nn.Module`):
@@ -188,7 +244,26 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         inputs = self.prepare_denoiser_inputs(
             prompt_ids, prompt_mask, noised_samples, latent_shape, labels=labels, t=t
         )
-        return self._select_labels(model(**inputs, fused_lm_head=True), inputs["shift_labels"], labels)
+        return self._score_labels(model, inputs, labels)
+
+    def _score_labels(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.LongTensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not self._has_adapter_on_head:
+            return self._select_labels(model(**inputs, fused_lm_head=True), inputs["shift_labels"], labels)
+        is_label = inputs.pop("shift_labels") != -100
+        return self._score_logits(model(**inputs).logits[is_label].view(*labels.shape, -1), labels)
+
+    @property
+    def _has_adapter_on_head(self) -> bool:
+        """Whether TRL's fused head, which multiplies by the weight of the head, would leave out an adapter on it."""
+        return isinstance(self.transformer.get_output_embeddings(), BaseTunerLayer)
+
+    @staticmethod
+    def _score_logits(logits: torch.Tensor, labels: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_probs = logits.float().log_softmax(dim=-1)  # (B, N, V)
+        entropies = -(log_probs.exp() * log_probs).sum(dim=-1)
+        return log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropies
 
     @staticmethod
     def _select_labels(
@@ -239,7 +314,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         negative_prompt_ids: torch.LongTensor | None = None,
         negative_prompt_mask: torch.Tensor | None = None,
         latents: torch.LongTensor | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         return_trajectory: bool = False,
         callback: Callable[[int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
         **denoise_kwargs,
@@ -266,30 +341,57 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 Conditioning of z_uncond. Required with guidance.
             negative_prompt_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
                 Its mask.
-            latents (`torch.LongTensor` of shape `(B, N)`, *optional*):
+            latents (`torch.LongTensor` of shape `(B, N)` or `(B, *latent_shape)`, *optional*):
                 Tokens to start from instead of uniform noise.
-            generator (`torch.Generator`, *optional*):
-                Source of every random draw.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of every random draw. With a list of B generators, each sample is what its generator alone
+                would give.
             return_trajectory (`bool`, *optional*, defaults to `False`):
                 Whether to return the states that the sampler passed through.
             callback (`Callable`, *optional*):
                 Called after each step with the step's number, its timestep and a dictionary of `latents` and `logits`.
-                The `latents` in the dictionary that it returns replace the state.
+                The `latents` in the dictionary that it returns replace the state. It may also set `_guidance_scale`
+                and `_interrupt` of the pipeline.
             denoise_kwargs:
                 Further arguments of the family's `denoise`, such as a cache.
 
         Returns:
-            [`UDMSamplerOutput`]: The clean tokens and, with `return_trajectory=True`, the trajectory.
+            [`UDMSamplerOutput`]: The clean tokens and, with `return_trajectory=True`, the trajectory. After an
+            interruption these are the state, and the steps, so far.
+
+        Raises:
+            TypeError: If `latents` are not `torch.long`.
+            ValueError: If `generator` or `latents` do not fit the batch, or guidance has no negative prompts.
         """
         batch_size, device = prompt_ids.size(0), prompt_ids.device
-        num_tokens = torch.Size(latent_shape).numel()
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        check_generators(generator, batch_size)
+        size, codebook_size = (batch_size, torch.Size(latent_shape).numel()), self.scheduler.config.codebook_size
         if latents is None:
-            latents = randint_tensor(self.scheduler.config.codebook_size, (batch_size, num_tokens), generator, device)
+            latents = randint_tensor(codebook_size, size, generator, device)
+        else:
+            if latents.dtype != torch.long:
+                raise TypeError(f"`latents` must be a `torch.long` tensor of token ids, got {latents.dtype}.")
+            if latents.shape == (batch_size, *latent_shape):
+                latents = latents.flatten(1)
+            if latents.shape != size or latents.min() < 0 or latents.max() >= codebook_size:
+                raise ValueError(
+                    f"`latents` must have shape {size} and ids in [0, {codebook_size}), got shape "
+                    f"{tuple(latents.shape)} and ids in [{latents.min().item()}, {latents.max().item()}]."
+                )
+            latents = latents.to(device)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self._guidance_scale, self._interrupt = guidance_scale, False
+        self._num_timesteps = len(self.scheduler.timesteps)
         noised_samples, pred_original_samples = [], []
         for i, timestep in enumerate(self.scheduler.timesteps.tolist()):
+            if self.interrupt:
+                break
             t = torch.full((batch_size,), self.scheduler.timestep_to_t(timestep), device=device)
-            if guidance_scale != 1.0 and self.scheduler.timestep_to_t(timestep) < guidance_trunc:
+            if self.do_classifier_free_guidance and self.scheduler.timestep_to_t(timestep) < guidance_trunc:
+                if negative_prompt_ids is None:
+                    raise ValueError(
+                        f"`guidance_scale` must be 1.0 without `negative_prompt_ids`, got {self.guidance_scale}."
+                    )
                 logits, negative_logits = self.denoise(
                     torch.cat([prompt_ids, negative_prompt_ids]),
                     torch.cat([prompt_mask, negative_prompt_mask]),
@@ -298,7 +400,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                     t=torch.cat([t, t]),
                     **denoise_kwargs,
                 ).chunk(2)
-                logits = torch.lerp(negative_logits, logits, guidance_scale)
+                logits = torch.lerp(negative_logits, logits, self.guidance_scale)
                 del negative_logits  # a view, which would keep both halves in memory
             else:
                 logits = self.denoise(
@@ -315,11 +417,78 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         trajectory = None
         if return_trajectory:
             trajectory = UDMTrajectory(
-                timesteps=self.scheduler.timesteps,
+                timesteps=self.scheduler.timesteps[: len(noised_samples)],
                 noised_samples=torch.stack(noised_samples),
                 pred_original_samples=torch.stack(pred_original_samples),
             )
         return UDMSamplerOutput(clean_samples=latents, trajectory=trajectory)
+
+    def _sample_prompts(
+        self,
+        prompts: list[Any],
+        negative_prompts: list[Any],
+        latent_shape: tuple[int, ...],
+        num_inference_steps: int,
+        guidance_trunc: float,
+        num_per_prompt: dict[str, int],
+        callback_on_step_end: Callable | None,
+        callback_on_step_end_tensor_inputs: list[str] | None,
+        **kwargs,
+    ) -> UDMSamplerOutput:
+        """
+        Samples of prompts, for `__call__`: with its checks, a progress bar, and diffusers' callbacks.
+
+        `num_per_prompt` is the number of samples of each prompt, under the name of the argument. `kwargs` are those of
+        `sample_tokens`.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if callback_on_step_end_tensor_inputs is None:
+            callback_on_step_end_tensor_inputs = ["latents"]
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, but found "
+                f"{unknown}."
+            )
+        for name, number in {"num_inference_steps": num_inference_steps, **num_per_prompt}.items():
+            if not isinstance(number, numbers.Integral) or number < 1:
+                raise ValueError(f"`{name}` must be > 0, got {number}.")
+        if not 0 <= guidance_trunc <= 1:
+            raise ValueError(f"`guidance_trunc` must be in [0, 1], got {guidance_trunc}.")
+        if len(negative_prompts) != len(prompts):
+            raise ValueError(
+                f"`negative_prompt` must have one entry for each prompt ({len(prompts)}), got {len(negative_prompts)}."
+            )
+        (num,) = num_per_prompt.values()
+        # Together, so that all are padded to one length
+        ids, mask = (x.repeat_interleave(num, dim=0) for x in self.encode_prompt([*prompts, *negative_prompts]))
+        (prompt_ids, negative_prompt_ids), (prompt_mask, negative_prompt_mask) = ids.chunk(2), mask.chunk(2)
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+
+            def callback(step, timestep, tensors):
+                progress_bar.update()
+                if callback_on_step_end is None:
+                    return {}
+                callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                returned = callback_on_step_end(self, step, timestep, callback_kwargs)
+                if not isinstance(returned, dict):
+                    raise TypeError(
+                        f"`callback_on_step_end` must return a dictionary, like its last argument, got {returned!r}."
+                    )
+                return returned
+
+            return self.sample_tokens(
+                prompt_ids,
+                prompt_mask,
+                latent_shape,
+                num_inference_steps=num_inference_steps,
+                guidance_trunc=guidance_trunc,
+                negative_prompt_ids=negative_prompt_ids,
+                negative_prompt_mask=negative_prompt_mask,
+                callback=callback,
+                **kwargs,
+            )
 
     @classmethod
     def download(cls, pretrained_model_name: str, **kwargs) -> str:

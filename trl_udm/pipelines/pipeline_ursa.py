@@ -23,12 +23,13 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..cut_prompts import CutPromptWarning
 from ..models.autoencoder_vq import AutoencoderVQ
 from ..models.configuration_ursa import URSAConfig
 from ..models.modeling_ursa import URSAForImageGeneration
 from ..models.token_scores import TILE_WIDTH
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
-from .original_checkpoint import check_configs, is_original_checkpoint, load_config, load_original_components
+from .original_checkpoint import check_configs, is_original_checkpoint, load_json, load_original_components
 from .pipeline_output import URSAPipelineOutput
 from .pipeline_udm import HUB_KWARGS, UDMPipeline
 
@@ -50,10 +51,12 @@ class URSAPipeline(UDMPipeline):
             The forward and reverse process.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The text tokenizer.
-        vae ([`AutoencoderVQ`]):
-            The image tokenizer.
+        vae ([`AutoencoderVQ`], *optional*):
+            The image tokenizer. Without it the pipeline draws token ids (`output_type="latent"`) and no images.
         max_prompt_length (`int`, *optional*, defaults to `320`):
-            Length T in tokens that every prompt is padded or truncated to.
+            Length T in tokens that every prompt is padded or truncated to. The first truncation is warned of.
+        vae_scale_factor (`int`, *optional*, defaults to `16`):
+            Number of pixels that a token covers in each direction. Taken from the image tokenizer if there is one.
 
     Raises:
         ValueError: If the components have codebooks of different sizes.
@@ -70,6 +73,7 @@ class URSAPipeline(UDMPipeline):
     """
 
     model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents", "logits"]
 
     def __init__(
@@ -77,20 +81,24 @@ class URSAPipeline(UDMPipeline):
         transformer: URSAForImageGeneration,
         scheduler: KineticOptimalScheduler,
         tokenizer: PreTrainedTokenizerBase,
-        vae: AutoencoderVQ,
+        vae: AutoencoderVQ | None = None,
         max_prompt_length: int = 320,
+        vae_scale_factor: int = 16,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, tokenizer=tokenizer, vae=vae)
-        self.register_to_config(max_prompt_length=max_prompt_length)
         sizes = {
             "transformer.config.codebook_size": transformer.config.codebook_size,
             "scheduler.config.codebook_size": scheduler.config.codebook_size,
-            "vae.config.num_vq_embeddings": vae.config.num_vq_embeddings,
         }
+        if vae is not None:
+            vae_scale_factor = vae.spatial_stride
+            sizes["vae.config.num_vq_embeddings"] = vae.config.num_vq_embeddings
+        self.register_to_config(max_prompt_length=max_prompt_length, vae_scale_factor=vae_scale_factor)
         if len(set(sizes.values())) > 1:
             raise ValueError(f"The components must share one codebook, got sizes {sizes}.")
-        self.image_processor = VaeImageProcessor(vae_scale_factor=vae.spatial_stride)
+        self._cut_prompts = CutPromptWarning("the pipeline")
+        self.image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "URSAPipeline":
@@ -115,6 +123,11 @@ class URSAPipeline(UDMPipeline):
             OSError: If a part is missing.
             ValueError: If a part is damaged, lacks a weight, has the wrong shape, or holds more than tensors.
         """
+        if "vae" in kwargs and kwargs["vae"] is None:
+            hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+            if cls.load_config(pretrained_model_name_or_path, **hub_kwargs)["vae"][0] is not None:
+                vae_config = AutoencoderVQ.load_config(pretrained_model_name_or_path, subfolder="vae", **hub_kwargs)
+                kwargs["vae_scale_factor"] = 2 ** (len(vae_config["block_out_channels"]) - 1)
         if is_original_checkpoint(pretrained_model_name_or_path, **kwargs):
             pipeline = cls(**load_original_components(pretrained_model_name_or_path, **kwargs))
             # As `DiffusionPipeline.from_pretrained` does, for `name_or_path`
@@ -122,7 +135,7 @@ class URSAPipeline(UDMPipeline):
             return pipeline
         if Path(pretrained_model_name_or_path).is_dir():
             check_configs(Path(pretrained_model_name_or_path), **kwargs)
-        return super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def from_configs(
@@ -150,6 +163,7 @@ class URSAPipeline(UDMPipeline):
         unknown = sorted(set(kwargs) - {*HUB_KWARGS})
         if unknown:
             raise TypeError(f"Arguments not supported without weights: {unknown}.")
+        is_original = is_original_checkpoint(pretrained_model_name_or_path, **kwargs)
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
             folder = Path(
@@ -158,8 +172,7 @@ class URSAPipeline(UDMPipeline):
                 )
             )
         check_configs(folder)
-        transformer_config, vae_config = load_config(folder / "transformer"), load_config(folder / "vae")
-        is_original = is_original_checkpoint(folder)
+        transformer_config, vae_config = (load_json(folder / name / "config.json") for name in ("transformer", "vae"))
         with torch.device("meta"):
             config = URSAConfig.from_original_config(transformer_config) if is_original else None
             transformer = URSAForImageGeneration(config or URSAConfig.from_dict(transformer_config))
@@ -198,13 +211,16 @@ class URSAPipeline(UDMPipeline):
             `tuple[int, int, int]`: The numbers of frames (always 1), rows and columns.
 
         Raises:
-            ValueError: If `height` or `width` is not a positive multiple of the stride.
+            ValueError: If `height` or `width` is not a positive multiple of the stride, or not given without a `vae`.
         """
-        sample_size = self.vae.config.sample_size
-        native_height, native_width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-        height = native_height if height is None else height
-        width = native_width if width is None else width
-        stride = self.vae.spatial_stride
+        if self.vae is not None:
+            sample_size = self.vae.config.sample_size
+            native_height, native_width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+            height = native_height if height is None else height
+            width = native_width if width is None else width
+        elif height is None or width is None:
+            raise ValueError(f"`height` and `width` must be given without a `vae`, got {height} and {width}.")
+        stride = self.config.vae_scale_factor
         for name, value in (("height", height), ("width", width)):
             if value <= 0 or value % stride != 0:
                 nearest = max(stride, round(value / stride) * stride)
@@ -212,6 +228,8 @@ class URSAPipeline(UDMPipeline):
         return 1, height // stride, width // stride
 
     def encode_prompt(self, prompt: list[str]) -> tuple[torch.LongTensor, torch.Tensor]:
+        num_tokens = [len(ids) for ids in self.tokenizer(prompt, verbose=False)["input_ids"]]
+        self._cut_prompts.check(prompt, num_tokens, self.config.max_prompt_length)
         encoded = self.tokenizer(
             prompt,
             padding="max_length",
@@ -294,10 +312,11 @@ class URSAPipeline(UDMPipeline):
         t: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        As in [`UDMPipeline`], except for large codebooks on a CPU. TRL's fused head has no Triton kernel there, and is
-        slower than a plain softmax over all logits, so that the network scores the tokens itself.
+        As in [`UDMPipeline`], except that the network scores the tokens itself where TRL's fused head cannot, with an
+        adapter on the head, or is slow, with a large codebook on a CPU, where it has no Triton kernel.
         """
-        if labels.device.type != "cpu" or self.scheduler.config.codebook_size <= TILE_WIDTH:
+        is_fast = labels.device.type != "cpu" or self.scheduler.config.codebook_size <= TILE_WIDTH
+        if is_fast and not self._has_adapter_on_head:
             return super().score(model, prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape, labels=labels)
         return self._select_labels(model(**inputs), inputs["shift_labels"], labels)
@@ -321,47 +340,17 @@ class URSAPipeline(UDMPipeline):
             `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`: As in [`URSAPipelineOutput`].
 
         Raises:
-            ValueError: If there is more than one frame.
+            ValueError: If there is more than one frame, or no image tokenizer.
         """
+        self._check_vae()
         if latent_shape[0] != 1:
             raise ValueError(f"`decode` takes images, of one frame, got {latent_shape[0]} frames.")
         images = self.vae.decode_ids(clean_samples.view(-1, *latent_shape[1:])).sample
         return self.image_processor.postprocess(images.float(), output_type=output_type)
 
-    def check_inputs(
-        self,
-        prompt: str | list[str] | None,
-        negative_prompt: str | list[str] | None,
-        num_inference_steps: int,
-        guidance_trunc: float,
-        num_images_per_prompt: int,
-        output_type: str,
-        callback_on_step_end_tensor_inputs: list[str],
-    ):
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
-            raise ValueError(f"`prompt` must be a string or a non-empty list of strings, got {prompt!r}.")
-        negative_prompts = negative_prompt if isinstance(negative_prompt, list) else [negative_prompt or ""]
-        if not all(isinstance(text, str) for text in negative_prompts):
-            raise ValueError(f"`negative_prompt` must be a string or a list of strings, got {negative_prompt!r}.")
-        if isinstance(negative_prompt, list) and len(negative_prompt) != len(prompts):
-            raise ValueError(
-                f"`negative_prompt` must have one entry for each prompt ({len(prompts)}), got {len(negative_prompt)}."
-            )
-        if num_inference_steps < 1:
-            raise ValueError(f"`num_inference_steps` must be > 0, got {num_inference_steps}.")
-        if not 0 <= guidance_trunc <= 1:
-            raise ValueError(f"`guidance_trunc` must be in [0, 1], got {guidance_trunc}.")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` must be > 0, got {num_images_per_prompt}.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
-        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
-        if unknown:
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has to be in {self._callback_tensor_inputs}, but found "
-                f"{unknown}."
-            )
+    def _check_vae(self) -> None:
+        if self.vae is None:
+            raise ValueError("The pipeline has no `vae` to decode images with. Pass one, or `output_type='latent'`.")
 
     @torch.no_grad()
     def __call__(
@@ -374,7 +363,7 @@ class URSAPipeline(UDMPipeline):
         guidance_scale: float = 7.0,
         guidance_trunc: float = 0.9,
         num_images_per_prompt: int = 1,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.LongTensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -405,10 +394,11 @@ class URSAPipeline(UDMPipeline):
                 Time in `[0, 1]` from which there is no guidance.
             num_images_per_prompt (`int`, *optional*, defaults to `1`):
                 Number of images of each prompt, > 0.
-            generator (`torch.Generator`, *optional*):
-                Source of every random draw. A CPU generator serves any device.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Source of every random draw, or one for each image. A CPU generator serves any device.
             latents (`torch.LongTensor` of shape `(batch_size * num_images_per_prompt, num_tokens)`, *optional*):
-                Token ids to start from instead of uniform noise.
+                Token ids to start from instead of uniform noise. They may have the shape that `output_type="latent"`
+                returns.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`, `"np"`, `"pt"` or `"latent"` (token ids).
             return_dict (`bool`, *optional*, defaults to `True`):
@@ -417,7 +407,8 @@ class URSAPipeline(UDMPipeline):
                 Whether to also return the states that the sampler passed through.
             callback_on_step_end (`Callable`, `PipelineCallback` or `MultiPipelineCallbacks`, *optional*):
                 Called after each step with `(pipeline, step, timestep, callback_kwargs)`. The `latents` in the
-                dictionary that it returns replace the state.
+                dictionary that it returns replace the state. It may set `pipeline._guidance_scale`, and
+                `pipeline._interrupt` to end with the state as it is.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
                 What goes into `callback_kwargs`: `"latents"` (the state) and `"logits"`.
 
@@ -427,58 +418,33 @@ class URSAPipeline(UDMPipeline):
         Raises:
             ValueError: If an argument is out of its range.
         """
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if callback_on_step_end_tensor_inputs is None:
-            callback_on_step_end_tensor_inputs = ["latents"]
-        self.check_inputs(
-            prompt,
-            negative_prompt,
-            num_inference_steps,
-            guidance_trunc,
-            num_images_per_prompt,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-        )
-        latent_shape = self.latent_shape(height=height, width=width)
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        if latents is not None:
-            size = (len(prompts) * num_images_per_prompt, torch.Size(latent_shape).numel())
-            codebook_size = self.transformer.config.codebook_size
-            if latents.shape != size or latents.min() < 0 or latents.max() >= codebook_size:
-                raise ValueError(
-                    f"`latents` must have shape {size} and ids in [0, {codebook_size}), got shape "
-                    f"{tuple(latents.shape)} and ids in [{latents.min().item()}, {latents.max().item()}]."
-                )
+        if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
+            raise ValueError(f"`prompt` must be a string or a non-empty list of strings, got {prompt!r}.")
         negative_prompts = negative_prompt
         if not isinstance(negative_prompt, list):
             negative_prompts = [negative_prompt or ""] * len(prompts)
-        prompt_ids, prompt_mask = self.encode_prompt(prompts)
-        negative_prompt_ids, negative_prompt_mask = self.encode_prompt(negative_prompts)
-
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
-
-            def callback(step, timestep, tensors):
-                progress_bar.update()
-                if callback_on_step_end is None:
-                    return {}
-                callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                return callback_on_step_end(self, step, timestep, callback_kwargs)
-
-            output = self.sample_tokens(
-                prompt_ids.repeat_interleave(num_images_per_prompt, dim=0),
-                prompt_mask.repeat_interleave(num_images_per_prompt, dim=0),
-                latent_shape,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                guidance_trunc=guidance_trunc,
-                negative_prompt_ids=negative_prompt_ids.repeat_interleave(num_images_per_prompt, dim=0),
-                negative_prompt_mask=negative_prompt_mask.repeat_interleave(num_images_per_prompt, dim=0),
-                latents=latents,
-                generator=generator,
-                return_trajectory=return_trajectory,
-                callback=callback,
-            )
+        if not all(isinstance(text, str) for text in negative_prompts):
+            raise ValueError(f"`negative_prompt` must be a string or a list of strings, got {negative_prompt!r}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+        if output_type != "latent":
+            self._check_vae()
+        latent_shape = self.latent_shape(height=height, width=width)
+        output = self._sample_prompts(
+            prompts,
+            negative_prompts,
+            latent_shape,
+            num_inference_steps,
+            guidance_trunc,
+            {"num_images_per_prompt": num_images_per_prompt},
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            guidance_scale=guidance_scale,
+            latents=latents,
+            generator=generator,
+            return_trajectory=return_trajectory,
+        )
         if output_type == "latent":
             images = output.clean_samples.view(-1, *latent_shape)
         else:

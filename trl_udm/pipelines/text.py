@@ -24,15 +24,20 @@ class TextMixin:
     """
     Encoding and decoding of text, for a [`UDMPipeline`].
 
-    Needs `tokenizer`, `end_token_ids` (the tokens that end a completion) and the method `_encode(text_or_messages)`,
-    which returns the ids of one prompt.
+    Needs `tokenizer`, `end_token_ids` (the tokens that end a completion) and the method
+    `_encode(text_or_messages, **chat_template_kwargs)`, which returns the ids of one prompt.
     """
 
     modality = "text"
 
-    def encode_prompt(self, prompt: list[Any]) -> tuple[torch.LongTensor, torch.Tensor]:
-        """As in [`UDMPipeline`]. The chat template turns messages into text."""
-        ids = [torch.tensor(self._encode(text_or_messages), dtype=torch.long) for text_or_messages in prompt]
+    @staticmethod
+    def _as_list(prompt: str | list[Any]) -> list[Any]:
+        """One prompt, a text or its messages, as a list of one. Lists of prompts are returned as they are."""
+        return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], dict) else prompt
+
+    def encode_prompt(self, prompt: list[Any], **chat_template_kwargs: Any) -> tuple[torch.LongTensor, torch.Tensor]:
+        """As in [`UDMPipeline`]. The chat template turns messages into text, with `chat_template_kwargs`."""
+        ids = [torch.tensor(self._encode(one, **chat_template_kwargs), dtype=torch.long) for one in prompt]
         padded = {"batch_first": True, "padding_side": "left"}
         prompt_ids = pad_sequence(ids, padding_value=self.tokenizer.pad_token_id, **padded)  # (B, T)
         prompt_mask = pad_sequence([torch.ones_like(row) for row in ids], **padded)  # (B, T)

@@ -32,6 +32,7 @@ from PIL import Image
 from torch.nn import functional
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from ..cut_prompts import CutPromptWarning
 from .images import as_pil_images
 
 
@@ -87,8 +88,8 @@ class CLIPReward:
     [`UDMGRPOTrainer`].
 
     The weights are loaded when the reward is first called. The features of a prompt are cached. A prompt of more than
-    77 tokens, counting the two special tokens around it, is truncated, as the authors of all these models do.
-    torchvision is not needed.
+    77 tokens, counting the two special tokens around it, is truncated, as the authors of all these models do. A
+    warning tells the first time. torchvision is not needed.
 
     Args:
         model_name_or_path (`str`):
@@ -144,6 +145,7 @@ class CLIPReward:
         self.__name__ = "clip"
         self._model = None
         self._text_features = {}
+        self._cut_prompts = CutPromptWarning(type(self).__name__)
 
     @torch.inference_mode()
     def __call__(
@@ -204,12 +206,12 @@ class CLIPReward:
     def _encode_prompts(self, prompts: list[str]) -> torch.Tensor:
         new_prompts = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text_features]
         if new_prompts:
+            texts = [self.prefix + prompt for prompt in new_prompts]
+            max_length = self._model.config.text_config.max_position_embeddings
+            num_tokens = [len(ids) for ids in self._tokenizer(texts, verbose=False)["input_ids"]]
+            self._cut_prompts.check(new_prompts, num_tokens, max_length)
             inputs = self._tokenizer(
-                [self.prefix + prompt for prompt in new_prompts],
-                padding=True,
-                truncation=True,
-                max_length=self._model.config.text_config.max_position_embeddings,
-                return_tensors="pt",
+                texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
             ).to(self._model.device)
             new_features = self._model.get_text_features(**inputs).pooler_output
             new_features = functional.normalize(new_features.float(), dim=-1)

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .images import as_pil_images
 
@@ -36,14 +36,45 @@ from .images import as_pil_images
 # Typographic quotes, primes and accents, which count as straight quotes.
 QUOTES = str.maketrans(dict.fromkeys("‘’‚‛′´`", "'") | dict.fromkeys("“”„‟″", '"'))
 
+MAX_ASPECT = 64
+"""Ratio of an image's sides above which white is added to the shorter one."""
+
+# What no engine reads as a character: accents without a letter that has them, blank letters, and variation selectors.
+UNREADABLE = re.compile(
+    "[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe20-\ufe2f\u115f\u1160\u2800\u180b-\u180d\ufe00-\ufe0f"
+    "\U000e0100-\U000e01ef]"
+)
+
+
+def _quoted(opening: str, closing: str) -> str:
+    """A pattern of a text between quotes."""
+    if opening == closing:  # after a digit it stands for inches, and beside a space it does not begin or end a text
+        return rf"(?<!\d){opening}(?=\S)([^{opening}]*)(?<=\S){opening}"
+    inner = f"[^{opening}{closing}]"
+    return f"{opening}((?:{inner}|{opening}{inner}*[{closing}])*)[{closing}]"
+
+
+# Ideographs need no spaces around quotes. After other letters, a single quote is an apostrophe.
+_LETTER = r"[^\W\u2e80-\uffff]"
+# From the surest to the least sure
+_QUOTED_TEXTS = (
+    re.compile("|".join(map(_quoted, '"＂“„«»‹›「『”', ('"', "＂", "”", "“”", "»", "«", "›", "‹", "」", "』", "”")))),
+    re.compile(r'(?<!\d)"([^"]*)"'),
+    re.compile(rf"(?<!{_LETTER})['‘‚](?=\S)((?:[^'‘’]|(?<={_LETTER})['’](?={_LETTER}))*)(?<=\S)['‘’](?!{_LETTER})"),
+)
+
 
 def extract_target(prompt: str) -> str:
     """
     Return the first quoted part of a prompt, which is the text that the image should show.
 
+    Quotes are `"..."`, “...”, „...“, „...”, «...», »...«, ‹...›, ›...‹, ”...”, 「...」 and 『...』. Only a prompt
+    without these is searched for single quotes, `'...'`, ‘...’ and ‚...‘. A mark of inches or feet after a digit is no
+    quote, an apostrophe is none, and quotes without a text between them do not count.
+
     Args:
         prompt (`str`):
-            A prompt with the target in straight (`"..."`) or typographic (`“...”`) double quotes.
+            A prompt with the target in quotes.
 
     Returns:
         `str`: The text between the quotes, unchanged.
@@ -56,15 +87,18 @@ def extract_target(prompt: str) -> str:
     ```python
     >>> extract_target('A storefront sign that says "New York"')
     'New York'
+    >>> extract_target('A 5" pipe under a sign that says "SALE"')
+    'SALE'
     ```
     """
-    match = re.search(r'"([^"]*)"|“([^”]*)”', prompt)
-    if match is None:
-        raise ValueError(f"`prompt` must have its target text in double quotes, got {prompt!r}.")
-    target = match[match.lastindex]
-    if not normalize_text(target):
+    matches = [match for pattern in _QUOTED_TEXTS for match in pattern.finditer(prompt)]
+    for match in matches:
+        target = match[match.lastindex]
+        if normalize_text(target):
+            return target
+    if matches:
         raise ValueError(f"`prompt` must quote a target text that is not empty, got {prompt!r}.")
-    return target
+    raise ValueError(f"`prompt` must have its target text in double quotes, got {prompt!r}.")
 
 
 def join_recognized(lines: Iterable[tuple[str, float]]) -> str:
@@ -83,8 +117,8 @@ def join_recognized(lines: Iterable[tuple[str, float]]) -> str:
 
 def ocr_score(recognized_text: str, target_text: str, partial: bool = False) -> float:
     r"""
-    Score a recognized text against the target. Case, white space, the form of the quotes, and variants of a character
-    that Unicode calls compatible (NFKC) make no difference.
+    Score a recognized text against the target. Case, white space, invisible characters, the form of the quotes, and
+    variants of a character that Unicode calls compatible (NFKC) make no difference, see [`normalize_text`].
 
     The score is \\( 1 - \min(\mathrm{distance}, n) / n \\), where n is the length of the target and the distance is
     the number of characters to insert, delete or replace. As in UDM-GRPO (https://huggingface.co/papers/2604.18518),
@@ -138,7 +172,8 @@ def ocr_score(recognized_text: str, target_text: str, partial: bool = False) -> 
 
 def normalize_text(text: str) -> str:
     """
-    Normalize a text for comparison: lower case, no white space, straight quotes, NFKC.
+    Normalize a text for comparison: lower case, straight quotes, NFKC, and nothing that cannot be seen. White space,
+    control characters, characters of zero width, and accents without a letter that has them are left out.
 
     Args:
         text (`str`):
@@ -147,8 +182,12 @@ def normalize_text(text: str) -> str:
     Returns:
         `str`: The normalized text.
     """
-    # Quotes first: NFKC splits some of them into a space and an accent.
-    return "".join(unicodedata.normalize("NFKC", text.translate(QUOTES)).lower().split())
+    # Quotes first: NFKC splits some of them into a space and an accent. What is invisible would keep an accent from
+    # its letter.
+    seen = "".join(
+        character for character in text.translate(QUOTES) if unicodedata.category(character) not in ("Cc", "Cf")
+    )
+    return UNREADABLE.sub("", "".join(unicodedata.normalize("NFKC", seen).lower().split()))
 
 
 class OCRReward:
@@ -217,6 +256,7 @@ class OCRReward:
             raise ImportError("`OCRReward` needs RapidOCR: `pip install trl-udm[ocr]`.") from error
 
         self.partial = partial
+        self.detect_text = detect_text
         self.min_confidence = min_confidence
         self.num_engines = num_engines
         self.__name__ = "ocr_partial_reward" if partial else "ocr_reward"
@@ -300,8 +340,14 @@ class OCRReward:
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
-        # RapidOCR takes the channels of an array as blue, green, red.
-        pixels = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])  # (H, W, 3)
+        image = image.convert("RGB")
+        # The engine shrinks the longer side to 2000 pixels, which would leave nothing of a strip.
+        if max(image.size) > MAX_ASPECT * min(image.size):
+            aspect = 8 if self.detect_text else MAX_ASPECT  # 8 is where the engine adds a margin before it looks
+            size = max(image.width, image.height // aspect), max(image.height, image.width // aspect)
+            image = ImageOps.pad(image, size, color="white")
+        # It takes the channels of an array as blue, green, red.
+        pixels = np.ascontiguousarray(np.asarray(image)[:, :, ::-1])  # (H, W, 3)
         engine = self._engines.get()
         try:
             output = engine(pixels)

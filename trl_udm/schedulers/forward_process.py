@@ -30,7 +30,7 @@ class ForwardProcessMixin:
         self,
         original_samples: torch.LongTensor,
         t: float | torch.Tensor,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.LongTensor:
         """
         Draw noised samples x_t ~ p_t(· | x₁), each token by itself.
@@ -42,8 +42,8 @@ class ForwardProcessMixin:
                 Times in `[0, 1]`: one for all, or a tensor whose shape is that of the first dimensions of
                 `original_samples`. Shape `(batch_size,)` is a time for each sample, the full shape a time for each
                 token.
-            generator (`torch.Generator`, *optional*):
-                RNG of the draw.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                RNG of the draw, on any device, or one for each sample.
 
         Returns:
             `torch.LongTensor`: Noised token ids x_t, of the shape of `original_samples`.

@@ -22,7 +22,7 @@ import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
 
-from ..random_tensor import rand_tensor
+from ..random_tensor import rand_tensor, widest_dtype
 from .codebook import CodebookMixin
 from .forward_process import ForwardProcessMixin
 
@@ -201,7 +201,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         self,
         size: int | tuple[int, ...],
         device: str | torch.device | None = None,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.Tensor:
         """
         Draw noise levels for training: the time grid's map on `sigma = 1 − 0.999 · u`, u uniform on `[0, 1)`.
@@ -231,13 +231,17 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         return torch.where(t > 0, self.config.c * alpha * t ** (alpha - 1) / (1 - t) ** (alpha + 1), 0.0)
 
     def _draw_noised_samples(
-        self, original_samples: torch.LongTensor, t: torch.Tensor, generator: torch.Generator | None
+        self,
+        original_samples: torch.LongTensor,
+        t: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.LongTensor:
-        uniforms = rand_tensor((original_samples.numel(), 2), generator, original_samples.device, torch.float64)
+        device = original_samples.device
+        uniforms = rand_tensor((*original_samples.shape, 2), generator, device, widest_dtype(device))
         chunks = zip(
             original_samples.flatten().split(self._chunk_length),
             t.flatten().split(self._chunk_length),
-            uniforms.split(self._chunk_length),
+            uniforms.view(-1, 2).split(self._chunk_length),
             strict=True,
         )
         noised_samples = torch.cat([_draw(self._probabilities(x_1, t), uniforms) for x_1, t, uniforms in chunks])
@@ -344,7 +348,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         model_output: torch.Tensor,
         timestep: int | torch.Tensor,
         sample: torch.LongTensor,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> KineticOptimalSchedulerOutput | tuple[torch.LongTensor, torch.LongTensor]:
         """
@@ -357,8 +361,8 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
                 Step index, in `[0, num_inference_steps - 1]`.
             sample (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
                 Token ids of the state x_t, in `[0, codebook_size)`. It is not changed.
-            generator (`torch.Generator`, *optional*):
-                RNG of the draws.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                RNG of the draws, on any device, or one for each sample.
             return_dict (`bool`, defaults to `True`):
                 Whether to return a [`KineticOptimalSchedulerOutput`] or a plain tuple.
 
@@ -378,7 +382,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
                 f"{tuple(sample.shape)}."
             )
         # Drawn at once, so that no draw depends on the size of the chunks or on other tokens
-        uniforms = rand_tensor((*sample.shape, 5), generator, sample.device, torch.float64)
+        uniforms = rand_tensor((*sample.shape, 5), generator, sample.device, widest_dtype(sample.device))
         pred_original_sample = torch.empty_like(sample)
         # Logits are often a slice of the model's output. Slices of both dimensions do not copy it, as `flatten` would.
         num_tokens = self._chunk_length
@@ -454,7 +458,7 @@ def _check_drawn(codes: torch.LongTensor) -> None:
 
 
 def _invert_cumulative(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.LongTensor:
-    cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    cumulative = weights.cumsum(dim=-1, dtype=widest_dtype(weights.device))
     # 1 − u is in (0, 1]: the first entry to reach the threshold always exists and never has weight 0.
     thresholds = (1 - uniforms).unsqueeze(-1) * cumulative[:, -1:]
     # Only a row with NaN has no such entry. Its index stays in bounds, and `_draw` returns -1 for it.

@@ -19,7 +19,7 @@ from diffusers import DiscreteDDIMScheduler
 from diffusers import SchedulerMixin as SchedulerMixin  # diffusers looks a component's loader up by this name
 from diffusers.schedulers.scheduling_discrete_ddim import DiscreteDDIMSchedulerOutput
 
-from ..random_tensor import rand_tensor, randint_tensor
+from ..random_tensor import check_generators, rand_tensor, randint_tensor
 from .forward_process import ForwardProcessMixin
 
 
@@ -95,7 +95,10 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
         return self._alpha(int(timestep))
 
     def _draw_noised_samples(
-        self, original_samples: torch.LongTensor, t: torch.Tensor, generator: torch.Generator | None
+        self,
+        original_samples: torch.LongTensor,
+        t: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.LongTensor:
         shape, device = original_samples.shape, original_samples.device
         survives = rand_tensor(shape, generator, device) < t
@@ -110,7 +113,7 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
         sample: torch.LongTensor,
         *,
         temperature: float = 1.0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> UniformDDIMSchedulerOutput | tuple[torch.Tensor, ...]:
         """
@@ -125,16 +128,27 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
                 Token ids of the state x_t. It is not changed.
             temperature (`float`, *optional*, defaults to `1.0`):
                 Temperature of the draw of x₁. 0 takes the most likely tokens.
-            generator (`torch.Generator`, *optional*):
-                RNG of the draws, on the device of the logits.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                RNG of the draws, on any device, or one for each sample. The step is taken on the generator's device.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`UniformDDIMSchedulerOutput`], or a tuple of its fields.
 
         Returns:
             [`UniformDDIMSchedulerOutput`] or `tuple`: The next state, and the clean sample drawn on the way.
         """
-        output = super().step(model_output, timestep, sample, temperature=temperature, generator=generator)
-        output = UniformDDIMSchedulerOutput(**output, pred_original_sample=output.sampled_tokens)
+        settings = {"timestep": timestep, "temperature": temperature, "return_dict": False}
+        if isinstance(generator, list):
+            check_generators(generator, len(sample))
+            batch = zip(model_output.split(1), sample.split(1), generator, strict=True)
+            rows = [self.step(logits, sample=x_t, generator=each, **settings)[:3] for logits, x_t, each in batch]
+            x_s, x_1, probabilities = (torch.cat(tensors) for tensors in zip(*rows, strict=True))
+        else:
+            # The parent draws on the device of the logits, which must be the generator's
+            device = sample.device if generator is None else generator.device
+            logits, x_t = model_output.to(device), sample.to(device)
+            fields = super().step(logits, sample=x_t, generator=generator, **settings)[:3]
+            x_s, x_1, probabilities = (field.to(sample.device) for field in fields)
+        output = UniformDDIMSchedulerOutput(x_s, x_1, probabilities, model_output, pred_original_sample=x_1)
         return output if return_dict else output.to_tuple()
 
 

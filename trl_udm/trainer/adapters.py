@@ -30,7 +30,15 @@ from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generat
 from trl.trainer.utils import add_fused_lm_head, disable_dropout_in_model
 
 from ..models.layers import compile_layers, without_checkpointing
-from ..pipelines.lora import can_merge, check_peft_config, has_adapters, merged_adapter, starts_at_zero, try_merging
+from ..pipelines.lora import (
+    can_merge,
+    check_peft_config,
+    has_adapters,
+    merged_adapter,
+    starts_at_zero,
+    try_merging,
+    unfreeze_adapter,
+)
 from ..pipelines.pipeline_udm import UDMPipeline
 
 
@@ -149,10 +157,19 @@ class PolicyMixin:
                 setattr(pipeline, name, transformer)
 
 
-def prepare_model(pipeline: UDMPipeline, peft_config: PeftConfig | None) -> tuple[nn.Module, PeftConfig | None]:
+def prepare_model(
+    pipeline: UDMPipeline, peft_config: PeftConfig | None, adapter: str | None
+) -> tuple[nn.Module, PeftConfig | None]:
     """The model to train, a transformer or the adapter that it has, and the configuration of a new adapter."""
+    if adapter is not None:
+        if peft_config is not None or has_adapters(pipeline.transformer):
+            raise ValueError(
+                f"`adapter` must be None with a `peft_config` (`use_peft` in a script), and where the pipeline has an "
+                f"adapter already, got {adapter!r}. One adapter is trained: leave out the other."
+            )
+        pipeline.load_lora_weights(adapter)
     if peft_config is None and has_adapters(pipeline.transformer):
-        return pipeline.unfreeze_adapter(), None
+        return unfreeze_adapter(pipeline.peft_model), None
     return pipeline.transformer, prepare_peft_config(pipeline.transformer, peft_config)
 
 

@@ -14,6 +14,7 @@
 
 """Checkpoints and resume: whole checkpoints, exact resume, SIGTERM, and steps that fail."""
 
+import copy
 import functools
 import json
 import math
@@ -26,23 +27,25 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import FrameType
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model, send_to_device, set_seed
-from peft import get_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
-from transformers.trainer import PREFIX_CHECKPOINT_DIR, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer import PREFIX_CHECKPOINT_DIR, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl.trainer.utils import RepeatSampler
+
+from ..weights import check_state_dict, load_state_dict
 
 
 logger = get_logger(__name__)
 
-DISK_ERRORS = r"No space left|quota exceeded|iostream error|inline_container"  # the last two are PyTorch's
+# The last two are how PyTorch says it
+DISK_ERRORS = r"No space left|[Qq]uota exceeded|File too large|iostream error|inline_container"
 
 
 class CheckpointMixin:
@@ -60,6 +63,7 @@ class CheckpointMixin:
       rollouts between two of their updates, the metrics between two logs, and the order of the prompts in later
       epochs. With another batch geometry, all processes draw new rollouts and begin them with an update. Resuming is
       refused where the reference policy is not the one that the run began with, or where weights are missing.
+    * Evaluation and prediction have random numbers of their own, and so leave the rollouts as they are without them.
     * On SIGTERM, which clusters send, the step is finished, a checkpoint is saved, and the process exits with 143.
     * A step whose gradient is not finite is skipped. More than `args.max_failed_steps` in a row stop the run.
     """
@@ -82,7 +86,8 @@ class CheckpointMixin:
                 As in [`~transformers.Trainer.train`].
 
         Raises:
-            ValueError: If there is no whole checkpoint, or its reference policy is not that of this trainer.
+            ValueError: If there is no whole checkpoint, weights or files are missing in it, or its reference policy is
+                not that of this trainer.
         """
         if str(resume_from_checkpoint).lower() == "true":  # a string from the command line
             checkpoints = find_checkpoints(self.args.output_dir)
@@ -145,12 +150,12 @@ class CheckpointMixin:
             logger.warning(f"Terminated at step {self.state.global_step}, after saving a checkpoint.")
             raise SystemExit(128 + signal.SIGTERM)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        with tempfile.TemporaryDirectory() as folder:  # evaluation has random numbers of its own
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        with tempfile.TemporaryDirectory() as folder:
             super()._save_rng_state(folder)
             set_seed(self.args.seed, device_specific=True)
             try:
-                return super().evaluate(*args, **kwargs)
+                return super().evaluation_loop(*args, **kwargs)
             finally:
                 super()._load_rng_state(folder)
 
@@ -191,7 +196,8 @@ class CheckpointMixin:
                 shutil.rmtree(checkpoint, ignore_errors=True)
             if not re.search(DISK_ERRORS, str(error)):
                 raise
-            gigabytes = shutil.disk_usage(checkpoint.parent).free / 1e9
+            folder = next(folder for folder in checkpoint.parents if folder.exists())
+            gigabytes = shutil.disk_usage(folder).free / 1e9
             raise RuntimeError(
                 f"{checkpoint} could not be written ({error}). The disk has {gigabytes:.1f} GB left. Older "
                 "checkpoints are untouched: free space, and continue with `resume_from_checkpoint=True`."
@@ -201,48 +207,58 @@ class CheckpointMixin:
         if not self.args.should_save:
             return
         output_dir = output_dir if output_dir is not None else self.args.output_dir
-        model = self.accelerator.unwrap_model(self.model)
         if state_dict == {}:  # ZeRO-3 keeps the weights in shards, and `Trainer` would save a file of none
             logger.warning(f"{output_dir} has shards only: `stage3_gather_16bit_weights_on_model_save` is not set.")
-        elif is_peft_model(self.model):
-            super()._save(output_dir, state_dict)
+            return
+        if is_peft_model(self.model):
+            self.processing_class.save_pretrained(output_dir)
         else:
             self.pipeline.save_config(output_dir)
             for name, component in self.pipeline.components.items():
                 if component is not self.pipeline.transformer:
                     component.save_pretrained(os.path.join(output_dir, name))
-            model.save_pretrained(os.path.join(output_dir, self.pipeline.transformer_name), state_dict=state_dict)
-            torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+        self._save_weights(self._weights_folder(output_dir), state_dict)
+        args = copy.copy(self.args)
+        args.hub_token = None
+        torch.save(args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:  # whose checkpoint lies in the root
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif is_peft_model(self.model):
-            self._load_weights(resume_from_checkpoint)
         else:
-            self._load_weights(os.path.join(resume_from_checkpoint, self.pipeline.transformer_name))
+            self._load_weights(self._weights_folder(resume_from_checkpoint))
 
-    def _load_weights(self, folder: str) -> None:
-        """Loads the network, or its adapter, from a folder that holds nothing else."""
-        if is_peft_model(self.model):  # `Trainer` would load each of the folder's subfolders as a further adapter
+    def _weights_folder(self, folder: str | os.PathLike) -> Path:
+        return Path(folder, "" if is_peft_model(self.model) else self.pipeline.transformer_name)
+
+    def _save_weights(self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        # Under the model's own names, also where it was loaded under others, for `_load_weights` to find them
+        model = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+        self.pipeline.save_base_sample(folder)
+
+    # `Trainer` would only warn of missing weights, and load each of an adapter's subfolders as a further adapter
+    def _load_weights(self, folder: Path) -> None:
+        if is_peft_model(self.model):
             name = self.model.active_adapter
-            needed = set(get_peft_model_state_dict(self.model, adapter_name=name))
-            saved = set(load_peft_weights(folder, "cpu"))
-            self._issue_warnings_after_load(
-                SimpleNamespace(missing_keys=needed - saved, unexpected_keys=saved - needed)
-            )
-            self.model.load_adapter(folder, name, is_trainable=True)
+            weights = load_state_dict(folder, "adapter_model")
+            check_state_dict(weights, get_peft_model_state_dict(self.model, adapter_name=name), folder)
+            set_peft_model_state_dict(self.model, weights, adapter_name=name)
         else:
-            super()._load_from_checkpoint(folder)
+            weights = load_state_dict(folder, "model")
+            tied = self.model.all_tied_weights_keys.keys() - weights.keys()
+            own = {name: weight for name, weight in self.model.state_dict().items() if name not in tied}
+            check_state_dict(weights, own, folder)
+            self.model.load_state_dict(weights, strict=False)
 
-    # `Trainer` would only warn
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        missing = set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)
-        if missing or load_result.unexpected_keys:
-            raise ValueError(
-                f"A checkpoint must have the weights of the model, but this one lacks {sorted(missing)}, and has "
-                f"{sorted(load_result.unexpected_keys)} besides. Take another one, or the model it was saved from."
-            )
+    # `Trainer` would begin with what it does not find, without a word
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not self.is_deepspeed_enabled:  # which keeps them in files of its own
+            names = ("optimizer*", SCHEDULER_NAME, "rng_state*.pth")
+            missing = [name for name in names if not any(Path(checkpoint).glob(name))]
+            if missing and any(Path(checkpoint).glob("rollout_state_*.pth")):
+                raise ValueError(f"A checkpoint must have all of its files, but {checkpoint} lacks {missing}.")
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     # `Trainer` would look for the weights in the checkpoint's root, and keep the last ones if it found none
     def _load_best_model(self) -> None:
@@ -270,23 +286,26 @@ class CheckpointMixin:
     # `Trainer` calls this just before the first batch that is not skipped
     def _load_rng_state(self, checkpoint: str) -> None:
         super()._load_rng_state(checkpoint)
-        name = f"rollout_state_{self.accelerator.process_index}.pth"
-        is_own = os.path.exists(os.path.join(checkpoint, name))
-        path = os.path.join(checkpoint, name if is_own else "rollout_state_0.pth")
-        state = torch.load(path, map_location="cpu", weights_only=True) if os.path.exists(path) else None
-        num_states = len(list(Path(checkpoint).glob("rollout_state_*.pth")))  # earlier versions saved no geometry
-        geometry = {**self._geometry, "num_processes": num_states, **((state or {}).get("geometry") or {})}
+        own = Path(checkpoint, f"rollout_state_{self.accelerator.process_index}.pth")
+        paths = sorted(Path(checkpoint).glob("rollout_state_*.pth"))
+        state, geometry = None, self._geometry
+        if paths:
+            state = torch.load(own if own in paths else paths[0], map_location="cpu", weights_only=True)
+            geometry = state.get("geometry") or self._infer_geometry(state, len(paths))
+        is_usable = own in paths or geometry["num_processes"] != self.args.world_size
         # Decided together: processes that drew rollouts at different steps would wait for each other forever
-        findings = [state is not None, is_own and geometry == self._geometry]
-        findings = torch.tensor([findings], dtype=torch.int, device=self.accelerator.device)
-        has_state, is_same = self.accelerator.gather(findings).amin(dim=0).tolist()
-        if not has_state:
+        findings = [[is_usable, own in paths and geometry == self._geometry]]
+        findings = torch.tensor(findings, dtype=torch.int, device=self.accelerator.device)
+        is_usable, is_same = self.accelerator.gather(findings).amin(dim=0).tolist()
+        if not is_usable:
             logger.warning(
-                f"{checkpoint} has no {name}: it was saved with `save_only_model`, or by another trainer. Training "
-                "continues from its weights, but not exactly as an unbroken run would."
+                f"{checkpoint} has no {own.name}, or lacks that of another process: it was saved with "
+                "`save_only_model`, or by another trainer. Training continues from its weights, but not exactly as an "
+                "unbroken run would."
             )
             return
-        if state["reference_checksum"] != self._reference_checksum:
+        checksums = {state["reference_checksum"], self._reference_checksum} - {0, None}  # without one, and in shards
+        if len(checksums) > 1:
             raise ValueError(
                 "The reference policy must be the one that the run began with: the model given to the trainer has "
                 f"other weights, or another dtype, than the one that {checkpoint} was trained from. Load the initial "
@@ -296,8 +315,8 @@ class CheckpointMixin:
             self._step = state["step"]
             self._buffered_inputs = send_to_device(state["buffered_inputs"], self.accelerator.device)
         else:
-            sides = (self._geometry, geometry)
-            now, before = (dict(one.items() - other.items()) for one, other in (sides, sides[::-1]))
+            names = [name for name, value in self._geometry.items() if geometry[name] != value]
+            before, now = ({name: values[name] for name in names} for values in (geometry, self._geometry))
             logger.warning(
                 f"{checkpoint} was saved with {before}, and this run has {now}. Its unfinished rollouts are dropped, "
                 "and the next update begins with new ones. An exact resume needs the checkpoint's values."
@@ -310,11 +329,21 @@ class CheckpointMixin:
         self.entropy_coef, self._last_world_entropy = state["entropy_control"]
 
     @property
-    def _geometry(self) -> dict[str, int]:
-        """What the number of rows in an update and in a generation batch follows from."""
+    def _geometry(self) -> dict[str, Any]:
+        """What the rows of a rollout follow from, and how many of them an update takes."""
         names = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
-        names += ("num_iterations", "num_generations", "num_train_timesteps")
+        names += ("num_iterations", "num_generations", "num_train_timesteps", "importance_sampling_level")
+        names += ("beta", "pipeline_kwargs")
         return {"num_processes": self.args.world_size} | {name: getattr(self.args, name) for name in names}
+
+    def _infer_geometry(self, state: dict[str, Any], num_processes: int) -> dict[str, Any]:
+        """The geometry of a checkpoint of version 0.1, as far as it shows."""
+        steps = math.ceil(state["step"] / self.state.global_step)
+        geometry = {**self._geometry, "num_processes": num_processes, "gradient_accumulation_steps": steps}
+        if rows := state["buffered_inputs"]:
+            geometry["steps_per_generation"] = len(rows)
+            geometry["per_device_train_batch_size"] = len(rows[0]["prompt_ids"])
+        return geometry
 
     @functools.cached_property
     def _reference_checksum(self) -> int | None:

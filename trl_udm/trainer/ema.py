@@ -34,12 +34,15 @@ logger = get_logger(__name__)
 EMA_FOLDER = "transformer_ema"
 """Folder of the averaged network or adapter in a checkpoint or a saved run, as in diffusers' training scripts."""
 
+EMA_STATE_NAME = "ema_state.json"
+"""File in a checkpoint that has the average's decay and its number of steps."""
+
 
 class EMAMixin:
     """
     An exponential moving average of the trained weights, where `args.ema_decay` asks for one.
 
-    Needs `args`, `model`, `state`, `accelerator`, and `_load_weights` of [`CheckpointMixin`].
+    Needs `args`, `model`, `state`, and of [`CheckpointMixin`] `_save_weights` and `_load_weights`.
 
     The average is diffusers' [`~diffusers.training_utils.EMAModel`]. Evaluation uses it, `save_model` and checkpoints
     hold it beside the raw weights, and a resumed run continues it. It follows the weights closely at first: the decay
@@ -91,40 +94,39 @@ class EMAMixin:
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir, EMA_FOLDER)
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         if self.ema is not None:
             with self.ema_weights():
-                self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+                self._save_weights(folder / EMA_FOLDER)
             state = {"decay": self.args.ema_decay, "optimization_step": self.ema.optimization_step}
-            (folder.parent / "ema_state.json").write_text(json.dumps(state))
-        elif self.state.global_step > 0 and folder.is_dir():
-            shutil.rmtree(folder)  # an earlier run's, which is no average of these weights
+            (folder / EMA_STATE_NAME).write_text(json.dumps(state))
+        elif (folder / EMA_FOLDER).is_dir():  # an earlier run's, which is no average of these weights
+            shutil.rmtree(folder / EMA_FOLDER)
+            (folder / EMA_STATE_NAME).unlink(missing_ok=True)
 
-    def _load_rng_state(self, checkpoint: str) -> None:
-        super()._load_rng_state(checkpoint)
-        self._load_average(checkpoint)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_average(checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
         self._load_average(self.state.best_model_checkpoint)
 
     def _load_average(self, checkpoint: str) -> None:
-        folder, path = Path(checkpoint, EMA_FOLDER), Path(checkpoint, "ema_state.json")
-        decay = self.args.ema_decay
+        folder, path, decay = Path(checkpoint, EMA_FOLDER), Path(checkpoint, EMA_STATE_NAME), self.args.ema_decay
         if path.exists():
             state = json.loads(path.read_text())
-        else:  # earlier versions saved only the average
+        else:  # version 0.1 saved only the average
             state = {"decay": decay if folder.is_dir() else None, "optimization_step": self.state.global_step}
         if state["decay"] != decay:
-            logger.warning(
-                f"{checkpoint} has an average of `ema_decay` {state['decay']}. The run goes on with {decay}."
-            )
+            logger.warning(f"{checkpoint} was saved with `ema_decay={state['decay']}`, and this run has {decay}.")
         if self.ema is None or state["decay"] is None:
             return
         self.ema.optimization_step = state["optimization_step"]
         self.ema.store(self._ema_parameters)
         try:
-            self._load_weights(str(folder))
+            self._load_weights(folder)
             self.ema.shadow_params = [parameter.detach().clone() for parameter in self._ema_parameters]
         finally:
             self.ema.restore(self._ema_parameters)

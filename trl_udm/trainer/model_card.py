@@ -55,7 +55,15 @@ _CENTRAL_ARGUMENTS = (
     "seed",
 )
 # Shown in none: where and how the run was logged, saved and pushed, which may name folders, servers and accounts
-_UNTOLD_ARGUMENTS = ("output_dir", "run_name", "report_to", "project", "resume_from_checkpoint", "disable_tqdm")
+_UNTOLD_ARGUMENTS = (
+    "output_dir",
+    "adapter",
+    "run_name",
+    "report_to",
+    "project",
+    "resume_from_checkpoint",
+    "disable_tqdm",
+)
 _UNTOLD_PREFIXES = ("hub_", "push_to_hub", "log", "save_", "dataloader_", "trackio_", "ddp_", "vllm_")
 
 
@@ -134,7 +142,7 @@ def _make_snippet(trainer: "UDMGRPOTrainer", repo_id: str) -> str:
         lines.append(f'pipe = {name}.from_pretrained("{repo_id}", dtype={pipeline.transformer.dtype})')
     lines += [
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
-        "generator = torch.Generator().manual_seed(0)",
+        "generator = torch.Generator(pipe.device).manual_seed(0)",
     ]
     if pipeline.modality == "image":
         lines += [f"image = pipe({prompt!r}{arguments}, generator=generator).images[0]", 'image.save("image.png")']

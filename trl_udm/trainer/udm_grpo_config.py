@@ -12,7 +12,6 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import copy
 import itertools
 import math
 import os
@@ -24,19 +23,61 @@ from datasets import Dataset, IterableDataset
 from trl import GRPOConfig
 
 
+_FOREIGN = "it belongs to autoregressive generation or to a moving reference policy, which UDM-GRPO does not have"
+REFUSED_OPTIONS = {
+    **dict.fromkeys(
+        (
+            "use_transformers_continuous_batching",
+            "use_transformers_paged",
+            "transformers_continuous_batching_config",
+            *(name for name in GRPOConfig.__dataclass_fields__ if name.startswith(("use_vllm", "vllm_"))),
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "generation_kwargs",
+            "cache_implementation",
+            "pad_to_multiple_of",
+            "max_tool_calling_iterations",
+            "mask_truncated_completions",
+            "sync_ref_model",
+            "ref_model_mixup_alpha",
+            "ref_model_sync_steps",
+        ),
+        _FOREIGN,
+    ),
+    "temperature": "rollouts draw from the distribution that is scored, and a group needs its spread",
+    "max_completion_length": "a sample has the number of tokens that `pipeline_kwargs` asks the pipeline for",
+    "model_init_kwargs": "the pipeline has loaded its model. Pass them to its `from_pretrained`",
+    "router_aux_loss_coef": "families do not return what routers computed, so there is no such loss",
+    "log_multimodal": "images are the completions that `log_completions` logs. Set that to False",
+    "label_smoothing_factor": "the loss is that of `loss_type`, which has no labels to smooth",
+    "train_sampling_strategy": "each batch must hold whole groups. The order of prompts is that of `shuffle_dataset`",
+    "enable_jit_checkpoint": "it saves in the middle of a step. SIGTERM saves at its end without it",
+    "dataloader_persistent_workers": "a resumed run would draw other random numbers than an unbroken one",
+}
+"""Options of [`~trl.GRPOConfig`] that must keep their default or be `None`, and why."""
+
+
 @dataclass
 class UDMGRPOConfig(GRPOConfig):
     r"""
     Configuration of [`UDMGRPOTrainer`].
 
-    It has the arguments of [`~trl.GRPOConfig`] and those below. The defaults are those of UDM-GRPO
-    (https://huggingface.co/papers/2604.18518).
+    It has the arguments of [`~trl.GRPOConfig`] and those below. Arguments without effect (`REFUSED_OPTIONS`) must keep
+    their default. The defaults are those of UDM-GRPO (https://huggingface.co/papers/2604.18518).
 
     One row of a training batch is one *(sample, timestep)* pair, so `per_device_train_batch_size` counts rows. A
     generation batch has `per_device_train_batch_size * steps_per_generation * num_processes` rows. Each sample has
     `num_train_timesteps` of them, and the samples must form whole groups of `num_generations`.
 
     Args:
+        > Parameters that control what is trained
+
+        adapter (`str`, *optional*):
+            Folder or Hub repository of a PEFT adapter to train further, which [`LoraMixin.load_lora_weights`] loads.
+            By default a new adapter is trained, or all weights.
+
         > Parameters that control the rollout
 
         num_inference_steps (`int`, *optional*, defaults to `10`):
@@ -140,6 +181,11 @@ class UDMGRPOConfig(GRPOConfig):
         default=False, metadata={"help": "Whether to weight the KL divergence by the probability ratio."}
     )
 
+    # Parameters that control what is trained
+    adapter: str | None = field(
+        default=None, metadata={"help": "Folder or Hub repository of an adapter to train further."}
+    )
+
     # Parameters that control the rollout
     num_inference_steps: int = field(default=10, metadata={"help": "Denoising steps of a rollout."})
     guidance_scale: float = field(
@@ -214,21 +260,7 @@ class UDMGRPOConfig(GRPOConfig):
         },
     )
 
-    # A dataclass would print `hub_token`, and a pickle such as `training_args.bin` hold it
-    __repr__ = GRPOConfig.__str__
-
-    def __getstate__(self):
-        return {**self.__dict__, "hub_token": None}
-
-    def __copy__(self):
-        copied = object.__new__(type(self))
-        copied.__dict__.update(self.__dict__)
-        return copied
-
-    def __deepcopy__(self, memo):
-        copied = copy.copy(self)
-        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return copied
+    __repr__ = GRPOConfig.__str__  # a dataclass would print `hub_token`
 
     def __post_init__(self):
         if self.num_generations < 2:
@@ -255,24 +287,10 @@ class UDMGRPOConfig(GRPOConfig):
                 raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)!r}.")
         self._check_timestep_window()
         self._check_batch_geometry()
-        foreign = (
-            "it belongs to autoregressive generation or to a moving reference policy, which UDM-GRPO does not have"
-        )
-        for name, only, reason in (
-            ("use_vllm", False, foreign),
-            ("use_transformers_continuous_batching", False, foreign),
-            ("sync_ref_model", False, foreign),
-            ("mask_truncated_completions", False, foreign),
-            ("enable_jit_checkpoint", False, "it saves in the middle of a step. SIGTERM saves at its end without it"),
-            (
-                "dataloader_persistent_workers",
-                False,
-                "a resumed run would draw other random numbers than an unbroken one",
-            ),
-            ("temperature", 1.0, "rollouts draw from the distribution that is scored, and a group needs its spread"),
-        ):
-            if getattr(self, name) != only:
-                raise ValueError(f"`{name}` must be {only}, got {getattr(self, name)}: {reason}.")
+        for name, reason in REFUSED_OPTIONS.items():
+            value, only = getattr(self, name), GRPOConfig.__dataclass_fields__[name].default
+            if value not in (None, only):
+                raise ValueError(f"`{name}` must be {only}, got {value}: {reason}.")
         super().__post_init__()
         for name, choices in (
             ("scale_rewards", ("group", "batch", "none")),

@@ -36,6 +36,7 @@ from ..pipelines.pipeline_output import UDMSamplerOutput
 from ..pipelines.pipeline_udm import UDMPipeline
 from .adapters import PolicyMixin, copy_reference, prepare_model
 from .checkpoint import CheckpointMixin, EpochRepeatSampler
+from .checks import check_bidirectional, check_modality
 from .completions import CompletionsMixin
 from .ema import EMAMixin
 from .hub import HubMixin
@@ -96,8 +97,8 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         optimizers (`tuple`, *optional*, defaults to `(None, None)`):
             Optimizer and learning rate scheduler, as in [`~transformers.Trainer`].
         peft_config ([`~peft.PeftConfig`], *optional*):
-            Adapter to train, instead of all weights. The reference policy is then the model without the adapter.
-            Without an adapter, it is a frozen copy of the initial weights.
+            New adapter to train, instead of all weights. `args.adapter`, or an adapter of the pipeline, is trained
+            further instead. The reference policy is the one before the first step.
         eval_reward_funcs (`Callable` or `list[Callable]`, *optional*):
             Reward functions that are called in evaluation only, with weight 0. They are logged as
             `eval_rewards/<name>/mean`.
@@ -161,25 +162,28 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             raise TypeError(f"`args` must be a `UDMGRPOConfig`, got {type(args).__name__}.")
         args = copy.copy(args)  # changed below
         check_datasets(args, train_dataset, eval_dataset)
+        check_modality(pipeline, args, reward_funcs)
         self.pipeline = pipeline
         pipeline.forget_local_paths()
         self.latent_shape = pipeline.latent_shape(**(args.pipeline_kwargs or {}))
 
         # Model
         transformer = pipeline.transformer
-        model, peft_config = prepare_model(pipeline, peft_config)
-        has_reference = args.beta != 0.0 and peft_config is None and not is_peft_model(model)
-        reference = copy_reference(transformer) if has_reference else None
-        if not hasattr(transformer, "generation_config"):  # `GRPOTrainer` writes the padding token into it
-            transformer.generation_config = GenerationConfig()
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        configs = (transformer.config.get_text_config(), transformer.generation_config)
-        self._special_tokens = [(config, {name: getattr(config, name, None) for name in names}) for config in configs]
-
-        # With a `beta`, `GRPOTrainer` would load a reference model by the name of the model's class, so it is told 0.
-        # The detour can go once it takes the reference model as an argument (docs/upstream.md).
-        beta, args.beta = args.beta, 0.0
         with pipeline.keep_base_weights(peft_config) as base_weights:
+            model, peft_config = prepare_model(pipeline, peft_config, args.adapter)
+            has_reference = args.beta != 0.0 and peft_config is None and not is_peft_model(model)
+            reference = copy_reference(transformer) if has_reference else None
+            if not hasattr(transformer, "generation_config"):  # `GRPOTrainer` writes the padding token into it
+                transformer.generation_config = GenerationConfig()
+            names = ("bos_token_id", "eos_token_id", "pad_token_id")
+            configs = (transformer.config.get_text_config(), transformer.generation_config)
+            self._special_tokens = [
+                (config, {name: getattr(config, name, None) for name in names}) for config in configs
+            ]
+
+            # With a `beta`, `GRPOTrainer` would load a reference model by the name of the model's class, so it is told
+            # 0. The detour can go once it takes the reference model as an argument (docs/upstream.md).
+            beta, args.beta = args.beta, 0.0
             super().__init__(
                 model=model,
                 reward_funcs=self._wrap_reward_funcs(reward_funcs, eval_reward_funcs, args),
@@ -191,12 +195,13 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
                 optimizers=optimizers,
                 peft_config=peft_config,
             )
-        if peft_config is not None:
-            pipeline.attach_adapters(self.model, base_weights)
-        self._restore_special_tokens()
-        self.beta = self.args.beta = beta
-        self.max_completion_length = math.prod(self.latent_shape)
-        self._prepare_policy(is_new_adapter=peft_config is not None)
+            if peft_config is not None:
+                pipeline.attach_adapters(self.model, base_weights)
+            self._restore_special_tokens()
+            self.beta = self.args.beta = beta
+            self.max_completion_length = math.prod(self.latent_shape)
+            self.aux_loss_enabled = False  # families do not return what routers computed
+            self._prepare_policy(is_new_adapter=peft_config is not None)
         if args.async_rewards:
             self._start_reward_threads()
         if reference is not None:
@@ -204,6 +209,9 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         for component in pipeline.components.values():
             if isinstance(component, nn.Module) and component is not transformer:
                 component.requires_grad_(False).eval().to(self.accelerator.device)
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # whose weights are elsewhere, or split
+            prompt = train_dataset[0]["prompt"]
+            check_bidirectional(pipeline, prompt, self.latent_shape, **self.chat_template_kwargs)
 
     # `GRPOTrainer` and `Trainer.train` write the tokenizer's tokens into the config of the model. Saved there, its
     # padding token would become one whose embedding has no gradient.
@@ -288,7 +296,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         guidance_scale = args.guidance_scale if mode == "train" else args.guidance_scale_eval
         # With guidance the empty prompt is encoded along with the others, so that it is padded to their length
         texts = prompts if guidance_scale == 1.0 else [*prompts, ""]
-        encoded = [tensor.to(device) for tensor in self.pipeline.encode_prompt(texts)]
+        encoded = [tensor.to(device) for tensor in self.pipeline.encode_prompt(texts, **self.chat_template_kwargs)]
         prompt_ids, prompt_mask = (tensor[: len(prompts)] for tensor in encoded)
         batch_size = args.rollout_batch_size or len(prompts)
         outputs, completions = [], []
