@@ -293,7 +293,7 @@ class RewardsMixin:
             if count > 1:
                 raise ValueError(
                     f"`reward_funcs` and `eval_reward_funcs` must have names that differ, got {count} of the name "
-                    f"{name!r}: their metrics would be one. Set `__name__` of one."
+                    f"{name!r}: their metrics would be one. Set `__name__` of one, or wrap a partial in a function."
                 )
         weights = args.reward_weights or [1.0] * len(reward_funcs)
         if not all(map(math.isfinite, weights)) or not any(weights):
