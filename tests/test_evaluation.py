@@ -33,7 +33,7 @@ from trl_udm import TextUDMPipeline, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
 from trl_udm.evaluation import evaluate, generate_images, score_images, summarize
 from trl_udm.evaluation.comparison import train_and_compare, train_and_compare_texts
 from trl_udm.evaluation.images import get_reward_name
-from trl_udm.evaluation.report import save_curves
+from trl_udm.evaluation.report import save_curves, write_report
 from trl_udm.worlds.sums import CHECKPOINT_PATH
 from trl_udm.worlds.sums.problems import split_problems, sum_reward
 
@@ -143,6 +143,22 @@ def test_the_report_holds_settings_table_and_grid(pipeline, tmp_path):
     assert re.search(rf"\| long \| {mean:.3f} \| .* \| 1 \| 3 \|", tables)
     with Image.open(tmp_path / "samples.png") as grid:
         assert grid.size == (2 * 164, 212)  # a column for each tag, with up to two prompts
+
+
+def test_the_report_has_no_interval_where_it_would_say_nothing(tmp_path):
+    scores = {"two": [0.775, 0.775], "equal": [1.0, 1.0, 1.0, 1.0], "many": [0.0, 1.0, 0.5]}
+    Image.new("RGB", (4, 4)).save(tmp_path / "image.png")
+    results = [
+        {"filename": "image.png", "prompt": f"{tag} {i}", "tag": tag, "score": score}
+        for tag, values in scores.items()
+        for i, score in enumerate(values)
+    ]
+    lines = write_report(tmp_path, {"closeness": summarize(results)}, {"closeness": results}).splitlines()
+    assert "| two | 0.775 | n/a | 2 | 2 |" in lines and "| equal | 1.000 | n/a | 4 | 4 |" in lines
+    assert "| many | 0.500 | 0.000 to 1.000 | 3 | 3 |" in lines
+    assert any(line.startswith("| overall | 0.758 | n/a | ") for line in lines)
+    lines = write_report(tmp_path, {"closeness": summarize(results[2:])}, {"closeness": results[2:]}).splitlines()
+    assert any(line.startswith("| overall | 0.750 | 0.500 to 1.000 | ") for line in lines)
 
 
 def test_prompts_are_scored_again_where_images_or_settings_have_changed(pipeline, tmp_path):
@@ -374,6 +390,18 @@ def test_a_folder_without_prompts_or_images_is_refused(tmp_path):
     (tmp_path / "00000" / "metadata.jsonl").write_text('{"prompt": "ab", "target": 0.5}')
     with pytest.raises(ValueError, match="must have images of every prompt"):
         score_images(tmp_path, closeness)
+
+
+@pytest.mark.parametrize("returned", [{0: 1.0}, {1.0}, b"1", "1"], ids=repr)
+def test_what_is_no_list_of_scores_is_refused(tmp_path, returned):
+    def broken(prompts, completions, **columns):
+        return returned
+
+    (tmp_path / "00000" / "samples").mkdir(parents=True)
+    (tmp_path / "00000" / "metadata.jsonl").write_text('{"prompt": "ab"}')
+    Image.new("RGB", (4, 4)).save(tmp_path / "00000" / "samples" / "00000.png")
+    with pytest.raises(TypeError, match="'broken' must return one reward a completion, in a list or an array"):
+        score_images(tmp_path, broken)
 
 
 @pytest.mark.parametrize("score", [None, float("nan")])

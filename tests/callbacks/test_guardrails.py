@@ -94,6 +94,16 @@ def test_logs_without_a_value_are_skipped():
     assert callback.alarms.keys() == {"kl", "hacking"}
 
 
+def test_a_watched_metric_may_be_missing_in_some_logs():
+    """A function logs `geneval/<tag>` only where a batch has the tag."""
+    state, control = TrainerState(), TrainerControl()
+    callback = GuardrailCallback(watched="geneval/counting", window=2)
+    for logs in ({"reward": 0.1, "geneval/counting": 0.5}, {"reward": 0.2}):
+        state.log_history.append(logs)
+        callback.on_log(None, state, control, logs)
+    assert not callback.alarms
+
+
 def test_a_hacked_reward_stops_a_run(tmp_path):
     def hackable(prompts, completions, **kwargs):
         return count_a(prompts, completions)

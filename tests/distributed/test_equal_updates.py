@@ -52,7 +52,7 @@ def backend(request):
 
 
 IMAGES = {
-    "is_image": True,
+    "kind": "images",
     "num_inference_steps": 3,
     "num_inference_steps_eval": 3,
     "timestep_window": [0, 0],
@@ -180,3 +180,33 @@ def test_sharded_weights_are_evaluated_in_equally_many_batches_a_process(tmp_pat
     assert process.returncode != 0
     assert "`batch_size` must share 2 images out among 2 processes" in process.stderr
     assert "got 2. Nearest valid values: [1]." in process.stderr
+
+
+def test_evaluation_counts_each_sample_once(tmp_path):
+    cases = {}
+    for batch_size, num_generations, async_rewards in ((2, 1, False), (4, 1, True), (2, 4, False), (8, 1, True)):
+        cases[f"{batch_size}-{num_generations}"] = {
+            "kind": "evaluation",
+            "per_device_eval_batch_size": batch_size,
+            "num_generations_eval": num_generations,
+            "async_rewards": async_rewards,
+            "rollout_batch_size": 2,
+            "log_completions": True,
+        }
+    process = launch(tmp_path, *BACKENDS["ddp"], cases)
+    assert process.returncode == 0, process.stderr[-5000:]
+    for name, case in cases.items():
+        two = load(tmp_path, name)
+        num_generations = case["num_generations_eval"]
+        expected = sorted([0.0, 1.0, 2.0, 3.0, 4.0, 4.0] * num_generations)
+        assert sorted(two[0]["rewarded"] + two[1]["rewarded"]) == expected
+        metrics = two[0]["metrics"]
+        assert metrics["eval_all_reward"] == metrics["eval_all_mean_number"] == 2.0
+        variance = 2 * 5 * num_generations / (5 * num_generations - 1)
+        assert metrics["eval_all_reward_std"] == pytest.approx(variance**0.5, rel=1e-12)
+        assert metrics["eval_all_rewards/odd/mean"] == 2.0
+        assert metrics["eval_all_rewards/failing_for_3/mean"] == pytest.approx(7 / 4)
+        assert metrics["eval_all_rewards/failing_for_3/failed"] == pytest.approx(1 / 5)
+        assert metrics["eval_last_reward"] == 4.0 and metrics["eval_last_rewards/odd/mean"] is None
+    # The warnings of both processes, whichever has the prompt
+    assert "samples have no reward of 'failing_for_3'" in process.stderr

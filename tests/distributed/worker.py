@@ -16,8 +16,8 @@
 What the tests of several processes run in each of them: `accelerate launch -m tests.distributed.worker settings.json`.
 
 The settings have a `backend` ("ddp", "fsdp2" or "deepspeed"), an `output_dir` and `cases`, from a name to the keyword
-arguments of [`run_case`] or, with `is_image`, of [`compare_images`]. What a case measures on a process is left in
-`<output_dir>/<name>-<process>.pt`.
+arguments of [`run_case`] or, with a `kind`, of [`compare_images`] or [`evaluate_rewards`]. What a case measures on a
+process is left in `<output_dir>/<name>-<process>.pt`.
 """
 
 import json
@@ -234,10 +234,39 @@ def compare_images(
     return {"results": results, "pickled": len(pickled)}
 
 
+def evaluate_rewards(output_dir: str, name: str, backend: str, **kwargs) -> dict[str, Any]:
+    """Evaluates the rewards 0 to 4 of five prompts. Returns `metrics`, and what was `rewarded` on this process."""
+    rewarded = []
+
+    def number(prompts, number, log_metric, log_extra, **columns):
+        rewarded.extend(number)
+        log_metric("mean_number", sum(number) / len(number))
+        log_extra("number", number)
+        return number
+
+    async def odd(prompts, number, **columns):
+        return [float(one) if one % 2 == 1 else None for one in number]
+
+    def failing_for_3(prompts, number, **columns):
+        if 3.0 in number:
+            raise ConnectionError("no route to the scorer")
+        return number
+
+    dataset = Dataset.from_dict({"prompt": PROMPTS[:5], "number": [0.0, 1.0, 2.0, 3.0, 4.0]})
+    trainer = UDMGRPOTrainer(
+        build_toy_text_pipeline(),
+        [number, odd, failing_for_3],
+        build_args(output_dir, name, backend, reward_weights=[1.0, 0.0, 0.0], reward_error="none", **kwargs),
+        train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+        eval_dataset={"all": dataset, "last": dataset.select([4])},
+    )
+    return {"metrics": trainer.evaluate(), "rewarded": rewarded}
+
+
 def main(settings_path: str) -> None:
     settings = json.loads(Path(settings_path).read_text())
     for name, case in settings["cases"].items():
-        run = compare_images if case.pop("is_image", False) else run_case
+        run = {"images": compare_images, "evaluation": evaluate_rewards}.get(case.pop("kind", None), run_case)
         result = run(settings["output_dir"], name, settings["backend"], **case)
         path = Path(settings["output_dir"], f"{name}-{PartialState().process_index}.pt")
         torch.save(result, path)

@@ -364,7 +364,7 @@ def test_a_call_that_fails_is_repeated_for_each_sample_of_its_micro_batch(tmp_pa
 
 def test_steps_without_any_reward_are_counted_by_generation_batch(tmp_path):
     def never(prompts, completions, **kwargs):
-        return [None] * len(prompts)
+        fail()
 
     trainer = build_trainer(
         tmp_path, never, rollout_batch_size=2, async_rewards=True, reward_error="none", max_steps=9, max_failed_steps=2
@@ -398,7 +398,7 @@ def test_rewards_of_a_rollout_that_failed_are_dropped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer, "_calculate_rewards", record)
     generate_batch(trainer)
-    expected = torch.tensor(count_a(None, seen["completions"])).unsqueeze(1)
+    expected = torch.tensor(count_a(None, seen["completions"]), dtype=torch.float64).unsqueeze(1)
     assert len(expected) == NUM_SAMPLES
     torch.testing.assert_close(seen["rewards"], expected)
 
@@ -413,7 +413,7 @@ def test_calls_that_have_not_begun_when_they_are_dropped_never_do():
         return [1.0]
 
     reward = RewardRunner(wait)
-    reward.start(torch.device("cpu"))
+    reward.start()
     for number in range(3):
         reward.submit(prompts=[number], log_metric=print, log_extra=print)
     reward.cancel()
@@ -425,7 +425,7 @@ def test_calls_that_have_not_begun_when_they_are_dropped_never_do():
 def test_the_thread_ends_with_its_function():
     before = threading.enumerate()
     reward = RewardRunner(count_a)
-    reward.start(torch.device("cpu"))
+    reward.start()
     reward(prompts=["a"], completions=["ab"], log_metric=print, log_extra=print)
     (thread,) = [thread for thread in threading.enumerate() if thread not in before]
     del reward

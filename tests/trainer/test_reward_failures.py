@@ -19,6 +19,8 @@ import time
 import pytest
 import torch
 
+from trl_udm.trainer.reward_runner import RewardRunner
+
 from .test_udm_grpo_trainer import build_args, build_trainer
 
 
@@ -134,6 +136,63 @@ def test_a_bounded_reward_function_that_exits_ends_the_run_at_once(tmp_path):
     with pytest.raises(SystemExit):
         trainer.train()
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"async_rewards": True, "rollout_batch_size": 2}, {"reward_timeout": 30}])
+@pytest.mark.parametrize("error", [SystemExit(7), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("is_nested", [False, True], ids=["itself", "in a task"])
+def test_an_asynchronous_reward_function_that_exits_ends_the_run(tmp_path, error, kwargs, is_nested):
+    async def exit_later():
+        await asyncio.sleep(0)
+        raise error
+
+    async def leave(completions, **kwargs):
+        await (asyncio.gather(exit_later(), asyncio.sleep(0)) if is_nested else exit_later())
+
+    trainer = build_trainer(tmp_path, leave, reward_error="none", **kwargs)
+    with pytest.raises(RuntimeError, match="The reward function 'leave' raised ") as raised:
+        trainer.train()
+    assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize("kind", ["submitted", "bounded", "asynchronous"])
+def test_a_thread_has_the_device_of_the_process(tmp_path, monkeypatch, kind):
+    devices = threading.local()  # as in CUDA, each thread begins on device 0
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: getattr(devices, "index", 0))
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: setattr(devices, "index", index))
+    torch.accelerator.set_device_index(3)
+    seen = []
+
+    def device(prompts, **kwargs):
+        assert threading.current_thread() is not threading.main_thread()
+        seen.append(torch.accelerator.current_device_index())
+        return [0.0] * len(prompts)
+
+    async def device_async(prompts, **kwargs):
+        return device(prompts)
+
+    if kind == "asynchronous":
+        trainer = build_trainer(tmp_path, device_async)
+        trainer._calculate_rewards([{"prompt": "a"}] * 2, ["a"] * 2, ["a"] * 2, [[2]] * 2)
+    else:
+        runner = RewardRunner(device, timeout=30 if kind == "bounded" else None)
+        if kind == "submitted":
+            runner.start()
+        runner(prompts=["a"], log_metric=print, log_extra=print)
+    assert seen == [3]
+
+
+def test_what_a_failed_call_logged_is_dropped(tmp_path):
+    def fail_once(prompts, completions, log_metric, **kwargs):
+        log_metric("size", len(prompts))
+        if len(prompts) > 1:
+            raise ConnectionError("no route to the scorer")
+        return [1.0]
+
+    trainer = build_trainer(tmp_path, fail_once, reward_error="none")
+    trainer.train()
+    assert trainer.state.log_history[0]["size"] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from transformers import TrainerCallback
 
 from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
 from trl_udm.image_grid import make_image_grid
+from trl_udm.trainer.udm_grpo_config import RESERVED_COLUMNS
 
 from .toy_text_family import NUM_TOKENS, build_toy_text_pipeline
 
@@ -404,7 +405,7 @@ def test_a_model_is_refused_as_an_eval_reward(tmp_path):
 
 
 def test_a_sample_that_only_a_reward_of_weight_zero_scored_leaves_its_group_alone(tmp_path):
-    trainer = build_trainer(tmp_path, [count_a, count_a], reward_weights=[1.0, 0.0])
+    trainer = build_trainer(tmp_path, [count_a, brightness], reward_weights=[1.0, 0.0])
     rewards = torch.tensor([[1.0, 5.0], [float("nan"), 7.0], [0.0, float("nan")], [0.5, 3.0]])
     advantages = trainer._compute_advantages(rewards, 4)[0]
     std = torch.tensor([1.0, 0.0, 0.5]).std(unbiased=False)
@@ -423,7 +424,7 @@ def test_a_sample_without_reward_gets_no_advantage_and_leaves_the_others_alone(t
 @pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
 def test_advantages_of_several_rewards_by_hand(tmp_path, aggregation):
     trainer = build_trainer(
-        tmp_path, [count_a, count_a], reward_weights=[1.0, 3.0], multi_objective_aggregation=aggregation
+        tmp_path, [count_a, brightness], reward_weights=[1.0, 3.0], multi_objective_aggregation=aggregation
     )
     first, second = torch.tensor([0.0, 1.0, 0.0, 1.0]), torch.tensor([0.0, 0.0, 4.0, 4.0])
     advantages = trainer._compute_advantages(torch.stack([first, second], dim=1), 4)[0]
@@ -483,7 +484,6 @@ async def failing_later(prompts, **kwargs):
         ),
         (infinite, ValueError, "'infinite' returned inf for the prompt '[abcd]+'"),
         (silent, ValueError, "'silent' returned NaN and no number on 8 prompts, the first of which is '[abcd]+'"),
-        (absent, ValueError, r"\['absent'\] returned None or NaN for all 8 samples of a batch.*'[abcd]+'"),
         (verbose, TypeError, "'verbose' must return numbers or None, but returned '0.5' for the prompt '[abcd]+'"),
     ],
 )
@@ -500,9 +500,23 @@ def test_one_reward_that_is_nan_throughout_is_named_among_others(tmp_path):
         build_trainer(tmp_path, [count_a, silent]).train()
 
 
-def test_a_reward_of_weight_zero_does_not_stand_in_for_the_others(tmp_path):
-    with pytest.raises(ValueError, match=r"\['absent'\] returned None or NaN for all 8 samples"):
-        build_trainer(tmp_path, [absent, count_a], reward_weights=[1.0, 0.0]).train()
+@pytest.mark.parametrize("reward_error", ["raise", "none"])
+def test_rewards_that_all_abstain_are_no_failure_and_one_of_weight_zero_does_not_stand_in(tmp_path, reward_error):
+    trainer = build_trainer(
+        tmp_path,
+        [absent, count_a],
+        reward_weights=[1.0, 0.0],
+        reward_error=reward_error,
+        max_failed_steps=0,
+        beta=0.0,
+        weight_decay=0.0,
+    )
+    initial = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.train()
+    assert all(torch.equal(tensor, initial[name]) for name, tensor in trainer.model.state_dict().items())
+    metrics = trainer.evaluate()
+    assert metrics["eval_reward"] is None and metrics["eval_rewards/count_a/mean"] >= 0
+    assert trainer.state.log_history[0]["reward"] is None
 
 
 # --- Logging and saving ---
@@ -714,6 +728,10 @@ def test_dropout_of_an_adapter_is_off(tmp_path):
             r"`train_dataset` must have a column 'prompt', got \['text'\]",
         ),
         (Dataset.from_dict({"prompt": []}), ValueError, "`train_dataset` must have at least one row"),
+        *(
+            (Dataset.from_dict({"prompt": ["a"], name: [1]}), ValueError, rf"must not have the columns \['{name}'\]")
+            for name in sorted(RESERVED_COLUMNS)
+        ),
         (
             Dataset.from_dict({"prompt": ["a"]}),
             ValueError,

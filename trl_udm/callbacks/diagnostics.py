@@ -24,6 +24,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..trainer.completions import mask_after_end
 from ..trainer.udm_grpo_trainer import UDMGRPOTrainer
 
 
@@ -151,7 +152,7 @@ class DiagnosticsCallback(TrainerCallback):
         }  # each (S, B, N)
         pretraining_states = [scheduler.add_noise(clean_samples, t) for t in grid]
         measurement = {
-            "tokens_changed": (samples != self.initial_samples.to(samples.device)).float().mean().item(),
+            "tokens_changed": self._share_changed(samples, self.initial_samples.to(samples.device)),
             "state_distance": {},
             "log_prob_variance": {},
             "entropy": {},
@@ -179,6 +180,11 @@ class DiagnosticsCallback(TrainerCallback):
             measurement["log_prob_variance"][trajectory] = log_probs.var(dim=1).tolist()
             measurement["entropy"][trajectory] = entropies.mean(dim=1).tolist()
         return measurement
+
+    def _share_changed(self, *samples: torch.LongTensor) -> float:
+        completion_mask = self.trainer.pipeline.completion_mask
+        after, before = (mask_after_end(tokens, completion_mask(tokens)) for tokens in samples)
+        return ((after != before).sum() / ((after >= 0) | (before >= 0)).sum()).item()
 
 
 def energy_distance(x: torch.LongTensor, y: torch.LongTensor) -> float:

@@ -100,7 +100,7 @@ class GuardrailCallback(TrainerCallback):
 
         if self.watched is None:
             return
-        if self.watched not in logs:
+        if not any(self.watched in log for log in [logs, *history]):
             raise ValueError(f"`watched` must be one of {sorted(logs)}, got {self.watched!r}.")
         # A log has None where no reward function gave a reward, and a metric of a function may not be in all logs
         history = [log for log in history if log["reward"] is not None and log.get(self.watched) is not None]

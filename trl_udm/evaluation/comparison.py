@@ -173,6 +173,6 @@ def _train_between(trainer: UDMGRPOTrainer, evaluate_model: Callable[[str], Any]
 def _save_results(trainer: UDMGRPOTrainer, results: dict[str, Any], curves: dict[str, str] | None = None) -> None:
     if trainer.accelerator.is_main_process:
         output_dir = Path(trainer.args.output_dir)
-        save_curves(output_dir / "reward_curve.png", trainer.state.log_history, {"reward": "reward", **(curves or {})})
         (output_dir / "results.json").write_text(json.dumps(results, indent=2))
+        save_curves(output_dir / "reward_curve.png", trainer.state.log_history, {"reward": "reward", **(curves or {})})
         trainer.create_model_card()  # the one of `save_model` does not have the results yet

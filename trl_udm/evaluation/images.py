@@ -28,9 +28,9 @@ scored:
 """
 
 import asyncio
-import functools
 import inspect
 import json
+import math
 import shutil
 import zlib
 from collections.abc import Callable
@@ -44,6 +44,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..reward_values import get_reward_name, read_rewards
 from .report import write_json, write_report
 
 
@@ -217,22 +218,6 @@ def score_images(
     return results
 
 
-def get_reward_name(reward_func: Callable) -> str:
-    """
-    Name of a reward function, under which its scores are stored. The trainer logs the function under the same name.
-
-    Args:
-        reward_func (`Callable`):
-            A function, a partial of one, or an object that can be called.
-
-    Returns:
-        `str`: The function's name, or the name of the object's class if the object has no name.
-    """
-    while isinstance(reward_func, functools.partial):
-        reward_func = reward_func.func
-    return getattr(reward_func, "__name__", type(reward_func).__name__)
-
-
 def _score(reward_func: Callable, rows: list[dict[str, Any]], images: list[Image.Image]) -> list[float]:
     columns = {key: [row.get(key) for row in rows] for key in sorted({key for row in rows for key in row})}
     prompts = columns.pop("prompt")
@@ -240,10 +225,12 @@ def _score(reward_func: Callable, rows: list[dict[str, Any]], images: list[Image
         scores = reward_func(prompts=prompts, completions=images, **columns)
         if inspect.iscoroutine(scores):
             scores = asyncio.run(scores)
+    name = get_reward_name(reward_func)
+    scores = read_rewards(name, scores, prompts)
     for prompt, score in zip(prompts, scores, strict=True):
-        if score is None or not np.isfinite(score):
-            raise ValueError(f"'{get_reward_name(reward_func)}' must give a number, got {score} for {prompt!r}.")
-    return [float(score) for score in scores]
+        if score is None or not math.isfinite(score):
+            raise ValueError(f"'{name}' must give a number, got {score} for {prompt!r}.")
+    return scores
 
 
 def summarize(results: list[dict[str, Any]], num_resamples: int = 2000) -> dict[str, dict[str, float]]:

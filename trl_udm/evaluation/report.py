@@ -27,6 +27,10 @@ from PIL import Image, ImageDraw
 from ..image_grid import make_image_grid
 
 
+MIN_PROMPTS = 3
+"""Fewer prompts of a tag have no interval: drawing them anew says nothing about others."""
+
+
 def write_report(
     output_dir: str | Path,
     summaries: dict[str, dict[str, dict[str, float]]],
@@ -35,6 +39,9 @@ def write_report(
 ) -> str:
     """
     Writes `results.json`, `results.md` and `samples.png` into the folder of the images.
+
+    The tables have no interval (`n/a`) for a tag of fewer than three prompts, or whose scores are all equal. The
+    overall score has none if a tag has fewer than three prompts.
 
     Args:
         output_dir (`str` or `Path`):
@@ -62,11 +69,13 @@ def write_report(
     lines = []
     for name, summary in summaries.items():
         lines += [f"| {name} | mean | 95 % interval | prompts | images |", "|---|---|---|---|---|"]
+        fewest = min(row["num_prompts"] for row in summary.values())
         for tag, row in summary.items():
-            lines.append(
-                f"| {tag} | {row['mean']:.3f} | {row['low']:.3f} to {row['high']:.3f} "
-                f"| {row['num_prompts']} | {row['num_images']} |"
-            )
+            num_prompts = fewest if tag == "overall" else row["num_prompts"]
+            # Equal scores have an interval of no width, which says nothing about others either
+            is_known = num_prompts >= MIN_PROMPTS and row["low"] < row["high"]
+            interval = f"{row['low']:.3f} to {row['high']:.3f}" if is_known else "n/a"
+            lines.append(f"| {tag} | {row['mean']:.3f} | {interval} | {row['num_prompts']} | {row['num_images']} |")
         lines.append("")
     tables = "\n".join(lines)
     (output_dir / "results.md").write_text(tables)

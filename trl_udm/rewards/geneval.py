@@ -448,6 +448,8 @@ class GenEvalReward:
     ```
     """
 
+    logs_samples = True  # each value that it logs is of one sample
+
     def __init__(
         self,
         detector: Detector,

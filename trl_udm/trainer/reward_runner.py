@@ -17,18 +17,23 @@
 import asyncio
 import functools
 import math
+import reprlib
+import statistics
 import threading
 import weakref
-from collections.abc import Callable, Coroutine
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 from torch import nn
-from trl.trainer.utils import get_callable_name, is_async_callable
+from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable
 
+from ..reward_values import read_rewards
 from .udm_grpo_config import UDMGRPOConfig
 
 
@@ -39,9 +44,14 @@ class RewardRunner:
     """
     A reward function as [`~trl.GRPOTrainer`] calls it, under its own name.
 
-    An error says which function failed, and on which prompts. Between `submit` and `collect` the function runs in a
-    thread, one micro-batch at a time and in order. [`AsyncRewardRunner`] does the same for coroutine functions: both
-    run the coroutine `_run`, which never waits if the function is synchronous.
+    An error says which function failed, and on which prompts. After `start` the function runs in a thread, one
+    submitted micro-batch at a time and in order, and a call collects the rewards. [`AsyncRewardRunner`] does the same
+    for coroutine functions: both run the coroutine `_run`, which never waits if the function is synchronous.
+
+    Rows that only fill a batch up, for which the column `is_padding` is true, come last. The function does not get
+    them. What it gives to `log_metric` is logged once for each sample of the call: as it is if it gives one value for
+    each sample, else the mean of the values. With an attribute `logs_samples`, that is true, a function says that each
+    value is of one sample. NaN and `None` are left out.
 
     Args:
         reward_func (`Callable`):
@@ -51,15 +61,16 @@ class RewardRunner:
             behind there. By default there is no bound, and no thread.
         on_error (`str`, *optional*, defaults to `"raise"`):
             What happens on a failure. `"none"` calls the function again for each sample alone, unless it timed out.
-            Samples that fail get `None`, and their share is logged as `rewards/<name>/failed`.
+            Samples that fail have NaN for a reward. Their share is logged as `rewards/<name>/failed`.
         abstains (`Callable[[], bool]`, *optional*):
             Tells whether to return `None` for all samples without a call.
 
     Raises:
-        RuntimeError: If the function raises.
+        RuntimeError: If the function raises. Always raised if it is asynchronous and exits.
         TimeoutError: If a call takes too long.
-        TypeError: If the function returns something other than numbers and `None`.
-        ValueError: If the number of rewards is wrong, one is infinite, or some are NaN and none is a number.
+        TypeError: If the function does not return a list or an array of numbers and `None`. Always raised.
+        ValueError: If the number of rewards is wrong, which is always raised. If a reward is infinite or too large for
+            a float, or some are NaN and none is a number.
     """
 
     is_async = False
@@ -76,141 +87,141 @@ class RewardRunner:
         self.timeout = timeout
         self.on_error = on_error
         self.abstains = abstains
-        self._submitted: list[tuple[Future, list[Callable]]] = []  # by micro-batch: rewards, and what the call logs
+        self.logs_samples = getattr(reward_func, "logs_samples", False)
+        self.rewards: list[float | None] = []
+        """The last rewards, without padding: `None` where the function abstained, NaN where it failed."""
+        self._submitted: list[Future] = []  # by micro-batch
         self._has_given_rewards = False
         self._calls: SimpleQueue | None = None
 
-    def __call__(self, **kwargs: Any) -> list[float | None]:
+    def __call__(self, prompts: list[Any], **kwargs: Any) -> list[float | None]:
         if self._calls is None:
-            return _run_without_waiting(self._run(**kwargs))
+            return self._collect([_run_coroutine(self._run(prompts, **kwargs))], len(prompts))
         if not self._submitted:
-            self.submit(**kwargs)
-        return self.collect()
+            self.submit(prompts=prompts, **kwargs)
+        return self._collect([outcome.result() for outcome in self._submitted], len(prompts))
 
-    def start(self, device: torch.device, event_loop: asyncio.AbstractEventLoop | None = None) -> None:
-        """Starts the thread that `submit` needs, on a device. Coroutines run in `event_loop`, in another thread."""
+    def start(self, event_loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """Starts the thread that `submit` needs. Coroutines run in `event_loop`, in another thread."""
         self._calls = SimpleQueue()
-        run = _run_without_waiting
-        if self.is_async:
-
-            def run(coroutine: Coroutine) -> list[float | None]:
-                return asyncio.run_coroutine_threadsafe(coroutine, event_loop).result()
-
-        device_index = None if device.type == "cpu" else torch.accelerator.current_device_index()
-        # The interpreter does not wait for a daemon when it exits. The thread holds the queue only, so it ends with
-        # `self`.
-        threading.Thread(target=_work, args=(self._calls, run, device_index), name=self.__name__, daemon=True).start()
+        # The thread holds the queue only, so it ends with `self`
+        _start_daemon(functools.partial(_work, self._calls, event_loop if self.is_async else None), self.__name__)
         weakref.finalize(self, self._calls.put, None)
 
-    def submit(self, log_metric: Callable, log_extra: Callable, **kwargs: Any) -> None:
+    def submit(self, **kwargs: Any) -> None:
         """
-        Submits the next micro-batch to the thread.
+        Submits the next micro-batch to the thread. `kwargs` are the arguments of the function.
 
         Until the function has given a reward, this waits for it. Rewards load their models in the first call, and
         loading changes settings of the whole process, such as the default dtype.
-
-        What the function logs goes to `log_metric` and `log_extra` when the rewards are collected. `kwargs` are its
-        other arguments.
         """
-        logs = []
-
-        def keep_metric(name: str, value: float) -> None:
-            logs.append(functools.partial(log_metric, name, value))
-
-        def keep_extra(column: str, values: list) -> None:
-            logs.append(functools.partial(log_extra, column, list(values)))
-
-        rewards = Future()
-        self._submitted.append((rewards, logs))
-        call = functools.partial(self._run, log_metric=keep_metric, log_extra=keep_extra, **kwargs)
-        self._calls.put((rewards, call))
+        outcome = Future()
+        self._submitted.append(outcome)
+        self._calls.put((outcome, functools.partial(self._run, **kwargs)))
         if not self._has_given_rewards:
-            self._has_given_rewards = any(reward is not None for reward in rewards.result())
-
-    def collect(self) -> list[float | None]:
-        """Waits for all micro-batches that were submitted. Returns their rewards, and passes on what they logged."""
-        return self._join([rewards.result() for rewards, _ in self._submitted])
+            rewards, _ = outcome.result()
+            self._has_given_rewards = any(reward is not None and not math.isnan(reward) for reward in rewards)
 
     def cancel(self) -> None:
         """Forgets micro-batches that were not collected, as after an error. Calls that have not begun never do."""
-        for rewards, _ in self._submitted:
-            rewards.cancel()
+        for outcome in self._submitted:
+            outcome.cancel()
         self._submitted = []
 
-    def _join(self, parts: list[list[float | None]]) -> list[float | None]:
-        for _, logs in self._submitted:
+    def _collect(self, outcomes: list[tuple[list[float | None], list[Callable]]], num_rows: int) -> list[float | None]:
+        self._submitted = []
+        self.rewards = [reward for rewards, _ in outcomes for reward in rewards]
+        for _, logs in outcomes:
             for log in logs:
                 log()
-        self._submitted = []
-        return [reward for part in parts for reward in part]
+        return self.rewards + [0.0] * (num_rows - len(self.rewards))  # `GRPOTrainer` expects one for each row
 
-    async def _run(self, prompts: list[Any], **kwargs: Any) -> list[float | None]:
-        if self.abstains():
-            return [None] * len(prompts)
-        kwargs["prompts"] = prompts
-        if self.on_error == "raise":
-            return await self._invoke(**kwargs)
-        outcomes = await self._attempt([kwargs])
-        if isinstance(outcomes[0], RuntimeError | ValueError | TypeError) and len(prompts) > 1:
-            outcomes = await self._attempt(_split(kwargs))
+    async def _run(
+        self,
+        prompts: list[Any],
+        log_metric: Callable,
+        log_extra: Callable,
+        is_padding: Sequence[bool] = (),
+        **kwargs: Any,
+    ) -> tuple[list[float | None], list[Callable]]:
+        """The rewards of a micro-batch without its padding, and what is to be logged then."""
+        num_samples = len(prompts) - sum(is_padding)
+        if self.abstains() or num_samples == 0:
+            return [None] * num_samples, []
+        kwargs = _take(slice(num_samples), prompts=prompts, **kwargs)
+        outcomes = [await self._attempt(**kwargs)]
+        if self.on_error == "raise" and isinstance(outcomes[0], Exception):
+            raise outcomes[0]
+        if isinstance(outcomes[0], RuntimeError | ValueError) and num_samples > 1:
+            attempts = [self._attempt(**_take(slice(i, i + 1), **kwargs)) for i in range(num_samples)]
+            outcomes = await asyncio.gather(*attempts) if self.is_async else [await attempt for attempt in attempts]
+        size = num_samples // len(outcomes)
         errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
-        num_failed = len(prompts) * len(errors) // len(outcomes)
-        kwargs["log_metric"](f"rewards/{self.__name__}/failed", num_failed / len(prompts))
+        rewards, logs = [], []
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                rewards += [math.nan] * size
+                continue
+            rewards += outcome.rewards
+            for name, values in outcome.metrics.items():
+                known = [value for value in values if not math.isnan(value)]
+                if known and len(values) != size and not self.logs_samples:
+                    known = [statistics.fmean(known)] * size
+                logs += [functools.partial(log_metric, name, value) for value in known]
+            logs += [functools.partial(log_extra, column, values) for column, values in outcome.extras]
+        if self.on_error == "none":
+            failed = functools.partial(log_metric, f"rewards/{self.__name__}/failed", len(errors) / len(outcomes))
+            logs += [failed] * num_samples
         if errors:
             cause = "" if errors[0].__cause__ is None else f" {errors[0].__cause__!r}"
             logger.warning(
-                f"{num_failed} of {len(prompts)} samples have no reward of '{self.__name__}'. The first failure: "
-                f"{errors[0]}{cause}"
+                f"{len(errors) * size} of {num_samples} samples have no reward of '{self.__name__}'. The first "
+                f"failure: {errors[0]}{cause}",
+                main_process_only=False,
             )
-        failed = [None] * (len(prompts) // len(outcomes))
-        return [reward for one in outcomes for reward in (failed if isinstance(one, Exception) else one)]
+        return rewards, logs
 
-    async def _attempt(self, calls: list[dict[str, Any]]) -> list[list[float | None] | Exception]:
-        async def attempt(call: dict[str, Any]) -> list[float | None] | Exception:
-            try:
-                return await self._invoke(**call)
-            except (RuntimeError, ValueError, TypeError, TimeoutError) as error:
-                return error
+    async def _attempt(self, prompts: list[Any], **kwargs: Any) -> "_Outcome | Exception":
+        """What a call gives, or its failure. Raises what is no failure but a mistake in the function."""
+        outcome = _Outcome()
+        call = functools.partial(
+            self.reward_func, prompts=prompts, log_metric=outcome.log_metric, log_extra=outcome.log_extra, **kwargs
+        )
+        try:
+            returned = await self._invoke(call, prompts)
+        except _ExitError:
+            raise
+        except (RuntimeError, TimeoutError) as error:
+            return error
+        outcome.rewards = read_rewards(self.__name__, returned, prompts)
+        for index, reward in enumerate(outcome.rewards):
+            if reward is not None and math.isinf(reward):
+                value = reprlib.repr(list(returned)[index])
+                return ValueError(
+                    f"The reward function '{self.__name__}' returned {value} for the prompt {prompts[index]!r} (index "
+                    f"{index}): a reward must be finite, and no larger than a float can be."
+                )
+        numbers = [reward for reward in outcome.rewards if reward is not None]
+        if numbers and all(map(math.isnan, numbers)):
+            return ValueError(self._describe("returned NaN and no number", prompts))
+        return outcome
 
-        attempts = [attempt(call) for call in calls]
-        return await asyncio.gather(*attempts) if self.is_async else [await one for one in attempts]
+    async def _invoke(self, call: Callable, prompts: list[Any]) -> Any:
+        def call_to_end() -> Any:
+            returned = call()
+            return list(returned) if isinstance(returned, Iterator) else returned
 
-    async def _invoke(self, prompts: list[Any], **kwargs: Any) -> list[float | None]:
-        call = functools.partial(self.reward_func, prompts=prompts, **kwargs)
         try:
             if self.is_async:
-                rewards = await asyncio.wait_for(call(), self.timeout)
-            else:
-                rewards = call() if self.timeout is None else _call_in_thread(call, self.timeout)
+                return await asyncio.wait_for(_raise_exit_as_error(call()), self.timeout)
+            return call_to_end() if self.timeout is None else _call_in_thread(call_to_end, self.timeout)
         except TimeoutError as error:
             reason = f"took longer than the {self.timeout} s of `reward_timeout`" if self.timeout else "timed out"
             raise TimeoutError(self._describe(reason, prompts)) from error
+        except _ExitError as error:
+            raise _ExitError(self._describe(f"raised {error.__cause__!r}", prompts)) from error.__cause__
         except Exception as error:
             raise RuntimeError(self._describe("failed", prompts)) from error
-        self._check(rewards, prompts)
-        return rewards
-
-    def _check(self, rewards: Any, prompts: list[Any]) -> None:
-        if not hasattr(rewards, "__len__") or len(rewards) != len(prompts):
-            got = len(rewards) if hasattr(rewards, "__len__") else type(rewards).__name__
-            raise ValueError(self._describe(f"must return one reward a completion, but returned {got}", prompts))
-        num_finite = num_nan = 0
-        for prompt, reward in zip(prompts, rewards, strict=True):
-            if reward is None:
-                continue
-            try:
-                is_infinite, is_nan = math.isinf(reward), math.isnan(reward)
-            except (TypeError, ValueError) as error:
-                raise TypeError(
-                    f"The reward function '{self.__name__}' must return numbers or None, but returned {reward!r} for "
-                    f"the prompt {prompt!r}."
-                ) from error
-            if is_infinite:
-                raise ValueError(f"The reward function '{self.__name__}' returned {reward} for the prompt {prompt!r}.")
-            num_nan += is_nan
-            num_finite += not is_nan
-        if num_nan > 0 and num_finite == 0:
-            raise ValueError(self._describe("returned NaN and no number", prompts))
 
     def _describe(self, reason: str, prompts: list[Any]) -> str:
         return (
@@ -224,10 +235,25 @@ class AsyncRewardRunner(RewardRunner):
 
     is_async = True
 
-    async def __call__(self, **kwargs: Any) -> list[float | None]:
+    async def __call__(self, prompts: list[Any], **kwargs: Any) -> list[float | None]:
         if not self._submitted:
-            return await self._run(**kwargs)
-        return self._join([await asyncio.wrap_future(rewards) for rewards, _ in self._submitted])
+            return self._collect([await self._run(prompts, **kwargs)], len(prompts))
+        return self._collect([await asyncio.wrap_future(outcome) for outcome in self._submitted], len(prompts))
+
+
+class _Outcome:
+    """The rewards of a call, and what it logged."""
+
+    def __init__(self):
+        self.rewards: list[float | None] = []
+        self.metrics: dict[str, list[float]] = {}
+        self.extras: list[tuple[str, list]] = []
+
+    def log_metric(self, name: str, value: float | None) -> None:
+        self.metrics.setdefault(name, []).append(math.nan if value is None else float(value))
+
+    def log_extra(self, column: str, values: list) -> None:
+        self.extras.append((column, list(values)))
 
 
 class RewardsMixin:
@@ -236,6 +262,15 @@ class RewardsMixin:
 
     Needs `args`, `model`, `state`, `accelerator`, `reward_funcs` and `_count_failure` of [`CheckpointMixin`].
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.reward_weights = torch.tensor(self.args.reward_weights, dtype=torch.float64)
+        if self._has_async_funcs and torch.accelerator.is_available():  # a new thread is on device 0 in every process
+            device_index = torch.accelerator.current_device_index()
+            self.async_loop.call_soon_threadsafe(torch.accelerator.set_device_index, device_index)
+        if self._has_async_funcs:
+            self.async_loop.set_task_factory(_create_task)
 
     def _wrap_reward_funcs(
         self,
@@ -253,9 +288,17 @@ class RewardsMixin:
             if isinstance(reward_func, nn.Module | str):
                 raise TypeError(f"`eval_reward_funcs` must be functions, got {reward_func!r}.")
         self._num_eval_reward_funcs = len(eval_reward_funcs)
-        if eval_reward_funcs:
-            weights = args.reward_weights or [1.0] * len(reward_funcs)
-            args.reward_weights = [*weights, *[0.0] * len(eval_reward_funcs)]
+        names = Counter(map(_get_name, reward_funcs + eval_reward_funcs))
+        for name, count in names.items():
+            if count > 1:
+                raise ValueError(
+                    f"`reward_funcs` and `eval_reward_funcs` must have names that differ, got {count} of the name "
+                    f"{name!r}: their metrics would be one. Set `__name__` of one, or wrap a partial in a function."
+                )
+        weights = args.reward_weights or [1.0] * len(reward_funcs)
+        if not all(map(math.isfinite, weights)) or not any(weights):
+            raise ValueError(f"`reward_weights` must be finite, and at least one of them not 0, got {weights}.")
+        args.reward_weights = [*weights, *[0.0] * len(eval_reward_funcs)]
 
         def wrap(reward_func: Callable, abstains: Callable[[], bool] = lambda: False) -> Callable:
             if isinstance(reward_func, nn.Module | str):
@@ -268,7 +311,7 @@ class RewardsMixin:
     def _start_reward_threads(self) -> None:
         event_loop = self.async_loop if self._has_async_funcs else None
         for runner in self._reward_runners:
-            runner.start(self.accelerator.device, event_loop)
+            runner.start(event_loop)
 
     @property
     def _reward_runners(self) -> list[RewardRunner]:
@@ -288,38 +331,91 @@ class RewardsMixin:
                 **{column: [example[column] for example in inputs] for column in columns},
             )
 
+    def _mark_padding(self, inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Marks the rows by which Accelerate fills the last batch of an evaluation up for several processes."""
+        state, num_processes = self.accelerator.gradient_state, self.accelerator.num_processes
+        if self.model.training or num_processes == 1 or not state.end_of_dataloader or self.args.dataloader_drop_last:
+            return inputs
+        # `state.remainder` counts prompts, not their generations
+        num_rows = len(state.active_dataloader.dataset) * self.num_generations_eval
+        num_left = num_rows % (len(inputs) * num_processes) or len(inputs) * num_processes
+        first = self.accelerator.process_index * len(inputs)
+        return [{**row, "is_padding": first + i >= num_left} for i, row in enumerate(inputs)]
+
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
-        rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        is_trained = self.reward_weights != 0
-        if not torch.isnan(rewards_per_func[:, is_trained.to(rewards_per_func.device)]).all():
+        """Rewards (B, F) of all processes' samples without padding, in float64 on the CPU."""
+        # These are rounded to float32, and have the padding. They are right for reward models, which give float32.
+        rounded = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        first = self.accelerator.process_index * len(inputs)
+        num_samples = len(inputs) - sum(row.get("is_padding", False) for row in inputs)
+        columns = [
+            func.rewards if isinstance(func, RewardRunner) else rounded[first : first + num_samples, i].tolist()
+            for i, func in enumerate(self.reward_funcs)
+        ]
+        rows = gather_object(list(zip(*columns, strict=True)))
+        numbers = [[math.nan if reward is None else reward for reward in row] for row in rows]
+        rewards_per_func = torch.tensor(numbers, dtype=torch.float64)
+        trained = self.reward_weights.nonzero().flatten().tolist()
+        failed = [self.reward_func_names[i] for i in trained if any(row[i] is not None for row in rows)]
+        if not failed or not torch.isnan(rewards_per_func[:, trained]).all():
             self._num_failures["rewards"] = 0
             return rewards_per_func
-        names = [name for name, trained in zip(self.reward_func_names, is_trained, strict=True) if trained]
         reason = (
-            f"The reward functions {names} returned None or NaN for all {len(rewards_per_func)} samples of a batch, "
-            f"the first of which has the prompt {prompts[0]!r}."
+            f"The reward functions {failed} failed, or returned None, for all {len(rows)} samples of a batch, the "
+            f"first of which has the prompt {prompts[0]!r}."
         )
-        if self.args.reward_error == "raise":
+        if self.args.reward_error == "raise":  # a reward model that gives NaN
             raise ValueError(reason)
         self._count_failure("rewards", reason)
         return rewards_per_func
 
 
-def _work(calls: SimpleQueue, run: Callable[[Coroutine], Any], device_index: int | None) -> None:
-    if device_index is not None:
-        torch.accelerator.set_device_index(device_index)
+class _ExitError(RuntimeError):
+    """An exit in a coroutine. The exit itself would end the event loop, and whoever waits for it would never know."""
+
+
+async def _raise_exit_as_error(coroutine: Coroutine) -> Any:
+    try:
+        return await coroutine
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise _ExitError(f"A coroutine raised {error!r}.") from error
+
+
+def _create_task(loop: asyncio.AbstractEventLoop, coroutine: Coroutine, **kwargs: Any) -> asyncio.Task:
+    return asyncio.Task(_raise_exit_as_error(coroutine), loop=loop, **kwargs)
+
+
+def _start_daemon(target: Callable[[], None], name: str | None = None) -> None:
+    """Starts a thread on this thread's device. The interpreter does not wait for a daemon when it exits."""
+    device_index = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
+
+    def run() -> None:
+        if device_index is not None:
+            torch.accelerator.set_device_index(device_index)
+        target()
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+
+
+def _fulfill(future: Future, call: Callable[[], Any]) -> None:
+    try:
+        future.set_result(call())
+    except BaseException as error:  # an exit too is raised by whoever waits
+        future.set_exception(error)
+
+
+def _work(calls: SimpleQueue, event_loop: asyncio.AbstractEventLoop | None) -> None:
     while (item := calls.get()) is not None:
-        rewards, call = item
-        if rewards.set_running_or_notify_cancel():
-            try:
-                rewards.set_result(run(call()))
-            except BaseException as error:  # an exit too is raised by whoever collects
-                rewards.set_exception(error)
-        del item, rewards, call
+        outcome, call = item
+        if outcome.set_running_or_notify_cancel():
+            _fulfill(outcome, lambda call=call: _run_coroutine(call(), event_loop))
+        del item, outcome, call
 
 
-def _run_without_waiting(coroutine: Coroutine) -> Any:
-    """Runs a coroutine that never waits. It needs no event loop, so it also works in a notebook, which has one."""
+def _run_coroutine(coroutine: Coroutine, event_loop: asyncio.AbstractEventLoop | None = None) -> Any:
+    """Runs a coroutine in the loop of another thread. One that never waits needs none, so notebooks may run it too."""
+    if event_loop is not None:
+        return asyncio.run_coroutine_threadsafe(coroutine, event_loop).result()
     try:
         coroutine.send(None)
     except StopIteration as done:
@@ -329,19 +425,18 @@ def _run_without_waiting(coroutine: Coroutine) -> Any:
 
 def _call_in_thread(call: Callable, timeout: float) -> Any:
     future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:  # an exit too is raised by the caller
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()  # the interpreter does not wait for a daemon when it exits
+    _start_daemon(functools.partial(_fulfill, future, call))
     return future.result(timeout)
 
 
-def _split(kwargs: dict[str, Any]) -> list[dict[str, Any]]:
-    """The arguments of a call, sample by sample."""
+def _take(rows: slice, **kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call, for some of its rows."""
     size = len(kwargs["prompts"])
-    columns = {key for key, value in kwargs.items() if isinstance(value, list) and len(value) == size}
-    return [{key: [value[i]] if key in columns else value for key, value in kwargs.items()} for i in range(size)]
+    return {k: v[rows] if isinstance(v, list) and len(v) == size else v for k, v in kwargs.items()}
+
+
+def _get_name(reward_func: Callable | nn.Module | str) -> str:
+    """The name under which [`~trl.GRPOTrainer`] logs a reward function, reward model or model id."""
+    if isinstance(reward_func, nn.Module):
+        reward_func = get_config_model_id(reward_func.config)
+    return reward_func.split("/")[-1] if isinstance(reward_func, str) else get_callable_name(reward_func)

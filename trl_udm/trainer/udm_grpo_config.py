@@ -370,6 +370,11 @@ def _find_nearest(fits: Callable[[int], bool], value: int, first: int, last: int
     return " or ".join(str(size) for side in sides for size in itertools.islice(filter(fits, side), 1)) or "none"
 
 
+# What reward functions get beside the columns of the dataset, here or in `GRPOTrainer`
+RESERVED_COLUMNS = {"prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"}
+RESERVED_COLUMNS |= {"environments", "is_padding", "self"}
+
+
 def check_datasets(args: UDMGRPOConfig, train_dataset: Any, eval_dataset: Any) -> None:
     """Raises a `TypeError` or `ValueError` if a dataset is not a `Dataset` with prompts, or has too few of them."""
     datasets = {"train_dataset": train_dataset}
@@ -385,6 +390,12 @@ def check_datasets(args: UDMGRPOConfig, train_dataset: Any, eval_dataset: Any) -
             )
         if not isinstance(dataset, Dataset):
             raise TypeError(f"`{name}` must be a `Dataset`, got `{type(dataset).__name__}`.")
+        reserved = RESERVED_COLUMNS.intersection(dataset.column_names)
+        if reserved:
+            raise ValueError(
+                f"`{name}` must not have the columns {sorted(reserved)}: reward functions have other arguments of "
+                "these names. Rename the columns, with `dataset.rename_column`."
+            )
         if "prompt" not in dataset.column_names:
             raise ValueError(f"`{name}` must have a column 'prompt', got {dataset.column_names}.")
         if len(dataset) == 0:

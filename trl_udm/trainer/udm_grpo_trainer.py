@@ -242,6 +242,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
         if mode == "train":
             inputs = inputs[::num_timesteps]  # the sampler repeats a sample for each of its rows
+        inputs = self._mark_padding(inputs)
         prompts = [x["prompt"] for x in inputs]
 
         def submit(first: int, clean_samples: torch.Tensor, decoded: list[Any]) -> None:
@@ -259,13 +260,20 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             rewards_per_func = self._calculate_rewards(*reward_arguments)
             batch = self._score_rows(rollout, mode)
         advantages, rewards, std_rewards = self._compute_advantages(rewards_per_func, num_generations)
-        self._log_rollout(mode, prompts, rollout.completions, rewards_per_func, rewards, std_rewards, advantages)
-        self._log_diversity(mode, rollout.output.clean_samples, num_generations)
+        num_samples = len(inputs) - sum(row.get("is_padding", False) for row in inputs)
+        self._log_rollout(
+            mode, prompts, rollout.completions, num_samples, rewards_per_func, rewards, std_rewards, advantages
+        )
+        self._log_diversity(mode, rollout.output.clean_samples, num_generations, len(rewards))
         process_slice = slice(
             self.accelerator.process_index * len(prompts),
             (self.accelerator.process_index + 1) * len(prompts),
         )
-        batch["advantages"] = advantages[process_slice].repeat_interleave(num_timesteps)  # (B * K,)
+        num_padded = len(prompts) * self.accelerator.num_processes - len(advantages)
+        advantages = nn.functional.pad(advantages, (0, num_padded))[process_slice].float()
+        batch["advantages"] = advantages.to(self.accelerator.device).repeat_interleave(num_timesteps)  # (B * K,)
+        if mode == "eval":
+            batch["num_samples"] = len(rewards)
         return batch
 
     @torch.no_grad()
@@ -337,35 +345,52 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         standard deviation, clamped to ±`advantage_clip`.
 
         Rewards (B, F) have NaN where a function abstained. A sample that no function of a weight other than 0 scored
-        is left out of its group's statistics and gets no advantage. Returns advantages, weighted rewards, and standard
-        deviations, each (B,).
+        is left out of its group's statistics and gets no advantage. Where the rewards of a group are equal, apart from
+        the rounding of float64, advantages and standard deviation are exactly 0. Returns advantages, weighted rewards,
+        and standard deviations of the groups, each (B,).
         """
 
-        def std(values: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-            mean = torch.nanmean(values, dim=dim, keepdim=True)
-            return torch.nanmean((values - mean).square(), dim=dim, keepdim=True).sqrt()
+        def center(values: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+            # Values (P, G, ...) minus their group's mean. They are sums of numbers of these sizes.
+            centered = values - torch.nanmean(values, dim=1, keepdim=True)
+            rounding = 1e-12 * sizes.nan_to_num().amax(dim=1, keepdim=True)
+            is_equal = centered.abs().nan_to_num().amax(dim=1, keepdim=True) <= rounding
+            return torch.where(is_equal & ~torch.isnan(values), 0.0, centered)
 
-        weights = self.reward_weights.to(rewards_per_func.device)
-        unscorable = torch.isnan(rewards_per_func[:, weights != 0]).all(dim=1)  # (B,)
-        rewards = (rewards_per_func * weights).nansum(dim=1).masked_fill(unscorable, torch.nan)  # (B,)
+        def std(centered: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+            return torch.nanmean(centered.square(), dim=dim, keepdim=True).sqrt()
+
+        weights = self.reward_weights  # (F,)
+        grouped = rewards_per_func.double().unflatten(0, (-1, num_generations))  # (P, G, F)
+        weighted = grouped * weights
+        too_large = ((grouped.abs() > 1e150) | (weighted.abs() > 1e150)).nonzero().tolist()
+        if too_large:
+            group, sample, function = too_large[0]
+            raise ValueError(
+                f"Rewards, and rewards times their weight, must be at most 1e150, which has a finite square, got "
+                f"{grouped[group, sample, function]:.3g} of '{self.reward_func_names[function]}' with the weight "
+                f"{weights[function]:.3g} for the sample {group * num_generations + sample} of a batch."
+            )
+        unscorable = torch.isnan(grouped[..., weights != 0]).all(dim=-1)  # (P, G)
+        rewards = weighted.nansum(dim=-1).masked_fill(unscorable, torch.nan)  # (P, G)
         if self.multi_objective_aggregation == "sum_then_normalize":
-            grouped = rewards.view(-1, num_generations)
-            std_rewards = std(grouped, dim=1).expand_as(grouped).flatten()
-            advantages = (grouped - torch.nanmean(grouped, dim=1, keepdim=True)).flatten()
-            if self.scale_rewards == "batch":
-                std_rewards = std(rewards).expand_as(rewards)
-            if self.scale_rewards != "none":
-                advantages = advantages / (std_rewards + 1e-4)
+            centered = center(rewards, weighted.abs().nansum(dim=-1))
+            batch_std = std(rewards - torch.nanmean(rewards))
+            divisors = {"group": std(centered, dim=1) + 1e-4, "batch": batch_std + 1e-4, "none": 1.0}
+            advantages = centered / divisors[self.scale_rewards]
         else:
-            grouped = rewards_per_func.view(-1, num_generations, rewards_per_func.size(1))
-            centered = grouped - torch.nanmean(grouped, dim=1, keepdim=True)
-            normalized = (centered / (std(grouped, dim=1) + 1e-4)).view_as(rewards_per_func)
-            total = (normalized * weights).nansum(dim=1).masked_fill(unscorable, torch.nan)
-            std_rewards = std(total).expand_as(total)
-            advantages = (total - torch.nanmean(total)) / (std_rewards + 1e-4)
-        advantages = torch.nan_to_num(advantages, nan=0.0)
+            centered = center(grouped, grouped.abs())
+            weighted = centered / (std(centered, dim=1) + 1e-4) * weights
+            total = weighted.nansum(dim=-1).masked_fill(unscorable, torch.nan)
+            centered = center(total, weighted.abs().nansum(dim=-1))  # the batch's mean is the group's: 0
+            advantages = centered / (std(centered) + 1e-4)
+        std_rewards = std(centered, dim=1).expand_as(centered)
+        advantages = advantages.nan_to_num(nan=0.0)
         if self.args.advantage_clip is not None:
             advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
+        advantages, rewards, std_rewards = (
+            values.flatten().to(rewards_per_func.dtype) for values in (advantages, rewards, std_rewards)
+        )
         return advantages, rewards, std_rewards
 
     def _score_rows(self, rollout: Rollout, mode: str) -> dict[str, torch.Tensor]:

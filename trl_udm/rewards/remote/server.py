@@ -32,6 +32,7 @@ from typing import Any
 
 from PIL import Image
 
+from ...reward_values import get_reward_name, read_rewards
 from .wire import MEDIA_TYPE, REWARDS_PATH, RequestError, check_token, pack_response, unpack_request
 
 
@@ -219,7 +220,7 @@ def _call(reward: Callable, prompts: list[str], images: list[Image.Image], colum
             rewards = asyncio.run(rewards)
         if len(rewards) != len(prompts):
             raise ValueError(f"A reward must return one number an image, got {len(rewards)} for {len(prompts)}.")
-        return pack_response([None if value is None else float(value) for value in rewards], metrics, extras)
+        return pack_response(read_rewards(get_reward_name(reward), rewards, prompts), metrics, extras)
     except Exception as error:  # the reward may be any code, and the client raises this error
         logger.exception("The reward failed on %d images.", len(images))
         raise HTTPException(500, f"The reward failed: {type(error).__name__}: {error}") from error
