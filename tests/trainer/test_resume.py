@@ -616,7 +616,9 @@ def test_evaluations_of_one_model_are_equal(tmp_path):
     torch.manual_seed(5)
     trainer.evaluate(PROMPTS)
     trainer.evaluate({"first": PROMPTS, "second": PROMPTS})
-    first, second, third = ((log["eval_reward"], log["eval_entropy"]) for log in trainer.state.log_history)
+    prefixes = ("eval_", "eval_first_", "eval_second_")
+    logs = zip(prefixes, trainer.state.log_history, strict=True)
+    first, second, third = ((log[f"{prefix}reward"], log[f"{prefix}entropy"]) for prefix, log in logs)
     assert first == second == third
 
 

@@ -26,6 +26,7 @@ from datasets import Dataset
 
 from trl_udm import UDMGRPOTrainer
 from trl_udm.reward_values import read_rewards
+from trl_udm.trainer.reward_runner import RewardRunner
 
 from .test_udm_grpo_trainer import PROMPTS, absent, build_args, build_trainer, count_a, generate_batch
 from .toy_text_family import NUM_TOKENS, build_toy_text_pipeline
@@ -318,3 +319,18 @@ def test_diversity_counts_tokens_up_to_the_end_of_a_text(tmp_path):
 def test_the_oracle_has_a_tiny_spread_that_teaches(oracle_dir):
     cases = json.loads((oracle_dir / "advantages.json").read_text())
     assert any(max(case["scores_std_per_prompt"]) < 1e-5 for case in cases)
+
+
+def test_values_that_are_of_samples_count_once():
+    def score(prompts, log_metric, **kwargs):
+        for prompt in prompts:
+            if prompt == "a":
+                log_metric("tag/a", float(len(prompts)))
+        return [0.0] * len(prompts)
+
+    logged = []
+    for logs_samples in (False, True):
+        score.logs_samples = logs_samples
+        runner = RewardRunner(score)
+        runner(prompts=["a", "b", "b"], log_metric=lambda name, value: logged.append(value), log_extra=print)
+    assert logged == [3.0, 3.0, 3.0] + [3.0]
