@@ -146,7 +146,7 @@ def test_the_report_holds_settings_table_and_grid(pipeline, tmp_path):
 
 
 def test_the_report_has_no_interval_where_it_would_say_nothing(tmp_path):
-    scores = {"two": [0.775, 0.775], "equal": [1.0, 1.0, 1.0, 1.0], "many": [0.0, 1.0, 0.5]}
+    scores = {"two|": [0.775, 0.775], "equal": [1.0, 1.0, 1.0, 1.0], "many": [0.0, 1.0, 0.5]}
     Image.new("RGB", (4, 4)).save(tmp_path / "image.png")
     results = [
         {"filename": "image.png", "prompt": f"{tag} {i}", "tag": tag, "score": score}
@@ -154,7 +154,7 @@ def test_the_report_has_no_interval_where_it_would_say_nothing(tmp_path):
         for i, score in enumerate(values)
     ]
     lines = write_report(tmp_path, {"closeness": summarize(results)}, {"closeness": results}).splitlines()
-    assert "| two | 0.775 | n/a | 2 | 2 |" in lines and "| equal | 1.000 | n/a | 4 | 4 |" in lines
+    assert r"| two\| | 0.775 | n/a | 2 | 2 |" in lines and "| equal | 1.000 | n/a | 4 | 4 |" in lines
     assert "| many | 0.500 | 0.000 to 1.000 | 3 | 3 |" in lines
     assert any(line.startswith("| overall | 0.758 | n/a | ") for line in lines)
     lines = write_report(tmp_path, {"closeness": summarize(results[2:])}, {"closeness": results[2:]}).splitlines()
@@ -376,6 +376,12 @@ def test_images_made_elsewhere_are_not_taken_for_the_models(pipeline, tmp_path):
 def test_numbers_out_of_range_are_refused(pipeline, tmp_path, name):
     with pytest.raises(ValueError, match=f"`{name}` must be > 0, got 0"):
         generate_images(pipeline, ROWS, tmp_path, **{**SETTINGS, name: 0})
+
+
+def test_steps_that_the_pipeline_refuses_leave_the_folder_as_it_was(pipeline, tmp_path):
+    with pytest.raises(ValueError, match="`num_inference_steps` must be .*, got -3"):
+        evaluate([closeness], tmp_path, pipeline, ROWS, **{**SETTINGS, "num_inference_steps": -3})
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_rows_are_refused(pipeline, tmp_path):

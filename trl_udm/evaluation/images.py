@@ -355,7 +355,9 @@ def evaluate(
     if pipeline is not None:
         if not rows:
             raise ValueError("`rows` must have at least one row, got none.")
-        trial_kwargs = {**pipeline_kwargs, "num_inference_steps": 1, "generator": torch.Generator().manual_seed(seed)}
+        num_steps = min(1, pipeline_kwargs.get("num_inference_steps", 1))  # fewer are refused by the pipeline
+        generator = torch.Generator().manual_seed(seed)
+        trial_kwargs = {**pipeline_kwargs, "num_inference_steps": num_steps, "generator": generator}
         images = pipeline([rows[0]["prompt"]], **trial_kwargs).images
         for reward_func in reward_funcs:
             _score(reward_func, rows[:1], images)

@@ -75,6 +75,7 @@ def write_report(
             # Equal scores have an interval of no width, which says nothing about others either
             is_known = num_prompts >= MIN_PROMPTS and row["low"] < row["high"]
             interval = f"{row['low']:.3f} to {row['high']:.3f}" if is_known else "n/a"
+            tag = tag.replace("|", r"\|")  # which would begin a column
             lines.append(f"| {tag} | {row['mean']:.3f} | {interval} | {row['num_prompts']} | {row['num_images']} |")
         lines.append("")
     tables = "\n".join(lines)
