@@ -562,7 +562,7 @@ def test_a_codebook_of_another_shape_than_the_configs_is_refused(tmp_path):
 def test_a_missing_codebook_is_an_error(settings, tmp_path):
     save_settings(tmp_path, **settings)
     with pytest.raises(
-        OSError, match=r"neither `diffusion_pytorch_model\.safetensors` nor `scheduler_model\.pth`.*" + tmp_path.name
+        OSError, match=r"no `diffusion_pytorch_model\.safetensors` or `scheduler_model\.pth`.*" + tmp_path.name
     ):
         KineticOptimalScheduler.from_pretrained(tmp_path)
 

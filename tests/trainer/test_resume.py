@@ -488,7 +488,7 @@ def test_a_checkpoint_without_some_weights_is_refused_by_their_names(tmp_path, f
         "missing": f"The weights in {folder} miss ['{name}'] and have unexpected none.",
         "renamed": f"The weights in {folder} miss ['{name}'] and have unexpected ['another'].",
         "reshaped": f"`{name}` in {folder} must have shape {tuple(value.shape)}",
-        "no file": f"Found neither `{path.name}` nor",
+        "no file": f"There is no `{path.name}` or",
     }
     if change == "no file":
         path.unlink()
