@@ -64,8 +64,7 @@ def test_a_module_of_the_working_folder_is_found(tmp_path, monkeypatch, capsys):
     (tmp_path / "my_detector.py").write_text("def make():\n    raise ValueError('found')\n")
     monkeypatch.chdir(tmp_path)
     load_example("common")  # anew, as in a process that starts here
+    argv = [*MODEL, "--bf16", "False", "--eval_dataset_name", "a.jsonl", "--detector", "my_detector:make"]
     with pytest.raises(SystemExit, match="2"):
-        load_example("train_geneval").main(
-            [*MODEL, "--eval_dataset_name", "a.jsonl", "--detector", "my_detector:make"]
-        )
+        load_example("train_geneval").main(argv)
     assert "error: found" in capsys.readouterr().err
