@@ -507,3 +507,13 @@ def test_a_tokenizer_without_padding_is_refused():
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="`processor` must have a `pad_token` and an `eos_token`"):
         DiffusionGemmaUDMPipeline(build_model(), UniformDDIMScheduler(VOCAB_SIZE), tokenizer)
+
+
+def test_an_adapter_is_loaded_and_unloaded(tmp_path):
+    pipeline = build_pipeline()
+    get_peft_model(build_pipeline().transformer, LORA).save_pretrained(str(tmp_path))
+    names = list(pipeline.transformer.state_dict())
+    pipeline.load_lora_weights(tmp_path)
+    assert pipeline.get_list_adapters() == {"model": ["default"]}
+    pipeline.unload_lora_weights()
+    assert pipeline.get_list_adapters() == {} and list(pipeline.transformer.state_dict()) == names

@@ -304,7 +304,7 @@ class LoraMixin:
             self._base_weights.restore(with_values=self._unfused is None)
         else:
             transformer.requires_grad_(True)  # as `from_pretrained` leaves it
-        self.transformer = transformer
+        setattr(self, self.transformer_name, transformer)
         self._attached = self._base_weights = self._unfused = self._scalings = None
 
     def fuse_lora(
