@@ -26,7 +26,7 @@ from trl import GRPOConfig
 from tests.pipelines.text_families import build_text_pipeline, build_tokenizer
 from tests.pipelines.tiny_diffusion_gemma import build_pipeline as build_diffusion_gemma
 from trl_udm import TextUDMPipeline, UDMGRPOTrainer, UniformDDIMScheduler, URSAPipeline
-from trl_udm.trainer.checks import check_bidirectional
+from trl_udm.pipelines.bidirectional import check_bidirectional
 from trl_udm.trainer.udm_grpo_config import REFUSED_OPTIONS
 from trl_udm.worlds.shapes import CHECKPOINT_PATH
 

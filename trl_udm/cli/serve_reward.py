@@ -129,6 +129,9 @@ def run(arguments: Arguments) -> None:
         token = arguments.token_file.read_text(encoding="utf-8").strip()
     reward_names = ("reward", "options", "token_file")
     server_options = {name: value for name, value in vars(arguments).items() if name not in reward_names}
-    # Before the server starts, which loads the reward in a thread. That of a world is made at once
-    (make_reward if arguments.reward in IMAGE_WORLDS else find_reward)(arguments.reward, arguments.options)
+    # A mistake is told before the server starts, which loads the reward in a thread
+    if arguments.reward in IMAGE_WORLDS:
+        make_reward(arguments.reward, arguments.options)
+    else:
+        find_reward(arguments.reward, arguments.options)
     serve(lambda: make_reward(arguments.reward, arguments.options), token=token, **server_options)

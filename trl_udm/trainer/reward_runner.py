@@ -33,6 +33,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable
 
+from ..pipelines.pipeline_udm import UDMPipeline
 from ..reward_values import read_rewards
 from .udm_grpo_config import UDMGRPOConfig
 
@@ -440,3 +441,21 @@ def _get_name(reward_func: Callable | nn.Module | str) -> str:
     if isinstance(reward_func, nn.Module):
         reward_func = get_config_model_id(reward_func.config)
     return reward_func.split("/")[-1] if isinstance(reward_func, str) else get_callable_name(reward_func)
+
+
+def check_modality(pipeline: UDMPipeline, args: UDMGRPOConfig, reward_funcs: Callable | list[Callable]) -> None:
+    """Raises a `TypeError` or `ValueError` if a reward or an option is for text, and the samples are not."""
+    if pipeline.modality == "text":
+        return
+    for reward_func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+        if isinstance(reward_func, nn.Module | str):
+            got = repr(reward_func) if isinstance(reward_func, str) else f"a `{type(reward_func).__name__}`"
+            raise TypeError(
+                f"`reward_funcs` must be functions where samples are {pipeline.modality}s, got {got}: a reward model "
+                "scores text. Give a function that calls it."
+            )
+    if args.chat_template_kwargs:
+        raise ValueError(
+            f"`chat_template_kwargs` must be None for `{type(pipeline).__name__}`, got {args.chat_template_kwargs}: "
+            "it applies no chat template."
+        )

@@ -32,15 +32,15 @@ from trl.data_utils import is_conversational
 from trl.extras.profiling import profiling_context, profiling_decorator
 
 from ..models.layers import without_checkpointing
+from ..pipelines.bidirectional import check_bidirectional
 from ..pipelines.pipeline_output import UDMSamplerOutput
 from ..pipelines.pipeline_udm import UDMPipeline
 from .adapters import PolicyMixin, copy_reference, prepare_model
 from .checkpoint import CheckpointMixin, EpochRepeatSampler
-from .checks import check_bidirectional, check_modality
 from .completions import CompletionsMixin
 from .ema import EMAMixin
 from .hub import HubMixin
-from .reward_runner import RewardsMixin
+from .reward_runner import RewardsMixin, check_modality
 from .udm_grpo_config import UDMGRPOConfig, check_datasets
 
 

@@ -12,35 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Checks of what a trainer is built from."""
+"""A check that the network of a pipeline reads the whole sample."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..pipelines.pipeline_udm import UDMPipeline
-from .udm_grpo_config import UDMGRPOConfig
-
-
-def check_modality(pipeline: UDMPipeline, args: UDMGRPOConfig, reward_funcs: Callable | list[Callable]) -> None:
-    """Raises a `TypeError` or `ValueError` if a reward or an option is for text, and the samples are not."""
-    if pipeline.modality == "text":
-        return
-    for reward_func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
-        if isinstance(reward_func, nn.Module | str):
-            got = repr(reward_func) if isinstance(reward_func, str) else f"a `{type(reward_func).__name__}`"
-            raise TypeError(
-                f"`reward_funcs` must be functions where samples are {pipeline.modality}s, got {got}: a reward model "
-                "scores text. Give a function that calls it."
-            )
-    if args.chat_template_kwargs:
-        raise ValueError(
-            f"`chat_template_kwargs` must be None for `{type(pipeline).__name__}`, got {args.chat_template_kwargs}: "
-            "it applies no chat template."
-        )
+from .pipeline_udm import UDMPipeline
 
 
 @torch.no_grad()
