@@ -75,10 +75,10 @@ def _list_fonts() -> list[Font]:
         if Path(font.fname).parent != bundled and "LastResort" not in font.name.replace(" ", ""):
             fonts.append(Font(font.name, font.fname, font.index))
     # `import zhplot` would change the settings of Matplotlib
-    if (package := find_spec("zhplot")) is not None:
-        path = str(Path(package.origin).parent / "fonts" / "NotoSansSC-Regular.ttf")
+    package = find_spec("zhplot")
+    if package is not None and (path := Path(package.origin).parent / "fonts" / "NotoSansSC-Regular.ttf").is_file():
         font_manager.fontManager.addfont(path)
-        fonts.append(Font("Noto Sans SC", path))
+        fonts.append(Font("Noto Sans SC", str(path)))
     return fonts
 
 
