@@ -179,7 +179,7 @@ def save_curves(path: Path, results: dict[str, dict[str, Any]]) -> None:
                         means = [statistics.fmean(value for _, value in pairs) for pairs in zip(*curves, strict=True)]
                         means = [statistics.fmean(means[max(0, i - 4) : i + 1]) for i in range(len(means))]
                         axis.plot(steps, means, color=f"C{index}", label=label)
-            kl_axis.set(yscale="log")
+            kl_axis.set_yscale("log", nonpositive="mask")  # at first the divergence is 0
             reward_axis.set(ylabel=group)
             legend_axis.axis("off")
             legend_axis.legend(*reward_axis.get_legend_handles_labels(), loc="center left", fontsize=9)
