@@ -42,8 +42,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -59,11 +57,20 @@ from trl_udm import (
     URSAForImageGeneration,
     URSAPipeline,
 )
+from trl_udm.drawing import open_figure
 from trl_udm.pipelines.pipeline_output import UDMSamplerOutput
 
 
 MIB = 2**20
 STAGES = ("rollout", "decode", "scoring", "update")
+AXES = {
+    "batch_size": "samples",
+    "tokens": "tokens per sample",
+    "codes": "codes in the codebook",
+    "num_train_timesteps": "timesteps trained on per sample (K)",
+}
+MEASURES = {"seconds": "seconds", "extra_mib": "added peak memory, MiB"}
+STYLES = {"rollout": "C0o-", "update": "C1o-"}
 NUM_STEPS = 10  # of the rollout
 
 
@@ -442,27 +449,20 @@ def grow(size: Size, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def save_growth(path: Path, results: dict[str, Any]) -> None:
-    """Draws time and memory, with the exponents: a column for each axis."""
-    figure = Figure(figsize=(4 * len(results), 7))
-    FigureCanvasAgg(figure)
-    plots = figure.subplots(2, len(results), sharey="row", squeeze=False)
-    for column, (axis, result) in enumerate(results.items()):
-        values = result["values"]
-        for row, key in enumerate(("seconds", "extra_mib")):
-            plot = plots[row, column]
-            for stage, color in (("rollout", "tab:blue"), ("update", "tab:orange")):
-                if stage in result["stages"]:
-                    heights = result["stages"][stage][key]
-                    label = f"{stage}: exponent {exponent(values, heights):.2f}"
-                    plot.loglog(values, heights, marker="o", color=color, label=label)
-            plot.set_xticks(values, [f"{value:,}" for value in values])
-            plot.set_xticks([], minor=True)
-            plot.legend()
-            plot.grid(alpha=0.3, which="both")
-        plots[1, column].set_xlabel(axis)
-    plots[0, 0].set_ylabel("seconds")
-    plots[1, 0].set_ylabel("peak memory in addition to the weights, MiB")
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    """Draws time and memory, with the exponents: a row for each quantity that grows."""
+    with open_figure(path, height=2.6 * len(results)) as figure:
+        plots = figure.subplots(len(results), 2, sharey="col", squeeze=False)
+        for row, (axis, result) in zip(plots, results.items(), strict=True):
+            values = result["values"]
+            for plot, (key, label) in zip(row, MEASURES.items(), strict=True):
+                exponents = []
+                for stage, curves in result["stages"].items():
+                    plot.loglog(values, curves[key], STYLES[stage], label=stage)
+                    exponents.append(f"{stage} {exponent(values, curves[key]):.2f}")
+                plot.set(title=f"exponents: {', '.join(exponents)}", xlabel=AXES[axis], ylabel=label)
+                plot.set_xticks(values, [f"{value:,}" for value in values])
+                plot.set_xticks([], minor=True)
+        figure.legend(*plots[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
 
 
 def exponent(values: list[float], heights: list[float]) -> float:

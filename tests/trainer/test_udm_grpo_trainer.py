@@ -30,7 +30,6 @@ from tensorboardX.proto import event_pb2
 from transformers import TrainerCallback
 
 from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
-from trl_udm.image_grid import make_image_grid
 from trl_udm.trainer.udm_grpo_config import RESERVED_COLUMNS
 
 from .toy_text_family import NUM_TOKENS, build_toy_text_pipeline
@@ -537,17 +536,6 @@ def test_image_completions_are_logged_as_a_grid_and_a_table(tmp_path, oracle_dir
     logs = trainer.state.log_history[0]
     assert {"reward", "kl", "entropy", "clip_ratio/region_mean", "step_time", "rewards/brightness/mean"} <= set(logs)
     assert 0 <= logs["images/dark_fraction"] <= 1 and 0 < logs["images/saturation"] < 1
-
-
-def test_images_of_a_grid_keep_their_aspect_ratio():
-    wide, tall = Image.new("RGB", (96, 32), "red"), Image.new("RGB", (32, 96), "red")
-    text_height = 4 * 12 + 4
-    assert make_image_grid([wide, wide], ["a", "b"]).size == (2 * 164, 53 + text_height)
-    grid = np.asarray(make_image_grid([wide, tall], ["a", "b"]))
-    assert grid.shape == (160 + text_height, 2 * 164, 3)
-    is_red = (grid == (255, 0, 0)).all(axis=-1)
-    assert is_red[:, :160].any(axis=1).sum() == 53 and is_red[:, :160].any(axis=0).sum() == 160
-    assert is_red[:, 164:].any(axis=1).sum() == 160 and is_red[:, 164:].any(axis=0).sum() == 53
 
 
 def test_tensorboard_gets_the_grid_of_images(tmp_path, oracle_dir, monkeypatch):

@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..drawing import BLUE, GREEN, RED, open_figure
 from ..trainer.completions import mask_after_end
 from ..trainer.udm_grpo_trainer import UDMGRPOTrainer
 
 
-COLORS = {"forward": "tab:blue", "backward": "tab:red"}
+COLORS = {"forward": BLUE, "backward": RED}
 
 
 class DiagnosticsCallback(TrainerCallback):
@@ -225,23 +224,20 @@ def save_diagnostics(path: str | Path, measurements: list[dict[str, Any]]) -> No
         measurements (`list[dict]`):
             Measurements, at least one.
     """
-    figure = Figure(figsize=(16, 3.6))
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 4)
     titles = {
         "state_distance": "energy distance of the states\nfrom the noised clean samples",
         "log_prob_variance": "variance of log π",
         "entropy": "entropy per token, nats",
     }
-    for axis, (name, title) in zip(axes[:3], titles.items(), strict=True):
-        for measurement, style in ((measurements[0], "--"), (measurements[-1], "-")):
-            for trajectory, color in COLORS.items():
-                label = f"{trajectory}, step {measurement['step']}"
-                axis.plot(measurement[name][trajectory], style, color=color, label=label)
-        axis.set(xlabel="step of the grid, from noise to clean", title=title)
-    axes[0].legend(fontsize=8)
-    steps = [measurement["step"] for measurement in measurements]
-    axes[3].plot(steps, [measurement["tokens_changed"] for measurement in measurements], "o-")
-    axes[3].set(xlabel="training step", title="share of changed tokens", ylim=(0, 1))
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with open_figure(path, height=6.5) as figure:
+        *axes, axis_of_tokens = figure.subplots(2, 2).flat
+        for axis, (name, title) in zip(axes, titles.items(), strict=True):
+            for measurement, style in ((measurements[0], "--"), (measurements[-1], "-")):
+                for trajectory, color in COLORS.items():
+                    label = f"{trajectory}, step {measurement['step']}" if axis is axes[0] else None
+                    axis.plot(measurement[name][trajectory], style, color=color, label=label)
+            axis.set(xlabel="step of the grid, from noise to clean", title=title)
+        figure.legend(loc="outside upper center", ncols=4)
+        steps = [measurement["step"] for measurement in measurements]
+        axis_of_tokens.plot(steps, [measurement["tokens_changed"] for measurement in measurements], "o-", color=GREEN)
+        axis_of_tokens.set(xlabel="training step", title="share of changed tokens", ylim=(0, 1))
