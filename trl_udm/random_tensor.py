@@ -80,7 +80,7 @@ def randint_tensor(
     shape: tuple[int, ...],
     generator: torch.Generator | list[torch.Generator] | None = None,
     device: str | torch.device | None = None,
-) -> torch.LongTensor:
+) -> torch.Tensor:
     """
     Uniform integers in `[0, high)`, drawn on the generator's device as in `rand_tensor`.
 

@@ -33,14 +33,14 @@ import json
 import math
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -138,7 +138,7 @@ def generate_images(
 
 def score_images(
     images_dir: str | Path,
-    reward_func: Callable[..., list[float | None]],
+    reward_func: Callable,
     batch_size: int = 16,
     settings: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
@@ -283,7 +283,7 @@ def _statistics(mean: float, resampled: np.ndarray, num_prompts: int, num_images
 
 
 def evaluate(
-    reward_funcs: list[Callable[..., list[float | None]]],
+    reward_funcs: Sequence[Callable],
     output_dir: str | Path,
     pipeline: DiffusionPipeline | None = None,
     rows: list[dict[str, Any]] | None = None,

@@ -27,7 +27,7 @@ CHUNK_LENGTH = 256
 
 
 def score_tokens(
-    head: nn.Module, hidden_states: torch.Tensor, labels: torch.LongTensor
+    head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Log-probabilities of tokens and entropies of their distributions. No tensor of all tokens and all codes is made.
@@ -54,7 +54,7 @@ def score_tokens(
 
 
 def _score_tokens(
-    head: nn.Module, hidden_states: torch.Tensor, labels: torch.LongTensor
+    head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     # Sharded and quantized weights are wrappers around others
     is_matrix = type(head) is nn.Linear and head.bias is None and not is_traceable_wrapper_subclass(head.weight)
@@ -70,7 +70,7 @@ def _score_tokens(
 
 
 def _score_chunk(
-    head: nn.Module, hidden_states: torch.Tensor, labels: torch.LongTensor
+    head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     log_probs = head(hidden_states).float().log_softmax(dim=-1)  # (T, V)
     entropies = -(log_probs.exp() * log_probs).sum(dim=-1)
@@ -89,7 +89,7 @@ class _TileScores(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.LongTensor, dtype: torch.dtype
+        ctx, hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         tiles, inputs = _tiles(weight), hidden_states.to(dtype)
         label_logits = torch.empty(len(labels), device=labels.device)  # (T,)
@@ -141,7 +141,7 @@ def _tiles(weight: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
     return [(start, weight[start : start + TILE_WIDTH]) for start in range(0, len(weight), TILE_WIDTH)]
 
 
-def _find_labels(labels: torch.LongTensor, start: int) -> tuple[torch.LongTensor, torch.LongTensor]:
+def _find_labels(labels: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens whose label is in the tile that begins at `start`, and the tile's columns of their labels."""
     tokens = ((labels >= start) & (labels < start + TILE_WIDTH)).nonzero().squeeze(1)
     return tokens, labels[tokens] - start

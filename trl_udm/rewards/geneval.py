@@ -88,15 +88,16 @@ class Detector(Protocol):
     selects.
     """
 
-    class_names: Sequence[str]
+    @property
+    def class_names(self) -> Sequence[str]: ...
 
-    def __call__(self, images: list[Image.Image]) -> list[dict[str, list[Detection]]]: ...
+    def __call__(self, images: list[Image.Image], /) -> list[dict[str, list[Detection]]]: ...
 
 
 class ColorClassifier(Protocol):
     """Names one of `COLORS` for each of an image's detections, all of one class."""
 
-    def __call__(self, image: Image.Image, detections: list[Detection], class_name: str) -> list[str]: ...
+    def __call__(self, image: Image.Image, detections: list[Detection], class_name: str, /) -> list[str]: ...
 
 
 @dataclass(frozen=True)

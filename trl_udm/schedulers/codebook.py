@@ -15,7 +15,7 @@
 """The codes of a scheduler: weights of its own, which are saved, loaded and passed on to schedulers made from it."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 from diffusers.configuration_utils import FrozenDict
@@ -35,6 +35,10 @@ class CodebookConfig(FrozenDict):
     """
 
     codebook: torch.Tensor | None = None
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # a setting
 
 
 class CodebookMixin:
@@ -89,6 +93,18 @@ class CodebookMixin:
         config.codebook = self.codebook
         return config
 
+    @overload
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], return_unused_kwargs: Literal[False] = False, **kwargs: Any
+    ) -> Self: ...
+
+    @overload
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], return_unused_kwargs: Literal[True], **kwargs: Any
+    ) -> tuple[Self, dict[str, Any]]: ...
+
     @classmethod
     def from_config(cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """
@@ -112,6 +128,27 @@ class CodebookMixin:
         if isinstance(config, CodebookConfig) and config.codebook is not None:
             scheduler._register_codebook(config.codebook.clone())
         return (scheduler, unused_kwargs) if return_unused_kwargs else scheduler
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        subfolder: str | None = None,
+        return_unused_kwargs: Literal[False] = False,
+        **kwargs: Any,
+    ) -> Self: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        subfolder: str | None = None,
+        *,
+        return_unused_kwargs: Literal[True],
+        **kwargs: Any,
+    ) -> tuple[Self, dict[str, Any]]: ...
 
     @classmethod
     def from_pretrained(
