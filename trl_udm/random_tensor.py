@@ -69,8 +69,9 @@ def rand_tensor(
         ValueError: If a list of generators has another length than the first dimension.
     """
     if isinstance(generator, list):
-        check_generators(generator, shape[0])
-        return torch.cat([rand_tensor((1, *shape[1:]), each, device, dtype) for each in generator])
+        size, *others = shape if isinstance(shape, tuple) else (shape,)
+        check_generators(generator, size)
+        return torch.cat([rand_tensor((1, *others), each, device, dtype) for each in generator])
     draw_device = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=draw_device, dtype=dtype).to(device)
 

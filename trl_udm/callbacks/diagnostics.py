@@ -151,7 +151,7 @@ class DiagnosticsCallback(TrainerCallback):
             "backward": output.trajectory.noised_samples,
         }  # each (S, B, N)
         pretraining_states = [scheduler.add_noise(clean_samples, t) for t in grid]
-        measurement = {
+        measurement: dict[str, Any] = {
             "tokens_changed": self._share_changed(samples, self.initial_samples.to(samples.device)),
             "state_distance": {},
             "log_prob_variance": {},

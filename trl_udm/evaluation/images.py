@@ -168,7 +168,7 @@ def score_images(
     folders = _prompt_folders(images_dir)
     if not folders:
         raise ValueError(f"`images_dir` must have folders like 00000 with a metadata.jsonl, got {images_dir}.")
-    groups = [[]]
+    groups: list[list] = [[]]
     for folder in folders:
         row = json.loads((folder / "metadata.jsonl").read_text())
         paths = sorted(path for path in (folder / "samples").glob("*.png") if path.stem.isdigit())
@@ -218,7 +218,7 @@ def score_images(
     return results
 
 
-def _score(reward_func: Callable, rows: list[dict[str, Any]], images: list[Image.Image]) -> list[float]:
+def _score(reward_func: Callable, rows: list[dict[str, Any]], images: list[Image.Image]) -> list[float | None]:
     columns = {key: [row.get(key) for row in rows] for key in sorted({key for row in rows for key in row})}
     prompts = columns.pop("prompt")
     with torch.autocast(PartialState().device.type, enabled=False):
@@ -263,9 +263,9 @@ def summarize(results: list[dict[str, Any]], num_resamples: int = 2000) -> dict[
         resampled_means.append(resampled)
         summary[tag] = _statistics(totals.sum() / counts.sum(), resampled, len(prompts), int(counts.sum()))
     summary["overall"] = _statistics(
-        np.mean([statistics["mean"] for statistics in summary.values()]),
+        float(np.mean([statistics["mean"] for statistics in summary.values()])),
         np.mean(resampled_means, axis=0),
-        sum(statistics["num_prompts"] for statistics in summary.values()),
+        sum(len(prompts) for prompts in by_tag.values()),
         len(results),
     )
     return summary

@@ -44,7 +44,7 @@ class AutoencoderVQ(VQModel):
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs) -> Self:
         """
         As in diffusers, except that a missing weight is an error. Diffusers would leave it random and warn.
 

@@ -14,7 +14,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -82,7 +82,7 @@ class URSAPreTrainedModel(Qwen3PreTrainedModel):
         """
         return load_every_weight(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, **kwargs) -> nn.Embedding:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """
         As in transformers, for the size that the embeddings have.
 
@@ -138,7 +138,7 @@ class URSAModel(URSAPreTrainedModel, Qwen3Model):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
-        attention_mask = create_bidirectional_mask(
+        mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
@@ -146,7 +146,7 @@ class URSAModel(URSAPreTrainedModel, Qwen3Model):
         # The positions themselves stay out of the layers: FlashAttention would read them as packed sequences
         for decoder_layer in self.layers:
             hidden_states = decoder_layer(
-                hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
+                hidden_states, attention_mask=mask, position_embeddings=position_embeddings, **kwargs
             )
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 

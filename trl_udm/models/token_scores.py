@@ -120,7 +120,7 @@ class _TileScores(torch.autograd.Function):
         for start, tile in _tiles(weight):
             logits = (inputs @ tile.to(ctx.dtype).T).float()  # (T, W)
             logits.sub_(normalizer.unsqueeze(-1))
-            factors = 0.0
+            factors: float | torch.Tensor = 0.0
             if grad_entropies is not None:
                 factors = -grad_entropies.unsqueeze(-1) * (logits + entropies.unsqueeze(-1))
             if grad_log_probs is not None:
@@ -129,12 +129,12 @@ class _TileScores(torch.autograd.Function):
             if grad_log_probs is not None:
                 tokens, columns = _find_labels(labels, start)
                 grad_logits[tokens, columns] += grad_log_probs[tokens]
-            if needs_hidden:
+            if grad_hidden is not None:
                 grad_hidden.addmm_(grad_logits, tile.float())
-            if needs_weight:
+            if grad_weight is not None:
                 torch.mm(grad_logits.T, float_inputs, out=grad_weight[start : start + len(tile)])
-        grad_hidden = grad_hidden.to(hidden_states.dtype) if needs_hidden else None
-        return grad_hidden, grad_weight.to(weight.dtype) if needs_weight else None, None, None
+        grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden_states.dtype)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
 def _tiles(weight: torch.Tensor) -> list[tuple[int, torch.Tensor]]:

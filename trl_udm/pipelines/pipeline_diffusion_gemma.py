@@ -19,7 +19,6 @@ import torch
 from diffusers.pipelines.diffusion_gemma.pipeline_diffusion_gemma import DiffusionGemmaPipeline
 from diffusers.pipelines.diffusion_gemma.pipeline_output import DiffusionGemmaPipelineOutput
 from diffusers.schedulers.scheduling_discrete_ddim import DiscreteDDIMScheduler
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 from torch.nn.functional import pad
 from transformers import (
@@ -92,12 +91,12 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
     """
 
     transformer_name = "model"
-    model_cpu_offload_seq = "model"
+    model_cpu_offload_seq: Any = "model"
 
     def __init__(
         self,
         model: DiffusionGemmaForBlockDiffusion,
-        scheduler: SchedulerMixin,
+        scheduler: Any,
         processor: ProcessorMixin | PreTrainedTokenizerBase,
         self_conditioning: bool = False,
         train_router: bool = False,
@@ -161,8 +160,9 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
         return super().from_pretrained(path, **kwargs)
 
     @classmethod
-    def load_config(cls, *args, **kwargs) -> dict[str, Any]:
-        return {**super().load_config(*args, **kwargs), "model": _MODEL_CLASS}
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        config: Any = super().load_config(*args, **kwargs)
+        return {**config, "model": _MODEL_CLASS}
 
     if TYPE_CHECKING:  # diffusers' own `__call__`, which has one type for both values of `return_dict`
 
@@ -286,7 +286,7 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
         As in [`UDMPipeline`], with `prompt_ids` and `prompt_mask` from `extend_prompt`. `past_key_values` caches the
         part that the encoder has read. The rest is read into it.
         """
-        inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape)
+        inputs: dict[str, Any] = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape)
         num_read = 0 if past_key_values is None else past_key_values.get_seq_length()
         for name in ("input_ids", "position_ids"):
             inputs[name] = inputs[name][:, num_read:]
@@ -349,9 +349,9 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
                 f"UniformDDIMScheduler({self.model.config.get_text_config().vocab_size})`."
             )
         num_canvases, canvas_length = latent_shape
-        latents = [None] * num_canvases if latents is None else latents.split(canvas_length, dim=1)
+        starts: Any = [None] * num_canvases if latents is None else latents.split(canvas_length, dim=1)
         past_key_values = DynamicCache(config=self.model.config.get_text_config())
-        outputs = []
+        outputs: list[UDMSamplerOutput] = []
         for canvas in range(num_canvases):
             if outputs and self.interrupt:
                 break
@@ -360,7 +360,7 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
                 prompt_mask,
                 (1, canvas_length),
                 num_inference_steps,
-                latents=latents[canvas],
+                latents=starts[canvas],
                 past_key_values=past_key_values,
                 **kwargs,
             )

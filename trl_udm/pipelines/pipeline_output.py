@@ -64,7 +64,7 @@ class UDMSamplerOutput(BaseOutput):
         """Joins outputs of the same sampler along the batch, or with `dim=1` along the tokens."""
         trajectory = None
         if outputs[0].trajectory is not None:
-            trajectories = [output.trajectory for output in outputs]
+            trajectories = [output.trajectory for output in outputs if output.trajectory is not None]
             trajectory = UDMTrajectory(
                 timesteps=trajectories[0].timesteps,
                 noised_samples=torch.cat([each.noised_samples for each in trajectories], dim=dim + 1),

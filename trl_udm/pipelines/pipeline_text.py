@@ -121,7 +121,7 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
     @property
     def end_token_ids(self) -> list[int]:
         """`list[int]`: That token alone."""
-        return [self.end_token_id]
+        return [] if self.end_token_id is None else [self.end_token_id]
 
     def latent_shape(self, max_completion_length: int | None = None) -> tuple[int]:
         """
@@ -146,7 +146,8 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
         if isinstance(text_or_messages, str):
             return self.tokenizer(text_or_messages)["input_ids"]
         options = {"add_generation_prompt": True, **chat_template_kwargs, "return_dict": True}
-        return self.tokenizer.apply_chat_template(text_or_messages, **options)["input_ids"]
+        encoded: Any = self.tokenizer.apply_chat_template(text_or_messages, **options)
+        return encoded["input_ids"]
 
     def prepare_denoiser_inputs(
         self,
@@ -158,7 +159,7 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
         t: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         attention_mask = torch.cat([prompt_mask, torch.ones_like(noised_samples)], dim=1)  # (B, T + N)
-        inputs = {
+        inputs: dict[str, Any] = {
             "input_ids": torch.cat([prompt_ids, noised_samples], dim=1),
             "attention_mask": attention_mask,
             "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
@@ -320,7 +321,7 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
             generator=generator,
             return_trajectory=return_trajectory,
         )
-        texts = output.clean_samples
+        texts: Any = output.clean_samples
         if output_type == "text":
             texts = self.decode(texts, latent_shape)
         self.maybe_free_model_hooks()

@@ -25,7 +25,6 @@ from huggingface_hub import snapshot_download
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import ModelOutput
 
 from ..random_tensor import check_generators, randint_tensor
 from ..weights import load_every_weight
@@ -87,6 +86,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
     tokenizer: Any
     config: Any  # with attributes, where diffusers says `dict`
     _callback_tensor_inputs: list[str]
+    model_cpu_offload_seq: Any
     # Of the last call. A callback may change the first two between steps.
     _guidance_scale: float = 1.0
     _interrupt: bool = False
@@ -290,7 +290,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
 
     @staticmethod
     def _select_labels(
-        outputs: ModelOutput, shift_labels: torch.Tensor, labels: torch.Tensor
+        outputs: Any, shift_labels: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         is_label = shift_labels != -100
         entropies = None if outputs.entropy is None else outputs.entropy[is_label].view_as(labels)
@@ -411,7 +411,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 break
             t = torch.full((batch_size,), self.scheduler.timestep_to_t(timestep), device=device)
             if self.do_classifier_free_guidance and self.scheduler.timestep_to_t(timestep) < guidance_trunc:
-                if negative_prompt_ids is None:
+                if negative_prompt_ids is None or negative_prompt_mask is None:
                     raise ValueError(
                         f"`guidance_scale` must be 1.0 without `negative_prompt_ids`, got {self.guidance_scale}."
                     )
@@ -531,7 +531,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
             `str`: The folder, with `model_index.json` and the components' folders.
         """
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        index = cls.load_config(pretrained_model_name, **hub_kwargs)
+        index: Any = cls.load_config(pretrained_model_name, **hub_kwargs)
         names = [name for name, value in index.items() if isinstance(value, list) and name not in kwargs]
         patterns = [cls.config_name, *(f"{name}/*" for name in names)]
         return snapshot_download(pretrained_model_name, allow_patterns=patterns, **hub_kwargs)

@@ -138,8 +138,11 @@ class URSAPipeline(UDMPipeline):
         """
         if "vae" in kwargs and kwargs["vae"] is None:
             hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-            if cls.load_config(pretrained_model_name_or_path, **hub_kwargs)["vae"][0] is not None:
-                vae_config = AutoencoderVQ.load_config(pretrained_model_name_or_path, subfolder="vae", **hub_kwargs)
+            index: Any = cls.load_config(pretrained_model_name_or_path, **hub_kwargs)
+            if index["vae"][0] is not None:
+                vae_config: Any = AutoencoderVQ.load_config(
+                    pretrained_model_name_or_path, subfolder="vae", **hub_kwargs
+                )
                 kwargs["vae_scale_factor"] = 2 ** (len(vae_config["block_out_channels"]) - 1)
         if is_original_checkpoint(pretrained_model_name_or_path, **kwargs):
             pipeline = cls(**load_original_components(pretrained_model_name_or_path, **kwargs))
@@ -188,19 +191,20 @@ class URSAPipeline(UDMPipeline):
         transformer_config, vae_config = (load_json(folder / name / "config.json") for name in ("transformer", "vae"))
         with torch.device("meta"):
             config = URSAConfig.from_original_config(transformer_config) if is_original else None
-            transformer = URSAForImageGeneration(config or URSAConfig.from_dict(transformer_config))
-            vae = (AutoencoderVQ.from_original_config if is_original else AutoencoderVQ.from_config)(vae_config)
-        scheduler_config = KineticOptimalScheduler.load_config(folder / "scheduler")
+            transformer: Any = URSAForImageGeneration(config or URSAConfig.from_dict(transformer_config))
+            vae: Any = (AutoencoderVQ.from_original_config if is_original else AutoencoderVQ.from_config)(vae_config)
+        scheduler_config: Any = KineticOptimalScheduler.load_config(folder / "scheduler")
         if scheduler_config.get("codebook_size") is None:
             sizes = {"codebook_size": transformer.config.codebook_size, "codebook_dim": vae.config.vq_embed_dim}
             scheduler_config = {**scheduler_config, **sizes}
         scheduler = KineticOptimalScheduler.from_config(scheduler_config)
+        index: Any = cls.load_config(folder)
         return cls(
             transformer=transformer.to(dtype),
             scheduler=scheduler,
             tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
             vae=nn.Module.to(vae, dtype),  # that of diffusers warns of a cast
-            max_prompt_length=cls.load_config(folder).get("max_prompt_length", 320),
+            max_prompt_length=index.get("max_prompt_length", 320),
         )
 
     @classmethod
@@ -368,15 +372,16 @@ class URSAPipeline(UDMPipeline):
         Raises:
             ValueError: If there is more than one frame, or no image tokenizer.
         """
-        self._check_vae()
+        vae = self._check_vae()
         if latent_shape[0] != 1:
             raise ValueError(f"`decode` takes images, of one frame, got {latent_shape[0]} frames.")
-        images = self.vae.decode_ids(clean_samples.view(-1, *latent_shape[1:])).sample
+        images = vae.decode_ids(clean_samples.view(-1, *latent_shape[1:])).sample
         return self.image_processor.postprocess(images.float(), output_type=output_type)
 
-    def _check_vae(self) -> None:
+    def _check_vae(self) -> AutoencoderVQ:
         if self.vae is None:
             raise ValueError("The pipeline has no `vae` to decode images with. Pass one, or `output_type='latent'`.")
+        return self.vae
 
     @overload
     def __call__(
@@ -485,8 +490,8 @@ class URSAPipeline(UDMPipeline):
         if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
             raise ValueError(f"`prompt` must be a string or a non-empty list of strings, got {prompt!r}.")
         negative_prompts = negative_prompt
-        if not isinstance(negative_prompt, list):
-            negative_prompts = [negative_prompt or ""] * len(prompts)
+        if not isinstance(negative_prompts, list):
+            negative_prompts = [negative_prompts or ""] * len(prompts)
         if not all(isinstance(text, str) for text in negative_prompts):
             raise ValueError(f"`negative_prompt` must be a string or a list of strings, got {negative_prompt!r}.")
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -509,7 +514,7 @@ class URSAPipeline(UDMPipeline):
             return_trajectory=return_trajectory,
         )
         if output_type == "latent":
-            images = output.clean_samples.view(-1, *latent_shape)
+            images: Any = output.clean_samples.view(-1, *latent_shape)
         else:
             images = self.decode(output.clean_samples, latent_shape, output_type=output_type)
         self.maybe_free_model_hooks()

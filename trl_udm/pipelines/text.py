@@ -14,7 +14,7 @@
 
 """What text families share: prompts padded on the left, and completions that end before the canvas does."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -28,7 +28,7 @@ class TextMixin:
     `_encode(text_or_messages, **chat_template_kwargs)`, which returns the ids of one prompt.
     """
 
-    modality = "text"
+    modality: Literal["image", "text"] = "text"
 
     @staticmethod
     def _as_list(prompt: str | list[Any]) -> list[Any]:
@@ -38,7 +38,7 @@ class TextMixin:
     def encode_prompt(self, prompt: list[Any], **chat_template_kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """As in [`UDMPipeline`]. The chat template turns messages into text, with `chat_template_kwargs`."""
         ids = [torch.tensor(self._encode(one, **chat_template_kwargs), dtype=torch.long) for one in prompt]
-        padded = {"batch_first": True, "padding_side": "left"}
+        padded: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
         prompt_ids = pad_sequence(ids, padding_value=self.tokenizer.pad_token_id, **padded)  # (B, T)
         prompt_mask = pad_sequence([torch.ones_like(row) for row in ids], **padded)  # (B, T)
         return prompt_ids.to(self._execution_device), prompt_mask.to(self._execution_device)

@@ -70,8 +70,8 @@ class CodebookMixin:
             ValueError: If the shape is not that of a codebook or differs from the config's, or an entry is not finite.
         """
         self._register_codebook(embeddings)
-        norms = self.codebook.norm(dim=-1, keepdim=True)
-        self.codebook = self.codebook / norms.clamp(min=self.config.eps)
+        codebook = embeddings.detach().float()
+        self.codebook = codebook / codebook.norm(dim=-1, keepdim=True).clamp(min=self.config.eps)
 
     def _register_codebook(self, codebook: torch.Tensor) -> None:
         if codebook.ndim != 2 or not codebook.isfinite().all():

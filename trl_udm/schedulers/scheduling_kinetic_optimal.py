@@ -141,7 +141,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         self.register_to_config(
             alpha=alpha, c=c, shift=shift, eps=eps, codebook_size=codebook_size, codebook_dim=codebook_dim
         )
-        self.num_inference_steps: int | None = None
+        self.num_inference_steps: Any = None  # a number then
         self.timesteps: Any = None  # a tensor after `set_timesteps`
 
     @property
@@ -195,7 +195,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
             )
         return step_index
 
-    def _sigma_to_t(self, sigma: float | torch.Tensor) -> float | torch.Tensor:
+    def _sigma_to_t(self, sigma: Any) -> Any:
         shift = self.config.shift
         return 1 - shift * sigma / (1 + (shift - 1) * sigma)
 

@@ -164,7 +164,7 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
         Returns:
             [`UniformDDIMSchedulerOutput`] or `tuple`: The next state, and the clean sample drawn on the way.
         """
-        settings = {"timestep": timestep, "temperature": temperature, "return_dict": False}
+        settings: dict[str, Any] = {"timestep": timestep, "temperature": temperature, "return_dict": False}
         if isinstance(generator, list):
             check_generators(generator, len(sample))
             batch = zip(model_output.split(1), sample.split(1), generator, strict=True)

@@ -123,6 +123,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
     """
 
     args: UDMGRPOConfig
+    model: Any  # not `None`, as transformers says
     _tag_names = ["trl", "trl-udm", "udm-grpo"]
     _name = "UDM-GRPO"
     _paper = {
