@@ -17,7 +17,7 @@ NUM_THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 export HF_HUB_OFFLINE
 
 .DEFAULT_GOAL := help
-.PHONY: help install geneval test test-lowest test-latest style format clean
+.PHONY: help install geneval test test-lowest test-latest types style format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -54,6 +54,9 @@ test-latest: ## run the tests with the newest versions that pyproject.toml allow
 	.venv-latest/bin/python -m pip install --upgrade --upgrade-strategy eager "$(TORCH)" -e ".[test]"
 	$(call run_tests,.venv-latest)
 
+types: .venv/.installed ## check the types of the package and of a script that uses it
+	.venv/bin/mypy
+
 style: .venv/.installed ## check lint, formatting and the arrows between the folders
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -64,5 +67,5 @@ format: .venv/.installed ## repair lint and formatting
 	.venv/bin/ruff format .
 
 clean: ## remove build products and caches, not the environments
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name '.venv*' -prune -o -name .git -prune -o -name __pycache__ -type d -exec rm -rf {} +
