@@ -78,7 +78,7 @@ class DiagnosticsCallback(TrainerCallback):
         self,
         trainer: UDMGRPOTrainer,
         prompts: list[Any],
-        clean_samples: torch.LongTensor | None = None,
+        clean_samples: torch.Tensor | None = None,
         measure_steps: int = 25,
         seed: int = 0,
     ):
@@ -94,7 +94,7 @@ class DiagnosticsCallback(TrainerCallback):
         self.clean_samples = clean_samples
         self.measure_steps = measure_steps
         self.seed = seed
-        self.initial_samples: torch.LongTensor | None = None
+        self.initial_samples: torch.Tensor | None = None
         self.measurements: list[dict[str, Any]] = []
         """Each has `step` and `tokens_changed`, and the others by trajectory: a value per step of the grid."""
 
@@ -150,7 +150,7 @@ class DiagnosticsCallback(TrainerCallback):
             "backward": output.trajectory.noised_samples,
         }  # each (S, B, N)
         pretraining_states = [scheduler.add_noise(clean_samples, t) for t in grid]
-        measurement = {
+        measurement: dict[str, Any] = {
             "tokens_changed": self._share_changed(samples, self.initial_samples.to(samples.device)),
             "state_distance": {},
             "log_prob_variance": {},
@@ -180,13 +180,13 @@ class DiagnosticsCallback(TrainerCallback):
             measurement["entropy"][trajectory] = entropies.mean(dim=1).tolist()
         return measurement
 
-    def _share_changed(self, *samples: torch.LongTensor) -> float:
+    def _share_changed(self, *samples: torch.Tensor) -> float:
         completion_mask = self.trainer.pipeline.completion_mask
         after, before = (mask_after_end(tokens, completion_mask(tokens)) for tokens in samples)
         return ((after != before).sum() / ((after >= 0) | (before >= 0)).sum()).item()
 
 
-def energy_distance(x: torch.LongTensor, y: torch.LongTensor) -> float:
+def energy_distance(x: torch.Tensor, y: torch.Tensor) -> float:
     r"""
     Unbiased estimate of the energy distance 2·E d(X, Y) − E d(X, X') − E d(Y, Y') between two distributions of tokens
     (Székely and Rizzo, https://doi.org/10.1016/j.jspi.2013.03.018). d is the square root of the share of tokens that
@@ -206,7 +206,7 @@ def energy_distance(x: torch.LongTensor, y: torch.LongTensor) -> float:
         `float`: The estimate, at most 2. It may be below 0.
     """
 
-    def mean_distance(x: torch.LongTensor, y: torch.LongTensor) -> float:
+    def mean_distance(x: torch.Tensor, y: torch.Tensor) -> float:
         distances = torch.stack([(row != y).float().mean(dim=1).sqrt() for row in x])  # (B, B)
         return (distances.sum() - distances.trace()).item() / (len(x) * (len(x) - 1))
 

@@ -30,7 +30,7 @@ from .report import save_comparison, save_curves
 
 def train_and_compare(
     trainer: UDMGRPOTrainer,
-    reward_func: Callable[..., list[float | None]],
+    reward_func: Callable,
     eval_rows: list[dict[str, Any]],
     num_images_per_prompt: int = 4,
     batch_size: int = 16,

@@ -33,14 +33,14 @@ import json
 import math
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -138,7 +138,7 @@ def generate_images(
 
 def score_images(
     images_dir: str | Path,
-    reward_func: Callable[..., list[float | None]],
+    reward_func: Callable,
     batch_size: int = 16,
     settings: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
@@ -168,7 +168,7 @@ def score_images(
     folders = _prompt_folders(images_dir)
     if not folders:
         raise ValueError(f"`images_dir` must have folders like 00000 with a metadata.jsonl, got {images_dir}.")
-    groups = [[]]
+    groups: list[list] = [[]]
     for folder in folders:
         row = json.loads((folder / "metadata.jsonl").read_text())
         paths = sorted(path for path in (folder / "samples").glob("*.png") if path.stem.isdigit())
@@ -218,7 +218,7 @@ def score_images(
     return results
 
 
-def _score(reward_func: Callable, rows: list[dict[str, Any]], images: list[Image.Image]) -> list[float]:
+def _score(reward_func: Callable, rows: list[dict[str, Any]], images: list[Image.Image]) -> list[float | None]:
     columns = {key: [row.get(key) for row in rows] for key in sorted({key for row in rows for key in row})}
     prompts = columns.pop("prompt")
     with torch.autocast(PartialState().device.type, enabled=False):
@@ -263,9 +263,9 @@ def summarize(results: list[dict[str, Any]], num_resamples: int = 2000) -> dict[
         resampled_means.append(resampled)
         summary[tag] = _statistics(totals.sum() / counts.sum(), resampled, len(prompts), int(counts.sum()))
     summary["overall"] = _statistics(
-        np.mean([statistics["mean"] for statistics in summary.values()]),
+        float(np.mean([statistics["mean"] for statistics in summary.values()])),
         np.mean(resampled_means, axis=0),
-        sum(statistics["num_prompts"] for statistics in summary.values()),
+        sum(len(prompts) for prompts in by_tag.values()),
         len(results),
     )
     return summary
@@ -283,7 +283,7 @@ def _statistics(mean: float, resampled: np.ndarray, num_prompts: int, num_images
 
 
 def evaluate(
-    reward_funcs: list[Callable[..., list[float | None]]],
+    reward_funcs: Sequence[Callable],
     output_dir: str | Path,
     pipeline: DiffusionPipeline | None = None,
     rows: list[dict[str, Any]] | None = None,

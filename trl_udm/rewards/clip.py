@@ -62,7 +62,8 @@ def load_clip(
     Raises:
         ValueError: If the weights lack a parameter, or the tokenizer belongs to another model.
     """
-    model, info = CLIPModel.from_pretrained(model_name_or_path, dtype=dtype, output_loading_info=True)
+    loaded: Any = CLIPModel.from_pretrained(model_name_or_path, dtype=dtype, output_loading_info=True)
+    model, info = loaded
     # transformers leaves missing parameters random, with a warning at most.
     missing = sorted(info["missing_keys"] & dict(model.named_parameters()).keys())
     if missing:
@@ -143,8 +144,8 @@ class CLIPReward:
         self.device = device
         self.dtype = dtype
         self.__name__ = "clip"
-        self._model = None
-        self._text_features = {}
+        self._model: Any = None
+        self._text_features: dict[str, torch.Tensor] = {}
         self._cut_prompts = CutPromptWarning(type(self).__name__)
 
     @torch.inference_mode()

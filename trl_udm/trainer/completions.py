@@ -139,7 +139,7 @@ class CompletionsMixin:
                     )
 
 
-def mask_after_end(samples: torch.LongTensor, mask: torch.Tensor) -> torch.LongTensor:
+def mask_after_end(samples: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Samples with -1 for the tokens after the end of a text, where the mask is 0. No token is -1."""
     return samples.masked_fill(mask == 0, -1)
 

@@ -275,21 +275,21 @@ class RewardsMixin:
 
     def _wrap_reward_funcs(
         self,
-        reward_funcs: Callable | list[Callable],
-        eval_reward_funcs: Callable | list[Callable] | None,
+        reward_funcs: Callable | str | Sequence[Callable | str],
+        eval_reward_funcs: Callable | Sequence[Callable] | None,
         args: UDMGRPOConfig,
     ) -> list[Callable]:
         """Those of evaluation come last, have weight 0, and abstain in training. Reward models stay as they are."""
-        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        reward_funcs = [*reward_funcs] if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         if not reward_funcs:
             raise ValueError("`reward_funcs` must have at least one function, got none.")
-        if not isinstance(eval_reward_funcs, list):
+        if not isinstance(eval_reward_funcs, list | tuple):
             eval_reward_funcs = [] if eval_reward_funcs is None else [eval_reward_funcs]
         for reward_func in eval_reward_funcs:
             if isinstance(reward_func, nn.Module | str):
                 raise TypeError(f"`eval_reward_funcs` must be functions, got {reward_func!r}.")
         self._num_eval_reward_funcs = len(eval_reward_funcs)
-        names = Counter(map(_get_name, reward_funcs + eval_reward_funcs))
+        names = Counter(map(_get_name, [*reward_funcs, *eval_reward_funcs]))
         for name, count in names.items():
             if count > 1:
                 raise ValueError(
@@ -443,11 +443,11 @@ def _get_name(reward_func: Callable | nn.Module | str) -> str:
     return reward_func.split("/")[-1] if isinstance(reward_func, str) else get_callable_name(reward_func)
 
 
-def check_modality(pipeline: UDMPipeline, args: UDMGRPOConfig, reward_funcs: Callable | list[Callable]) -> None:
+def check_modality(pipeline: UDMPipeline, args: UDMGRPOConfig, reward_funcs: Any) -> None:
     """Raises a `TypeError` or `ValueError` if a reward or an option is for text, and the samples are not."""
     if pipeline.modality == "text":
         return
-    for reward_func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+    for reward_func in reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]:
         if isinstance(reward_func, nn.Module | str):
             got = repr(reward_func) if isinstance(reward_func, str) else f"a `{type(reward_func).__name__}`"
             raise TypeError(

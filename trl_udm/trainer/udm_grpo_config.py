@@ -17,7 +17,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset, IterableDataset
 from trl import GRPOConfig
@@ -173,7 +173,7 @@ class UDMGRPOConfig(GRPOConfig):
     beta: float = field(default=0.05, metadata={"help": "Weight of the KL divergence to the reference policy."})
     epsilon: float = field(default=1e-4, metadata={"help": "Clip range of the probability ratio."})
     loss_type: str = field(default="grpo", metadata={"help": "Loss, as in `GRPOConfig`."})
-    importance_sampling_level: str = field(
+    importance_sampling_level: Literal["sequence", "token"] = field(
         default="sequence",
         metadata={"help": "'sequence': one mean log-probability per row. 'token': one log-probability per token."},
     )
@@ -211,13 +211,11 @@ class UDMGRPOConfig(GRPOConfig):
     )
 
     # Parameters that control the trajectory
-    action: str = field(
-        default="clean",
-        metadata={"help": "Tokens whose probability is scored.", "choices": ["clean", "intermediate"]},
+    action: Literal["clean", "intermediate"] = field(
+        default="clean", metadata={"help": "Tokens whose probability is scored."}
     )
-    trajectory: str = field(
-        default="forward",
-        metadata={"help": "Source of the noised states.", "choices": ["forward", "backward"]},
+    trajectory: Literal["forward", "backward"] = field(
+        default="forward", metadata={"help": "Source of the noised states."}
     )
     num_train_timesteps: int = field(
         default=3, metadata={"help": "Consecutive steps (K) of the rollout's grid that a sample is trained on."}
@@ -246,12 +244,9 @@ class UDMGRPOConfig(GRPOConfig):
     reward_timeout: float | None = field(
         default=None, metadata={"help": "Seconds that a call of a reward function may take. By default no bound."}
     )
-    reward_error: str = field(
+    reward_error: Literal["raise", "none"] = field(
         default="raise",
-        metadata={
-            "help": "'raise': a reward function that fails stops the run. 'none': its samples are left out.",
-            "choices": ["raise", "none"],
-        },
+        metadata={"help": "'raise': a reward function that fails stops the run. 'none': its samples are left out."},
     )
     max_failed_steps: int = field(
         default=5,
@@ -293,6 +288,7 @@ class UDMGRPOConfig(GRPOConfig):
                 raise ValueError(f"`{name}` must be {only}, got {value}: {reason}.")
         super().__post_init__()
         for name, choices in (
+            ("importance_sampling_level", ("sequence", "token")),
             ("scale_rewards", ("group", "batch", "none")),
             ("multi_objective_aggregation", ("sum_then_normalize", "normalize_then_sum")),
         ):

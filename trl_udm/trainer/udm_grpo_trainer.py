@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class Rollout:
             The decoded samples: B PIL images, or strings.
     """
 
-    prompt_ids: torch.LongTensor
+    prompt_ids: torch.Tensor
     prompt_mask: torch.Tensor
     output: UDMSamplerOutput
     completions: list[Any]
@@ -122,6 +122,8 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
     ```
     """
 
+    args: UDMGRPOConfig
+    model: Any  # not `None`, as transformers says
     _tag_names = ["trl", "trl-udm", "udm-grpo"]
     _name = "UDM-GRPO"
     _paper = {
@@ -144,14 +146,14 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
     def __init__(
         self,
         pipeline: UDMPipeline,
-        reward_funcs: Callable | list[Callable],
+        reward_funcs: Callable | str | Sequence[Callable | str],
         args: UDMGRPOConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | None = None,
-        eval_reward_funcs: Callable | list[Callable] | None = None,
+        eval_reward_funcs: Callable | Sequence[Callable] | None = None,
     ):
         # Args
         if not isinstance(pipeline, UDMPipeline):
