@@ -394,7 +394,7 @@ def test_eval_rewards_are_called_in_evaluation_only_and_count_for_nothing(tmp_pa
 
 
 def test_a_model_is_refused_as_an_eval_reward(tmp_path):
-    with pytest.raises(TypeError, match="`eval_reward_funcs` must be functions, got Linear"):
+    with pytest.raises(TypeError, match="`eval_reward_funcs` must be functions, got a `Linear`"):
         UDMGRPOTrainer(
             build_toy_text_pipeline(),
             count_a,

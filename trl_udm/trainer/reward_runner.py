@@ -274,31 +274,11 @@ class RewardsMixin:
             self.async_loop.set_task_factory(_create_task)
 
     def _wrap_reward_funcs(
-        self,
-        reward_funcs: Callable | list[Callable],
-        eval_reward_funcs: Callable | list[Callable] | None,
-        args: UDMGRPOConfig,
+        self, reward_funcs: list[Callable], eval_reward_funcs: list[Callable], args: UDMGRPOConfig
     ) -> list[Callable]:
         """Those of evaluation come last, have weight 0, and abstain in training. Reward models stay as they are."""
-        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        if not reward_funcs:
-            raise ValueError("`reward_funcs` must have at least one function, got none.")
-        if not isinstance(eval_reward_funcs, list):
-            eval_reward_funcs = [] if eval_reward_funcs is None else [eval_reward_funcs]
-        for reward_func in eval_reward_funcs:
-            if isinstance(reward_func, nn.Module | str):
-                raise TypeError(f"`eval_reward_funcs` must be functions, got {reward_func!r}.")
         self._num_eval_reward_funcs = len(eval_reward_funcs)
-        names = Counter(map(_get_name, reward_funcs + eval_reward_funcs))
-        for name, count in names.items():
-            if count > 1:
-                raise ValueError(
-                    f"`reward_funcs` and `eval_reward_funcs` must have names that differ, got {count} of the name "
-                    f"{name!r}: their metrics would be one. Set `__name__` of one, or wrap a partial in a function."
-                )
         weights = args.reward_weights or [1.0] * len(reward_funcs)
-        if not all(map(math.isfinite, weights)) or not any(weights):
-            raise ValueError(f"`reward_weights` must be finite, and at least one of them not 0, got {weights}.")
         args.reward_weights = [*weights, *[0.0] * len(eval_reward_funcs)]
 
         def wrap(reward_func: Callable, abstains: Callable[[], bool] = lambda: False) -> Callable:
@@ -443,19 +423,50 @@ def _get_name(reward_func: Callable | nn.Module | str) -> str:
     return reward_func.split("/")[-1] if isinstance(reward_func, str) else get_callable_name(reward_func)
 
 
-def check_modality(pipeline: UDMPipeline, args: UDMGRPOConfig, reward_funcs: Callable | list[Callable]) -> None:
-    """Raises a `TypeError` or `ValueError` if a reward or an option is for text, and the samples are not."""
-    if pipeline.modality == "text":
-        return
-    for reward_func in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
-        if isinstance(reward_func, nn.Module | str):
-            got = repr(reward_func) if isinstance(reward_func, str) else f"a `{type(reward_func).__name__}`"
-            raise TypeError(
-                f"`reward_funcs` must be functions where samples are {pipeline.modality}s, got {got}: a reward model "
-                "scores text. Give a function that calls it."
+def check_rewards(
+    pipeline: UDMPipeline,
+    args: UDMGRPOConfig,
+    reward_funcs: Callable | list[Callable],
+    eval_reward_funcs: Callable | list[Callable] | None,
+) -> tuple[list[Callable], list[Callable]]:
+    """The two arguments as lists. Raises a `TypeError` or `ValueError` if they do not fit the pipeline or `args`."""
+    reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    if not isinstance(eval_reward_funcs, list):
+        eval_reward_funcs = [] if eval_reward_funcs is None else [eval_reward_funcs]
+    if not reward_funcs:
+        raise ValueError("`reward_funcs` must have at least one function, got none.")
+    for argument, functions in (("reward_funcs", reward_funcs), ("eval_reward_funcs", eval_reward_funcs)):
+        for function in functions:
+            got = f"a `{type(function).__name__}`" if isinstance(function, nn.Module) else repr(function)
+            is_model = isinstance(function, nn.Module | str)
+            if is_model and pipeline.modality != "text":
+                raise TypeError(
+                    f"`{argument}` must be functions where samples are {pipeline.modality}s, got {got}: a reward "
+                    "model scores text. Give a function that calls it."
+                )
+            if is_model and argument == "eval_reward_funcs":
+                raise TypeError(
+                    f"`{argument}` must be functions, got {got}: a reward model would be called in training too. Give "
+                    "a function that calls it."
+                )
+            if not is_model and not callable(function):
+                raise TypeError(f"`{argument}` must be a function or a list of functions, got {got}.")
+    for name, count in Counter(map(_get_name, reward_funcs + eval_reward_funcs)).items():
+        if count > 1:
+            raise ValueError(
+                f"`reward_funcs` and `eval_reward_funcs` must have names that differ, got {count} of the name "
+                f"{name!r}: their metrics would be one. Set `__name__` of one, or wrap a partial in a function."
             )
-    if args.chat_template_kwargs:
+    weights = args.reward_weights or [1.0] * len(reward_funcs)
+    if len(weights) != len(reward_funcs):
+        raise ValueError(
+            f"`reward_weights` must have one weight for each of the {len(reward_funcs)} `reward_funcs`, got {weights}."
+        )
+    if not all(map(math.isfinite, weights)) or not any(weights):
+        raise ValueError(f"`reward_weights` must be finite, and at least one of them not 0, got {weights}.")
+    if args.chat_template_kwargs and pipeline.modality != "text":
         raise ValueError(
             f"`chat_template_kwargs` must be None for `{type(pipeline).__name__}`, got {args.chat_template_kwargs}: "
             "it applies no chat template."
         )
+    return reward_funcs, eval_reward_funcs

@@ -40,7 +40,7 @@ from .checkpoint import CheckpointMixin, EpochRepeatSampler
 from .completions import CompletionsMixin
 from .ema import EMAMixin
 from .hub import HubMixin
-from .reward_runner import RewardsMixin, check_modality
+from .reward_runner import RewardsMixin, check_rewards
 from .udm_grpo_config import UDMGRPOConfig, check_datasets
 
 
@@ -162,7 +162,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             raise TypeError(f"`args` must be a `UDMGRPOConfig`, got {type(args).__name__}.")
         args = copy.copy(args)  # changed below
         check_datasets(args, train_dataset, eval_dataset)
-        check_modality(pipeline, args, reward_funcs)
+        reward_funcs, eval_reward_funcs = check_rewards(pipeline, args, reward_funcs, eval_reward_funcs)
         self.pipeline = pipeline
         pipeline.forget_local_paths()
         self.latent_shape = pipeline.latent_shape(**(args.pipeline_kwargs or {}))
