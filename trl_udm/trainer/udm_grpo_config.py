@@ -149,7 +149,7 @@ class UDMGRPOConfig(GRPOConfig):
     Changed defaults: `learning_rate` 1e-6, `adam_beta2` 0.95, `weight_decay` 0.01, `lr_scheduler_type` "constant",
     `beta` 0.05, `epsilon` 1e-4, `loss_type` "grpo", `importance_sampling_level` "sequence", `use_bias_correction_kl`
     False, `disable_dropout` True, `num_generations` 8, `num_generations_eval` 1, `per_device_train_batch_size` 24 (one
-    group of 8 samples, 3 timesteps).
+    group of 8 samples, 3 timesteps), `num_completions_to_print` 3.
 
     Raises:
         ValueError: If a value is out of its range, or the batch does not contain whole groups.
@@ -179,6 +179,10 @@ class UDMGRPOConfig(GRPOConfig):
     )
     use_bias_correction_kl: bool = field(
         default=False, metadata={"help": "Whether to weight the KL divergence by the probability ratio."}
+    )
+
+    num_completions_to_print: int | None = field(
+        default=3, metadata={"help": "Completions that a log prints with `log_completions`. `None` prints all."}
     )
 
     # Parameters that control what is trained
