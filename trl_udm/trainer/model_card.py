@@ -37,23 +37,10 @@ _PIPELINE_TAGS = {"image": "text-to-image", "text": "text-generation"}
 
 # Shown in every card, whether changed or not
 _CENTRAL_ARGUMENTS = (
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_generations",
-    "num_iterations",
-    "action",
-    "trajectory",
-    "num_train_timesteps",
-    "timestep_window",
-    "num_inference_steps",
-    "guidance_scale",
-    "beta",
-    "epsilon",
-    "loss_type",
-    "importance_sampling_level",
-    "seed",
-)
+    "learning_rate per_device_train_batch_size gradient_accumulation_steps num_generations num_iterations action "
+    "trajectory num_train_timesteps timestep_window num_inference_steps guidance_scale beta epsilon loss_type "
+    "importance_sampling_level seed"
+).split()
 # Shown in none: where and how the run was logged, saved and pushed, which may name folders, servers and accounts
 _UNTOLD_ARGUMENTS = ("adapter", "output_dir", "run_name", "report_to", "project", "resume_from_checkpoint")
 _UNTOLD_PREFIXES = ("hub_", "push_to_hub", "log", "save_", "dataloader_", "disable_tqdm", "trackio_", "ddp_", "vllm_")

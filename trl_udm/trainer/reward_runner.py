@@ -19,12 +19,9 @@ import functools
 import math
 import reprlib
 import statistics
-import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
-from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -35,6 +32,7 @@ from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_c
 
 from ..pipelines.pipeline_udm import UDMPipeline
 from ..reward_values import read_rewards
+from ..threads import Worker, call_in_thread
 from .udm_grpo_config import UDMGRPOConfig
 
 
@@ -93,21 +91,19 @@ class RewardRunner:
         """The last rewards, without padding: `None` where the function abstained, NaN where it failed."""
         self._submitted: list[Future] = []  # by micro-batch
         self._has_given_rewards = False
-        self._calls: SimpleQueue | None = None
+        self._worker: Worker | None = None
 
     def __call__(self, prompts: list[Any], **kwargs: Any) -> list[float | None]:
-        if self._calls is None:
+        if self._worker is None:
             return self._collect([_run_coroutine(self._run(prompts, **kwargs))], len(prompts))
         if not self._submitted:
             self.submit(prompts=prompts, **kwargs)
         return self._collect([outcome.result() for outcome in self._submitted], len(prompts))
 
     def start(self, event_loop: asyncio.AbstractEventLoop | None = None) -> None:
-        """Starts the thread that `submit` needs. Coroutines run in `event_loop`, in another thread."""
-        self._calls = SimpleQueue()
-        # The thread holds the queue only, so it ends with `self`
-        _start_daemon(functools.partial(_work, self._calls, event_loop if self.is_async else None), self.__name__)
-        weakref.finalize(self, self._calls.put, None)
+        """Starts the thread that `submit` needs. The function runs there, or in the `event_loop` of another thread."""
+        self._worker = Worker(self.__name__)
+        self._event_loop = event_loop
 
     def submit(self, **kwargs: Any) -> None:
         """
@@ -116,9 +112,8 @@ class RewardRunner:
         Until the function has given a reward, this waits for it. Rewards load their models in the first call, and
         loading changes settings of the whole process, such as the default dtype.
         """
-        outcome = Future()
+        outcome = self._worker.submit(lambda: _run_coroutine(self._run(**kwargs), self._event_loop))
         self._submitted.append(outcome)
-        self._calls.put((outcome, functools.partial(self._run, **kwargs)))
         if not self._has_given_rewards:
             rewards, _ = outcome.result()
             self._has_given_rewards = any(reward is not None and not math.isnan(reward) for reward in rewards)
@@ -215,7 +210,7 @@ class RewardRunner:
         try:
             if self.is_async:
                 return await asyncio.wait_for(_raise_exit_as_error(call()), self.timeout)
-            return call_to_end() if self.timeout is None else _call_in_thread(call_to_end, self.timeout)
+            return call_to_end() if self.timeout is None else call_in_thread(call_to_end, self.timeout)
         except TimeoutError as error:
             reason = f"took longer than the {self.timeout} s of `reward_timeout`" if self.timeout else "timed out"
             raise TimeoutError(self._describe(reason, prompts)) from error
@@ -267,11 +262,12 @@ class RewardsMixin:
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.reward_weights = torch.tensor(self.args.reward_weights, dtype=torch.float64)
-        if self._has_async_funcs and torch.accelerator.is_available():  # a new thread is on device 0 in every process
+        if not self._has_async_funcs:
+            return
+        self.async_loop.set_task_factory(_create_task)
+        if torch.accelerator.is_available():  # a new thread is on device 0 in every process
             device_index = torch.accelerator.current_device_index()
             self.async_loop.call_soon_threadsafe(torch.accelerator.set_device_index, device_index)
-        if self._has_async_funcs:
-            self.async_loop.set_task_factory(_create_task)
 
     def _wrap_reward_funcs(
         self, reward_funcs: list[Callable], eval_reward_funcs: list[Callable], args: UDMGRPOConfig
@@ -288,11 +284,6 @@ class RewardsMixin:
             return runner_class(reward_func, args.reward_timeout, args.reward_error, abstains)
 
         return [*map(wrap, reward_funcs), *(wrap(one, lambda: self.model.training) for one in eval_reward_funcs)]
-
-    def _start_reward_threads(self) -> None:
-        event_loop = self.async_loop if self._has_async_funcs else None
-        for runner in self._reward_runners:
-            runner.start(event_loop)
 
     @property
     def _reward_runners(self) -> list[RewardRunner]:
@@ -366,33 +357,6 @@ def _create_task(loop: asyncio.AbstractEventLoop, coroutine: Coroutine, **kwargs
     return asyncio.Task(_raise_exit_as_error(coroutine), loop=loop, **kwargs)
 
 
-def _start_daemon(target: Callable[[], None], name: str | None = None) -> None:
-    """Starts a thread on this thread's device. The interpreter does not wait for a daemon when it exits."""
-    device_index = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
-
-    def run() -> None:
-        if device_index is not None:
-            torch.accelerator.set_device_index(device_index)
-        target()
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-
-
-def _fulfill(future: Future, call: Callable[[], Any]) -> None:
-    try:
-        future.set_result(call())
-    except BaseException as error:  # an exit too is raised by whoever waits
-        future.set_exception(error)
-
-
-def _work(calls: SimpleQueue, event_loop: asyncio.AbstractEventLoop | None) -> None:
-    while (item := calls.get()) is not None:
-        outcome, call = item
-        if outcome.set_running_or_notify_cancel():
-            _fulfill(outcome, lambda call=call: _run_coroutine(call(), event_loop))
-        del item, outcome, call
-
-
 def _run_coroutine(coroutine: Coroutine, event_loop: asyncio.AbstractEventLoop | None = None) -> Any:
     """Runs a coroutine in the loop of another thread. One that never waits needs none, so notebooks may run it too."""
     if event_loop is not None:
@@ -402,12 +366,6 @@ def _run_coroutine(coroutine: Coroutine, event_loop: asyncio.AbstractEventLoop |
     except StopIteration as done:
         return done.value
     raise AssertionError("The coroutine of a synchronous function must not wait.")
-
-
-def _call_in_thread(call: Callable, timeout: float) -> Any:
-    future = Future()
-    _start_daemon(functools.partial(_fulfill, future, call))
-    return future.result(timeout)
 
 
 def _take(rows: slice, **kwargs: Any) -> dict[str, Any]:

@@ -203,7 +203,8 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             self.aux_loss_enabled = False  # families do not return what routers computed
             self._prepare_policy(is_new_adapter=peft_config is not None)
         if args.async_rewards:
-            self._start_reward_threads()
+            for runner in self._reward_runners:
+                runner.start(self.async_loop if runner.is_async else None)
         if reference is not None:
             self.ref_model = self._prepare_reference(reference)
         for component in pipeline.components.values():
