@@ -23,28 +23,16 @@ from datasets import Dataset, IterableDataset
 from trl import GRPOConfig
 
 
-_FOREIGN = "it belongs to autoregressive generation or to a moving reference policy, which UDM-GRPO does not have"
+_FOREIGN_OPTIONS = (
+    "use_transformers_continuous_batching use_transformers_paged transformers_continuous_batching_config top_p top_k "
+    "min_p repetition_penalty generation_kwargs cache_implementation pad_to_multiple_of max_tool_calling_iterations "
+    "mask_truncated_completions sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"
+).split()
+_FOREIGN_OPTIONS += [name for name in GRPOConfig.__dataclass_fields__ if name.startswith(("use_vllm", "vllm_"))]
 REFUSED_OPTIONS = {
     **dict.fromkeys(
-        (
-            "use_transformers_continuous_batching",
-            "use_transformers_paged",
-            "transformers_continuous_batching_config",
-            *(name for name in GRPOConfig.__dataclass_fields__ if name.startswith(("use_vllm", "vllm_"))),
-            "top_p",
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-            "generation_kwargs",
-            "cache_implementation",
-            "pad_to_multiple_of",
-            "max_tool_calling_iterations",
-            "mask_truncated_completions",
-            "sync_ref_model",
-            "ref_model_mixup_alpha",
-            "ref_model_sync_steps",
-        ),
-        _FOREIGN,
+        _FOREIGN_OPTIONS,
+        "it belongs to autoregressive generation or to a moving reference policy, which UDM-GRPO does not have",
     ),
     "temperature": "rollouts draw from the distribution that is scored, and a group needs its spread",
     "max_completion_length": "a sample has the number of tokens that `pipeline_kwargs` asks the pipeline for",

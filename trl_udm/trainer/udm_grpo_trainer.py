@@ -266,12 +266,9 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             mode, prompts, rollout.completions, num_samples, rewards_per_func, rewards, std_rewards, advantages
         )
         self._log_diversity(mode, rollout.output.clean_samples, num_generations, len(rewards))
-        process_slice = slice(
-            self.accelerator.process_index * len(prompts),
-            (self.accelerator.process_index + 1) * len(prompts),
-        )
-        num_padded = len(prompts) * self.accelerator.num_processes - len(advantages)
-        advantages = nn.functional.pad(advantages, (0, num_padded))[process_slice].float()
+        num_processes = self.accelerator.num_processes
+        advantages = nn.functional.pad(advantages, (0, len(prompts) * num_processes - len(advantages)))
+        advantages = advantages.chunk(num_processes)[self.accelerator.process_index].float()  # (B,)
         batch["advantages"] = advantages.to(self.accelerator.device).repeat_interleave(num_timesteps)  # (B * K,)
         if mode == "eval":
             batch["num_samples"] = len(rewards)
