@@ -15,6 +15,7 @@
 import dataclasses
 import functools
 import logging
+import warnings
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from trl import GRPOConfig
 
 from tests.pipelines.text_families import build_text_pipeline, build_tokenizer
 from tests.pipelines.tiny_diffusion_gemma import build_pipeline as build_diffusion_gemma
-from trl_udm import TextUDMPipeline, UDMGRPOTrainer, UniformDDIMScheduler, URSAPipeline
+from trl_udm import TextUDMPipeline, UDMGRPOConfig, UDMGRPOTrainer, UniformDDIMScheduler, URSAPipeline
 from trl_udm.pipelines.bidirectional import check_bidirectional
 from trl_udm.trainer.udm_grpo_config import REFUSED_OPTIONS
 from trl_udm.worlds.shapes import CHECKPOINT_PATH
@@ -91,6 +92,18 @@ def test_options_without_effect_are_refused(tmp_path, name):
         value = default + 1 if isinstance(default, int | float) else {"a": 1}
     with pytest.raises(ValueError, match=f"`{name}` must be {default}, got .*: .*"):
         build_args(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, True), ({"activation_checkpointing": False}, False), ({"gradient_checkpointing": False}, False)],
+)
+def test_a_configuration_warns_of_a_former_name_only_if_it_is_given(tmp_path, options, expected):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        args = UDMGRPOConfig(str(tmp_path), bf16=False, **options)
+    assert args.activation_checkpointing is args.gradient_checkpointing is expected
+    assert len(caught) == ("gradient_checkpointing" in options)
 
 
 def test_a_configuration_can_be_copied_with_changes(tmp_path):

@@ -62,7 +62,7 @@ def build_args(output_dir, **kwargs):
         "learning_rate": 1e-2,
         "max_steps": 1,
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "report_to": "none",
         "logging_steps": 1,
         "save_strategy": "no",

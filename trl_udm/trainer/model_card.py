@@ -42,7 +42,10 @@ _CENTRAL_ARGUMENTS = (
     "importance_sampling_level seed"
 ).split()
 # Shown in none: where and how the run was logged, saved and pushed, which may name folders, servers and accounts
-_UNTOLD_ARGUMENTS = ("adapter", "output_dir", "run_name", "report_to", "project", "resume_from_checkpoint")
+_UNTOLD_ARGUMENTS = (
+    "adapter output_dir run_name report_to project resume_from_checkpoint gradient_checkpointing "
+    "gradient_checkpointing_kwargs"
+).split()
 _UNTOLD_PREFIXES = ("hub_", "push_to_hub", "log", "save_", "dataloader_", "disable_tqdm", "trackio_", "ddp_", "vllm_")
 
 

@@ -169,6 +169,9 @@ class UDMGRPOConfig(GRPOConfig):
         default=False, metadata={"help": "Whether to weight the KL divergence by the probability ratio."}
     )
 
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "The former name of `activation_checkpointing`."}
+    )
     num_completions_to_print: int | None = field(
         default=3, metadata={"help": "Completions that a log prints with `log_completions`. `None` prints all."}
     )
@@ -255,6 +258,9 @@ class UDMGRPOConfig(GRPOConfig):
     __repr__ = GRPOConfig.__str__  # a dataclass would print `hub_token`
 
     def __post_init__(self):
+        # `GRPOConfig` has this default under the former name, of which `TrainingArguments` warns
+        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            self.activation_checkpointing = True
         if self.num_generations < 2:
             raise ValueError(
                 f"`num_generations` must be >= 2, got {self.num_generations}: a sample's advantage is measured "
