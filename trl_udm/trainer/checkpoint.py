@@ -381,10 +381,9 @@ class EpochRepeatSampler(RepeatSampler):
 def is_whole(checkpoint: str | os.PathLike) -> bool:
     """Whether a checkpoint has a complete `trainer_state.json`, which is written last."""
     try:
-        json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())
+        return bool(json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text()))
     except (OSError, ValueError):
         return False
-    return True
 
 
 def find_checkpoints(output_dir: str | os.PathLike) -> list[str]:

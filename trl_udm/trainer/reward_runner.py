@@ -17,7 +17,7 @@
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,7 +42,9 @@ class RewardsMixin:
         self.reward_weights = torch.tensor(self.args.reward_weights, dtype=torch.float64)
         if not self._has_async_funcs:
             return
-        self.async_loop.set_task_factory(_create_task)
+        self.async_loop.set_task_factory(
+            lambda loop, coroutine, **kwargs: asyncio.Task(raise_exit_as_error(coroutine), loop=loop, **kwargs)
+        )
         if torch.accelerator.is_available():  # a new thread is on device 0 in every process
             device_index = torch.accelerator.current_device_index()
             self.async_loop.call_soon_threadsafe(torch.accelerator.set_device_index, device_index)
@@ -52,8 +54,7 @@ class RewardsMixin:
     ) -> list[Callable]:
         """Those of evaluation come last, have weight 0, and abstain in training. Reward models stay as they are."""
         self._num_eval_reward_funcs = len(eval_reward_funcs)
-        weights = args.reward_weights or [1.0] * len(reward_funcs)
-        args.reward_weights = [*weights, *[0.0] * len(eval_reward_funcs)]
+        args.reward_weights = [*args.reward_weights, *[0.0] * len(eval_reward_funcs)]
 
         def wrap(reward_func: Callable, abstains: Callable[[], bool] = lambda: False) -> Callable:
             if isinstance(reward_func, nn.Module | str):
@@ -120,10 +121,6 @@ class RewardsMixin:
         return rewards_per_func
 
 
-def _create_task(loop: asyncio.AbstractEventLoop, coroutine: Coroutine, **kwargs: Any) -> asyncio.Task:
-    return asyncio.Task(raise_exit_as_error(coroutine), loop=loop, **kwargs)
-
-
 def _get_name(reward_func: Callable | nn.Module | str) -> str:
     """The name under which [`~trl.GRPOTrainer`] logs a reward function, reward model or model id."""
     if isinstance(reward_func, nn.Module):
@@ -137,7 +134,7 @@ def check_rewards(
     reward_funcs: Callable | list[Callable],
     eval_reward_funcs: Callable | list[Callable] | None,
 ) -> tuple[list[Callable], list[Callable]]:
-    """The two arguments as lists. Raises a `TypeError` or `ValueError` if they do not fit the pipeline or `args`."""
+    """The two arguments as lists, with a weight for each of the first. Raises a `TypeError` or `ValueError`."""
     reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
     if not isinstance(eval_reward_funcs, list):
         eval_reward_funcs = [] if eval_reward_funcs is None else [eval_reward_funcs]
@@ -146,26 +143,23 @@ def check_rewards(
     for argument, functions in (("reward_funcs", reward_funcs), ("eval_reward_funcs", eval_reward_funcs)):
         for function in functions:
             got = f"a `{type(function).__name__}`" if isinstance(function, nn.Module) else repr(function)
-            is_model = isinstance(function, nn.Module | str)
-            if is_model and pipeline.modality != "text":
+            where = "" if pipeline.modality == "text" else f" where samples are {pipeline.modality}s"
+            if not isinstance(function, nn.Module | str):
+                if not callable(function):
+                    raise TypeError(f"`{argument}` must be a function or a list of functions, got {got}.")
+            elif where or argument == "eval_reward_funcs":
+                reason = "scores text" if where else "would be called in training too"
                 raise TypeError(
-                    f"`{argument}` must be functions where samples are {pipeline.modality}s, got {got}: a reward "
-                    "model scores text. Give a function that calls it."
+                    f"`{argument}` must be functions{where}, got {got}: a reward model {reason}. Give a function that "
+                    "calls it."
                 )
-            if is_model and argument == "eval_reward_funcs":
-                raise TypeError(
-                    f"`{argument}` must be functions, got {got}: a reward model would be called in training too. Give "
-                    "a function that calls it."
-                )
-            if not is_model and not callable(function):
-                raise TypeError(f"`{argument}` must be a function or a list of functions, got {got}.")
     for name, count in Counter(map(_get_name, reward_funcs + eval_reward_funcs)).items():
         if count > 1:
             raise ValueError(
                 f"`reward_funcs` and `eval_reward_funcs` must have names that differ, got {count} of the name "
                 f"{name!r}: their metrics would be one. Set `__name__` of one, or wrap a partial in a function."
             )
-    weights = args.reward_weights or [1.0] * len(reward_funcs)
+    args.reward_weights = weights = args.reward_weights or [1.0] * len(reward_funcs)
     if len(weights) != len(reward_funcs):
         raise ValueError(
             f"`reward_weights` must have one weight for each of the {len(reward_funcs)} `reward_funcs`, got {weights}."

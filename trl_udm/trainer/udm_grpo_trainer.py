@@ -427,11 +427,8 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             if self.args.gradient_accumulation_steps % generate_every != 0:
                 batch["old_per_token_logps"] = score(self.model)[0]
             if self.beta != 0.0:
-                if self.ref_model is not None:
-                    batch["ref_per_token_logps"] = score(self.ref_model)[0]
-                else:
-                    with self._reference_weights():
-                        batch["ref_per_token_logps"] = score(self.model)[0]
+                with self._reference_weights() as reference:
+                    batch["ref_per_token_logps"] = score(reference)[0]
         return batch
 
     @torch.no_grad()
