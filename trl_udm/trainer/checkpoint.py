@@ -381,9 +381,10 @@ class EpochRepeatSampler(RepeatSampler):
 def is_whole(checkpoint: str | os.PathLike) -> bool:
     """Whether a checkpoint has a complete `trainer_state.json`, which is written last."""
     try:
-        return bool(json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text()))
+        json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())
     except (OSError, ValueError):
         return False
+    return True
 
 
 def find_checkpoints(output_dir: str | os.PathLike) -> list[str]:

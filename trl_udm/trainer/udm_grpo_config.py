@@ -266,6 +266,8 @@ class UDMGRPOConfig(GRPOConfig):
                 f"`num_generations` must be >= 2, got {self.num_generations}: a sample's advantage is measured "
                 "against the others of its group."
             )
+        scales, aggregations = ("group", "batch", "none"), ("sum_then_normalize", "normalize_then_sum")
+        is_aggregation = self.multi_objective_aggregation in aggregations
         for name, is_valid, rule in (
             ("num_inference_steps", self.num_inference_steps > 0, "> 0"),
             ("num_inference_steps_eval", self.num_inference_steps_eval > 0, "> 0"),
@@ -280,6 +282,8 @@ class UDMGRPOConfig(GRPOConfig):
             ("reward_timeout", self.reward_timeout is None or self.reward_timeout > 0, "> 0 or None"),
             ("reward_error", self.reward_error in ("raise", "none"), "'raise' or 'none'"),
             ("max_failed_steps", self.max_failed_steps >= 0, ">= 0"),
+            ("scale_rewards", self.scale_rewards in (*scales, True, False), f"one of {scales}"),
+            ("multi_objective_aggregation", is_aggregation, f"one of {aggregations}"),
         ):
             if not is_valid:
                 raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)!r}.")
@@ -290,12 +294,6 @@ class UDMGRPOConfig(GRPOConfig):
             if value not in (None, only):
                 raise ValueError(f"`{name}` must be {only}, got {value}: {reason}.")
         super().__post_init__()
-        for name, choices in (
-            ("scale_rewards", ("group", "batch", "none")),
-            ("multi_objective_aggregation", ("sum_then_normalize", "normalize_then_sum")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         if self.top_entropy_quantile < 1.0 and self.importance_sampling_level == "sequence":
             raise ValueError(
                 f"`top_entropy_quantile` must be 1.0 with `importance_sampling_level='sequence'`, got "
@@ -334,13 +332,12 @@ class UDMGRPOConfig(GRPOConfig):
 
     def _check_batch_geometry(self):
         # `self.world_size` is not known before `super().__post_init__`, whose own checks count samples, not rows
-        num_processes = int(os.environ.get("WORLD_SIZE", 1))
+        num_processes, batch_size = int(os.environ.get("WORLD_SIZE", 1)), self.per_device_train_batch_size
+        steps = self.steps_per_generation or self.gradient_accumulation_steps
         if self.generation_batch_size is not None:
-            if self.generation_batch_size % (self.per_device_train_batch_size * num_processes) != 0:
+            steps, rest = divmod(self.generation_batch_size, batch_size * num_processes)
+            if rest != 0:
                 return  # `GRPOConfig` names this one
-            steps = self.generation_batch_size // (self.per_device_train_batch_size * num_processes)
-        else:
-            steps = self.steps_per_generation or self.gradient_accumulation_steps
         group_rows = self.num_generations * self.num_train_timesteps
 
         def fits(batch_size: int, num_generations: int) -> bool:
@@ -348,7 +345,6 @@ class UDMGRPOConfig(GRPOConfig):
             whole_groups = local_rows * num_processes % (num_generations * self.num_train_timesteps) == 0
             return whole_groups and local_rows % self.num_train_timesteps == 0
 
-        batch_size = self.per_device_train_batch_size
         if fits(batch_size, self.num_generations):
             return
         period = math.lcm(group_rows, self.num_train_timesteps * num_processes)

@@ -211,8 +211,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             if isinstance(component, nn.Module) and component is not transformer:
                 component.requires_grad_(False).eval().to(self.accelerator.device)
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # whose weights are elsewhere, or split
-            prompt = train_dataset[0]["prompt"]
-            check_bidirectional(pipeline, prompt, self.latent_shape, **self.chat_template_kwargs)
+            check_bidirectional(pipeline, train_dataset[0]["prompt"], self.latent_shape, **self.chat_template_kwargs)
 
     # `GRPOTrainer` and `Trainer.train` write the tokenizer's tokens into the config of the model. Saved there, its
     # padding token would become one whose embedding has no gradient.
@@ -247,8 +246,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         prompts = [x["prompt"] for x in inputs]
 
         def submit(first: int, clean_samples: torch.Tensor, decoded: list[Any]) -> None:
-            part = inputs[first : first + len(decoded)]
-            self._submit_rewards(*self._reward_arguments(part, clean_samples, decoded))
+            self._submit_rewards(*self._reward_arguments(inputs[first : first + len(decoded)], clean_samples, decoded))
 
         for runner in self._reward_runners:
             runner.cancel()  # what an earlier batch left, after an error
@@ -456,14 +454,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
 
     @profiling_decorator
     def _get_per_token_logps_and_entropies(
-        self,
-        model,
-        input_ids,
-        attention_mask,
-        logits_to_keep,
-        batch_size=None,
-        compute_entropy=False,
-        **kwargs,
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         """
         Log-probabilities of the actions: (B, N), or their mean over the tokens that count (B, 1) at sequence level.
