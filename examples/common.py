@@ -19,17 +19,21 @@ Each argument of `UDMGRPOConfig`, of TRL's `ModelConfig` (LoRA among them) and o
 a key of a YAML file, which `--config` names. Flags override the file.
 """
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from transformers import ProgressCallback
 from trl import ModelConfig
 
-from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, UDMPipeline
+from trl_udm import CompactProgressCallback, ThroughputCallback, UDMGRPOConfig, UDMGRPOTrainer, UDMPipeline
 from trl_udm.cli.parser import Parser
 from trl_udm.evaluation.comparison import train_and_compare, train_and_compare_texts
 from trl_udm.evaluation.report import format_table
@@ -89,6 +93,7 @@ def parse_arguments(
     Returns:
         `tuple`: Arguments of the script, of the trainer, and of the model.
     """
+    silence_libraries()
     names = {argument.partition("=")[0] for argument in argv}
     if default_config is not None and not names & {"--config", "--model_name_or_path"}:
         argv = ["--config", str(CONFIGS_DIR / default_config), *argv]
@@ -97,6 +102,22 @@ def parse_arguments(
     if model_args.lora_target_modules is None:
         model_args.lora_target_modules = lora_target_modules
     return script_args, training_args, model_args
+
+
+def silence_libraries() -> None:
+    """Leaves out what libraries tell of each other, and of the tokens that the trainer restores, and small bars."""
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # read by TRL
+    logging.getLogger("transformers.trainer_utils").addFilter(
+        lambda record: not record.getMessage().startswith("The tokenizer has new PAD/BOS/EOS tokens")
+    )
+    transformers.logging.disable_progress_bar()  # of loading and saving, amid that of the training
+
+
+def show_progress(trainer: UDMGRPOTrainer) -> None:
+    """Prints short lines of metrics, with throughput. With `--disable_tqdm True` they stay dictionaries."""
+    trainer.add_callback(ThroughputCallback(trainer))
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(CompactProgressCallback)
 
 
 def load_pipeline(
@@ -156,6 +177,7 @@ def train_images(
     Returns:
         `dict`: What [`~trl_udm.evaluation.comparison.train_and_compare`] returns.
     """
+    show_progress(trainer)
     results = train_and_compare(
         trainer,
         reward_func,
@@ -184,6 +206,7 @@ def train_texts(trainer: UDMGRPOTrainer, title: str, num_shown: int = 0) -> dict
     Returns:
         `dict`: What [`~trl_udm.evaluation.comparison.train_and_compare_texts`] returns.
     """
+    show_progress(trainer)
     results = train_and_compare_texts(trainer, num_shown)
     lines = [
         f"{row['prompt']}   before: {row['before']}   after: {row['after']}" for row in results.get("completions", [])

@@ -52,7 +52,7 @@ def build_trainer(output_dir, pipeline, reward_funcs=count_a, prompts=PROMPTS, p
         "learning_rate": 1e-2,
         "max_steps": 1,
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "report_to": "none",
         "logging_steps": 1,
         "save_strategy": "no",
@@ -286,7 +286,7 @@ def test_tokens_after_the_end_have_no_part_in_the_loss(tmp_path):
 
 @pytest.mark.parametrize("architecture", ["bert", "modernbert"])
 def test_a_step_changes_the_network_and_not_the_reference(tmp_path, architecture):
-    trainer = build_trainer(tmp_path, build_text_pipeline(architecture), max_steps=2, gradient_checkpointing=True)
+    trainer = build_trainer(tmp_path, build_text_pipeline(architecture), max_steps=2, activation_checkpointing=True)
     initial = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     trainer.train()
     for name, parameter in trainer.model.named_parameters():
