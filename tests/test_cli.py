@@ -130,6 +130,8 @@ MISTAKES = {
     f"{EVALUATE_SHAPES} --options '{{\"x\": 1}}'": "unexpected keyword argument 'x'",
     f"{EVALUATE_SHAPES} --prompts none.jsonl": "none.jsonl",
     # Memory
+    "memory --model BAAI/URSA-7B": "the Hub cannot be reached: there is no network, or HF_HUB_OFFLINE is set. These",
+    "memory --model ./no/such": "These need no network: BAAI/URSA-0.6B-IBQ1024, BAAI/URSA-1.7B-IBQ512, BAAI/",
     "memory --model folder": "There is no `model_index.json` in folder",
     "memory --model shapes --gpu_memory -4": "`--gpu_memory` must be >= 0, got -4.0",
     "memory --model shapes --lora_r -1": "`--lora_r` must be >= 0, got -1",
@@ -192,7 +194,11 @@ def test_the_version_is_printed(capsys):
 
 
 def test_help_loads_no_heavy_package():
-    code = "import sys, trl_udm.cli\nprint(*{'torch', 'trl', 'numpy', 'PIL', 'fastapi', 'msgpack'} & set(sys.modules))"
+    """That of each verb takes a quarter of a second. To import PyTorch or TRL takes several."""
+    code = "import contextlib, io, sys\nfrom trl_udm.cli import VERBS, main\nfor verb in ('', *VERBS):\n"
+    code += "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+    code += "        main([*verb.split(), '--help'])\n"
+    code += "print(*{'torch', 'transformers', 'numpy', 'datasets', 'fastapi'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert run.stdout.split() == []
 
@@ -395,6 +401,16 @@ def test_memory_prints_each_stage_and_whether_it_fits(capsys, adapter):
     assert "0.6 GiB: 0." in lora and "GiB too much." in lora
     assert "| reference weights | 0.00 |" in lora
     assert "| ema weights | 0.00 |" in full and "| ema weights | 0.00 |" in further
+
+
+def test_memory_takes_a_folder_before_a_published_model_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "BAAI/URSA-1.7B-IBQ512"
+    assert memory.build_pipeline(name, torch.bfloat16).latent_shape() == (1, 32, 32)
+    (tmp_path / "BAAI").mkdir()
+    (tmp_path / name).symlink_to(CHECKPOINT_PATH)
+    pipeline = memory.build_pipeline(name, torch.bfloat16)
+    assert pipeline.latent_shape() == (1, 8, 8) and pipeline.transformer.dtype == torch.bfloat16
 
 
 def test_memory_downloads_configurations_only(tmp_path):

@@ -675,7 +675,7 @@ def merged_adapter(model: PeftModel) -> Iterator[None]:
 
 
 def read_adapter(
-    source: str | os.PathLike | dict[str, torch.Tensor],
+    source: "str | os.PathLike | dict[str, torch.Tensor] | Adapter",
     subfolder: str | None = None,
     weight_name: str | None = None,
     peft_config: PeftConfig | None = None,
@@ -685,6 +685,8 @@ def read_adapter(
     Reads an adapter, with the arguments of [`LoraMixin.load_lora_weights`]. Raises a `ValueError` if there are no
     weights, or they are damaged or not finite.
     """
+    if isinstance(source, Adapter):
+        return source
     label, base_sample = "the dictionary", {}
     if isinstance(source, dict):
         tensors = source
