@@ -33,6 +33,7 @@ from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, UDMPipeline
 from trl_udm.cli.parser import Parser
 from trl_udm.evaluation.comparison import train_and_compare, train_and_compare_texts
 from trl_udm.evaluation.report import format_table
+from trl_udm.trainer.checkpoint import find_checkpoint
 
 
 CONFIGS_DIR = Path(__file__).parent / "configs"
@@ -88,12 +89,16 @@ def parse_arguments(
 
     Returns:
         `tuple`: Arguments of the script, of the trainer, and of the model.
+
+    Raises:
+        ValueError: If the command line is wrong, or there is no whole checkpoint to resume from.
     """
     names = {argument.partition("=")[0] for argument in argv}
     if default_config is not None and not names & {"--config", "--model_name_or_path"}:
         argv = ["--config", str(CONFIGS_DIR / default_config), *argv]
     parser = Parser((script_arguments, UDMGRPOConfig, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config(args=argv)
+    find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)  # told before a model is loaded
     if model_args.lora_target_modules is None:
         model_args.lora_target_modules = lora_target_modules
     return script_args, training_args, model_args
