@@ -335,6 +335,22 @@ def test_generate_draws_and_does_not_overwrite(tmp_path, capsys):
     assert "`--output_dir` has 00000.png already" in find_mistake(argv, capsys)
 
 
+def test_generate_counts_the_prompts_that_are_cut(tmp_path, caplog):
+    argv = [
+        "generate",
+        "a ring",
+        "a red ring " * 30,
+        "a cross " * 30,
+        "--model",
+        "shapes",
+        "--num_inference_steps",
+        "1",
+    ]
+    main([*argv, "--output_dir", str(tmp_path), "--batch_size", "1"])
+    (record,) = (record for record in caplog.records if record.name == "trl_udm.cut_prompts")
+    assert record.message.startswith("2 of 3 prompts are longer than the ")
+
+
 def test_env_names_versions(capsys):
     main(["env"])
     printed = capsys.readouterr().out

@@ -58,6 +58,8 @@ def run(arguments: Arguments) -> None:
     """
     import torch
 
+    from ..cut_prompts import expect_prompts
+
     prompts, batch_size = arguments.prompts, arguments.batch_size
     arguments.check()
     check_output_dir(arguments.output_dir)
@@ -67,6 +69,7 @@ def run(arguments: Arguments) -> None:
         if path.exists():
             raise FileExistsError(f"`--output_dir` has {path.name} already. Give another folder, or move it.")
     pipeline = load_pipeline(arguments, arguments.adapter)
+    expect_prompts(prompts, [pipeline])
     generator = torch.Generator().manual_seed(arguments.seed)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     remaining_paths = iter(paths)

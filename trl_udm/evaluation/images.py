@@ -44,6 +44,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..cut_prompts import expect_prompts
 from ..reward_values import get_reward_name, read_rewards
 from .report import write_json, write_report
 
@@ -114,6 +115,7 @@ def generate_images(
 
     samples = [(index, number) for index in range(len(rows)) for number in range(num_images_per_prompt)]
     batches = list(enumerate(range(0, len(samples), batch_size)))
+    expect_prompts([row["prompt"] for row in rows], [pipeline])
     pipeline.set_progress_bar_config(disable=True)
     for batch_number, start in tqdm(
         batches[state.process_index :: state.num_processes],
@@ -177,6 +179,7 @@ def score_images(
         if groups[-1] and sum(len(paths) for _, _, paths in groups[-1]) + len(paths) > batch_size:
             groups.append([])
         groups[-1].append((folder, row, paths))
+    expect_prompts([row["prompt"] for group in groups for _, row, _ in group], [reward_func])
 
     for group in tqdm(
         groups[state.process_index :: state.num_processes],
@@ -355,6 +358,7 @@ def evaluate(
     if pipeline is not None:
         if not rows:
             raise ValueError("`rows` must have at least one row, got none.")
+        expect_prompts([row["prompt"] for row in rows], [pipeline, *reward_funcs])
         num_steps = min(1, pipeline_kwargs.get("num_inference_steps", 1))  # fewer are refused by the pipeline
         generator = torch.Generator().manual_seed(seed)
         trial_kwargs = {**pipeline_kwargs, "num_inference_steps": num_steps, "generator": generator}

@@ -375,8 +375,11 @@ RESERVED_COLUMNS = {"prompts", "completions", "completion_ids", "trainer_state",
 RESERVED_COLUMNS |= {"environments", "is_padding", "self"}
 
 
-def check_datasets(args: UDMGRPOConfig, train_dataset: Any, eval_dataset: Any) -> None:
-    """Raises a `TypeError` or `ValueError` if a dataset is not a `Dataset` with prompts, or has too few of them."""
+def check_datasets(args: UDMGRPOConfig, train_dataset: Any, eval_dataset: Any) -> list[Dataset]:
+    """
+    Returns all datasets. Raises a `TypeError` or `ValueError` if one is not a `Dataset` with prompts, or has too few
+    of them.
+    """
     datasets = {"train_dataset": train_dataset}
     if isinstance(eval_dataset, dict):
         datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
@@ -408,3 +411,4 @@ def check_datasets(args: UDMGRPOConfig, train_dataset: Any, eval_dataset: Any) -
             f"`num_train_timesteps` {args.num_train_timesteps})), got {len(train_dataset)}. Repeat its rows, or lower "
             "the batch."
         )
+    return list(datasets.values())
