@@ -37,6 +37,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -317,7 +318,7 @@ class LoraMixin:
 
         Args:
             lora_scale (`float`, *optional*, defaults to `1.0`):
-                Factor of the adapters.
+                Factor of the adapters, which those of LoRA can have.
             safe_fusing (`bool`, *optional*, defaults to `True`):
                 Whether to refuse adapters that make a weight infinite or NaN.
             adapter_names (`list[str]`, *optional*):
@@ -332,6 +333,11 @@ class LoraMixin:
         reason = reason_against_merging(model)
         if reason is not None:
             raise ValueError(f"The adapters {names} cannot be fused: {reason}. Use them as they are.")
+        if lora_scale != 1.0 and not any(isinstance(layer, LoraLayer) for layer in tuner_layers(model)):
+            raise ValueError(
+                f"`lora_scale` must be 1.0 for adapters of type {model.peft_type.value}, got {lora_scale}: PEFT "
+                "scales layers of LoRA only. Leave it out."
+            )
         originals = {parameter: parameter.data for parameter in base_parameters(model)}
         try:
             with rescale_adapter_scale(model, lora_scale) if lora_scale != 1.0 else contextlib.nullcontext():

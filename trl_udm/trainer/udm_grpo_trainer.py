@@ -157,6 +157,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         # Args
         if not isinstance(pipeline, UDMPipeline):
             raise TypeError(f"`pipeline` must be a `UDMPipeline`, got {type(pipeline).__name__}.")
+        pipeline.check_components()
         if args is None:
             args = UDMGRPOConfig(f"{type(pipeline).__name__}-UDM-GRPO")
         if not isinstance(args, UDMGRPOConfig):
