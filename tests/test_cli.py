@@ -108,7 +108,13 @@ MISTAKES = {
     "generate ring --model shapes --num_images_per_prompt 0": "`--num_images_per_prompt` must be >= 1, got 0",
     "generate ring --model shapes --height 33": "`height` must be a positive multiple of 4, got 33. Try 32",
     "generate ring --model shapes --output_dir file": "`--output_dir` must be a folder, got file",
+    "generate ring --model shapes --seed abc": "argument --seed: invalid int value: 'abc'",
+    # Adapters that are none
+    "generate ring --model shapes --adapter nameless": "has no `adapter_config.json` and no weights of a LoRA",
+    "generate ring --model shapes --adapter foreign": "adapter_config.json is not a configuration that PEFT knows",
     # Configuration files
+    "generate ring --config binary": "The file of `--config` is not valid YAML: 'utf-8' codec can't decode",
+    "generate ring --config folder": "Is a directory: 'folder'",
     "generate ring --config none.yaml": "No such file or directory: 'none.yaml'",
     "generate ring --config": "argument --config: expected one argument",
     "generate ring --config broken.yaml": "The file of `--config` is not valid YAML",
@@ -129,6 +135,10 @@ MISTAKES = {
     f"{EVALUATE_SHAPES} --options '[1]'": "argument --options: must be a JSON object such as",
     f"{EVALUATE_SHAPES} --options '{{\"x\": 1}}'": "unexpected keyword argument 'x'",
     f"{EVALUATE_SHAPES} --prompts none.jsonl": "none.jsonl",
+    f"{EVALUATE_SHAPES} --prompts binary.jsonl": "got 'binary.jsonl': it is not utf-8",
+    f"{EVALUATE_SHAPES} --prompts file.txt": "got 'file.txt': it has no row",
+    "evaluate --benchmark shapes --output_dir promptless": "metadata.jsonl must have a `prompt`, got {'tag': 'a'}",
+    "evaluate --benchmark shapes --output_dir broken": "00000/metadata.jsonl is not valid JSON",
     # Memory
     "memory --model BAAI/URSA-7B": "the Hub cannot be reached: there is no network, or HF_HUB_OFFLINE is set. These",
     "memory --model ./no/such": "These need no network: BAAI/URSA-0.6B-IBQ1024, BAAI/URSA-1.7B-IBQ512, BAAI/",
@@ -138,6 +148,9 @@ MISTAKES = {
     "memory --model shapes --every_n_layers 0": "`--every_n_layers` must be >= 1, got 0",
     "memory --model shapes --per_device_train_batch_size 0": "`--per_device_train_batch_size` must be >= 1, got 0",
     "memory --model shapes --beta nan": "`--beta` must be >= 0, got nan",
+    "memory --model shapes --beta inf": "`--beta` must be >= 0, got inf",
+    "memory --model shapes --gpu_memory inf": "`--gpu_memory` must be >= 0, got inf",
+    "memory --model shapes --guidance_scale inf": "`--guidance_scale` must be in [-1.79",
     "memory --model shapes --height 33": "`height` must be a positive multiple of 4, got 33. Try 32",
     "memory --model shapes --gradient_accumulation_steps 5 --per_device_train_batch_size 4": "whole groups of 24 rows",
     # Rewards
@@ -147,6 +160,7 @@ MISTAKES = {
     "serve-reward shapes --body_timeout 0": "`--body_timeout` must be > 0, got 0.0",
     "serve-reward shapes --host 0.0.0.0": "`host` must be a loopback address where there is no token, got '0.0.0.0'",
     "serve-reward shapes --token_file no-token": "No such file or directory: 'no-token'",
+    "serve-reward shapes --token_file binary": "`token` must be of visible ASCII characters",
     "serve-reward shapes --options mode=dense": "argument --options: must be a JSON object",
     "serve-reward shapes --options '{\"x\": 1}'": "unexpected keyword argument 'x'",
     "serve-reward ocr --options '{\"x\": 1}'": "The reward 'ocr' cannot be made with `options` {'x': 1}",
@@ -163,10 +177,14 @@ MISTAKES = {
 def test_a_mistake_ends_with_one_line_before_anything_is_written(command, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
+    for name in ("folder", "nameless", "foreign", "promptless/00000", "broken/00000"):
+        (tmp_path / name).mkdir(parents=True)
     model = "model: shapes\n"
     for name, text in {
         "file": "",
+        "file.txt": "",
+        "promptless/00000/metadata.jsonl": '{"tag": "a"}',
+        "broken/00000/metadata.jsonl": "{",
         "broken.yaml": "model: [",
         "list.yaml": "- model",
         "type.yaml": model + "batch_size: [16]",
@@ -175,6 +193,11 @@ def test_a_mistake_ends_with_one_line_before_anything_is_written(command, tmp_pa
         "unknown.yaml": model + "modle: shapes",
     }.items():
         (tmp_path / name).write_text(text)
+    for name in ("nameless", "foreign"):
+        save_file({"weight": torch.zeros(1)}, tmp_path / name / "adapter_model.safetensors")
+    (tmp_path / "foreign" / "adapter_config.json").write_text('{"peft_type": "NONE"}')
+    for name in ("binary", "binary.jsonl"):
+        (tmp_path / name).write_bytes(b"\x80\xff")
     before = {path: path.stat().st_size for path in tmp_path.rglob("*")}
     mistake = find_mistake(shlex.split(command), capsys)
     assert re.fullmatch("trl-udm.*: error: .*\n", mistake) and MISTAKES[command] in mistake

@@ -38,8 +38,27 @@ MISTAKES = [
     (
         "train_geneval",
         [*MODEL, "--eval_dataset_name", "a.jsonl", "--detector", "nowhere:D"],
-        "No module named 'nowhere'",
+        "`--detector` nowhere:D cannot be imported: No module named 'nowhere'",
     ),
+    (
+        "train_geneval",
+        [*MODEL, "--eval_dataset_name", "a.jsonl", "--detector", "math:nothing"],
+        "`--detector` math:nothing cannot be imported: module 'math' has no attribute 'nothing'",
+    ),
+    (
+        "train_text",
+        [*MODEL, "--dataset_name", "a", "--eval_dataset_name", "b", "--reward_funcs", "math.pi"],
+        "`--reward_funcs` must name what can be called, got math.pi, which is 3.14",
+    ),
+    ("train_geneval", ["--num_eval_images", "0"], "`--num_eval_images` must be >= 1, got 0"),
+    ("train_geneval", ["--eval_images_batch_size", "-1"], "`--eval_images_batch_size` must be >= 1, got -1"),
+    ("train_geneval", ["--diagnostics_steps", "0"], "`--diagnostics_steps` must be >= 1, got 0"),
+    ("train_text", ["--num_shown", "-1"], "`--num_shown` must be >= 0, got -1"),
+    ("train_text", ["--learning_rate", "nan"], "`learning_rate` must be >= 0, got nan"),
+    ("train_text", ["--beta", "inf"], "`beta` must be >= 0, got inf"),
+    ("train_text", ["--epsilon", "-1"], "`epsilon` must be >= 0, got -1.0"),
+    ("train_text", ["--seed", "abc"], "invalid int value: 'abc'"),
+    ("train_text", ["--dtype", "float7"], "argument --dtype: invalid choice: 'float7'"),
 ]
 
 

@@ -19,6 +19,7 @@ No weight is read, and no GPU is needed. The defaults are those of UDMGRPOConfig
 """
 
 import math
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -143,7 +144,7 @@ def run(arguments: Arguments) -> None:
     check_range(arguments, lora_r=(0, math.inf), every_n_layers=(1, math.inf), gpu_memory=(0, math.inf))
     check_range(arguments, per_device_train_batch_size=(1, math.inf), gradient_accumulation_steps=(1, math.inf))
     check_range(arguments, num_generations=(2, math.inf), num_train_timesteps=(1, math.inf))
-    check_range(arguments, beta=(0, math.inf), guidance_scale=(-math.inf, math.inf))
+    check_range(arguments, beta=(0, math.inf), guidance_scale=(-sys.float_info.max, sys.float_info.max))
     config_names = {config_field.name for config_field in fields(UDMGRPOConfig)}
     settings = {name: value for name, value in vars(arguments).items() if name in config_names}
     if arguments.gradient_accumulation_steps is None:

@@ -45,6 +45,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..cut_prompts import expect_prompts
+from ..pipelines.original_checkpoint import load_json
 from ..reward_values import get_reward_name, read_rewards
 from .report import write_json, write_report
 
@@ -172,7 +173,9 @@ def score_images(
         raise ValueError(f"`images_dir` must have folders like 00000 with a metadata.jsonl, got {images_dir}.")
     groups = [[]]
     for folder in folders:
-        row = json.loads((folder / "metadata.jsonl").read_text())
+        row = load_json(folder / "metadata.jsonl")
+        if not isinstance(row.get("prompt"), str):
+            raise ValueError(f"{folder / 'metadata.jsonl'} must have a `prompt`, got {row}.")
         paths = sorted(path for path in (folder / "samples").glob("*.png") if path.stem.isdigit())
         if not paths:
             raise ValueError(f"`images_dir` must have images of every prompt, got none in {folder / 'samples'}.")
@@ -194,7 +197,7 @@ def score_images(
                 "checksums": {path.name: zlib.crc32(path.read_bytes()) for path in paths},
             }
             scores_path = folder / f"scores_{name}.json"
-            found = json.loads(scores_path.read_text()) if scores_path.exists() else {}
+            found = load_json(scores_path) if scores_path.exists() else {}
             if {**found, **known} != found:
                 unscored.append((scores_path, known, row, paths))
         if not unscored:
@@ -208,7 +211,7 @@ def score_images(
 
     results = []
     for folder, row, paths in (entry for group in groups for entry in group):
-        folder_scores = json.loads((folder / f"scores_{name}.json").read_text())["scores"]
+        folder_scores = load_json(folder / f"scores_{name}.json")["scores"]
         for path in paths:
             results.append(
                 {
@@ -393,7 +396,7 @@ def _check_or_write(path: Path, value: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, value)
         return
-    found, value = json.loads(path.read_text()), json.loads(json.dumps(value))
+    found, value = load_json(path), json.loads(json.dumps(value))
     for name in sorted({*found, *value}):
         if found.get(name) != value.get(name):
             raise ValueError(

@@ -708,12 +708,8 @@ def read_adapter(
             with safe_open(file, "pt") as opened:
                 base_sample = json.loads((opened.metadata() or {}).get(BASE_SAMPLE, "{}"))
         if peft_config is None:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 peft_config = read_config(source, **settings)
-            except FileNotFoundError:
-                logger.warning(
-                    f"{source} has no `adapter_config.json`: it is read as a LoRA, with its rank as `alpha`."
-                )
     infinite = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
     if infinite:
         raise ValueError(
@@ -724,6 +720,8 @@ def read_adapter(
         for name, tensor in tensors.items()
     }
     config = copy.deepcopy(peft_config) if peft_config is not None else infer_lora_config(weights, label)
+    if peft_config is None and not isinstance(source, dict):
+        logger.warning(f"{source} has no `adapter_config.json`: it is read as a LoRA, with its rank as `alpha`.")
     check_peft_config(config)
     config.task_type = None  # PEFT's task classes wrap `generate`, which a denoiser does not have
     config.inference_mode = True
@@ -735,7 +733,10 @@ def read_config(source: str | os.PathLike, **hub_kwargs: Any) -> PeftConfig:
     file = find_file(source, [CONFIG_NAME], **hub_kwargs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's about fields of other versions
-        return PeftConfig.from_pretrained(str(file.parent))
+        try:
+            return PeftConfig.from_pretrained(str(file.parent))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is not a configuration that PEFT knows: {error}.") from error
 
 
 def infer_lora_config(state_dict: dict[str, torch.Tensor], label: str) -> LoraConfig:

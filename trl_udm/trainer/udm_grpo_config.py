@@ -269,6 +269,9 @@ class UDMGRPOConfig(GRPOConfig):
                 "against the others of its group."
             )
         for name, is_valid, rule in (
+            ("learning_rate", 0 <= self.learning_rate < math.inf, ">= 0"),
+            ("beta", 0 <= self.beta < math.inf, ">= 0"),
+            ("epsilon", 0 <= self.epsilon < math.inf, ">= 0"),
             ("num_inference_steps", self.num_inference_steps > 0, "> 0"),
             ("num_inference_steps_eval", self.num_inference_steps_eval > 0, "> 0"),
             ("num_train_timesteps", self.num_train_timesteps > 0, "> 0"),
