@@ -20,12 +20,14 @@ a key of a YAML file, which `--config` names. Flags override the file.
 """
 
 import logging
+import math
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -34,9 +36,10 @@ from transformers import ProgressCallback
 from trl import ModelConfig
 
 from trl_udm import CompactProgressCallback, ThroughputCallback, UDMGRPOConfig, UDMGRPOTrainer, UDMPipeline
-from trl_udm.cli.parser import Parser
+from trl_udm.cli.parser import Parser, check_range
 from trl_udm.evaluation.comparison import train_and_compare, train_and_compare_texts
 from trl_udm.evaluation.report import format_table
+from trl_udm.trainer.checkpoint import find_checkpoint
 
 
 CONFIGS_DIR = Path(__file__).parent / "configs"
@@ -92,6 +95,9 @@ def parse_arguments(
 
     Returns:
         `tuple`: Arguments of the script, of the trainer, and of the model.
+
+    Raises:
+        ValueError: If the command line is wrong, or there is no whole checkpoint to resume from.
     """
     silence_libraries()
     names = {argument.partition("=")[0] for argument in argv}
@@ -99,6 +105,10 @@ def parse_arguments(
         argv = ["--config", str(CONFIGS_DIR / default_config), *argv]
     parser = Parser((script_arguments, UDMGRPOConfig, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config(args=argv)
+    for name, value in vars(script_args).items():
+        if type(value) is int:  # a count
+            check_range(script_args, **{name: (0 if name == "num_shown" else 1, math.inf)})
+    find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)  # told before a model is loaded
     if model_args.lora_target_modules is None:
         model_args.lora_target_modules = lora_target_modules
     return script_args, training_args, model_args
@@ -118,6 +128,31 @@ def show_progress(trainer: UDMGRPOTrainer) -> None:
     trainer.add_callback(ThroughputCallback(trainer))
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(CompactProgressCallback)
+
+
+def resolve_callable(flag: str, name: str) -> Callable[..., Any]:
+    """
+    Imports what a flag names.
+
+    Args:
+        flag (`str`):
+            Name of the flag, for the message.
+        name (`str`):
+            `"module:attribute"`, or a full name with dots.
+
+    Returns:
+        `Callable`: The function or class.
+
+    Raises:
+        ValueError: If there is no such one.
+    """
+    try:
+        found = resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"`--{flag}` {name} cannot be imported: {error}.") from error
+    if not callable(found):
+        raise ValueError(f"`--{flag}` must name what can be called, got {name}, which is {found!r}.")
+    return found
 
 
 def load_pipeline(

@@ -188,6 +188,29 @@ def test_components_must_fit():
         pipeline.latent_shape(0)
 
 
+@pytest.mark.parametrize("name", ["transformer", "scheduler", "tokenizer"])
+def test_a_missing_component_is_named(tmp_path, name):
+    pipeline = build_text_pipeline()
+    message = f"`{name}` must be given, got None: `TextUDMPipeline` does not work without it"
+    with pytest.raises(ValueError, match=message):
+        TextUDMPipeline(**{**pipeline.components, name: None})
+    setattr(pipeline, name, None)
+    with pytest.raises(ValueError, match=message):
+        pipeline("abc")
+    with pytest.raises(ValueError, match=message):
+        build_trainer(tmp_path, pipeline)
+
+
+def test_a_text_beyond_the_positions_of_the_network_is_refused():
+    pipeline = build_text_pipeline()  # with positions for 64 tokens
+    options = {"num_inference_steps": 1, "negative_prompt": "b"}
+    pipeline("a" * (64 - NUM_TOKENS), **options)
+    message = "must have at most the 64 tokens that `BertForMaskedLM` has positions for, got 59 [+] 6 tokens. Shorten"
+    with pytest.raises(ValueError, match=message):
+        pipeline(["b", "a" * (65 - NUM_TOKENS)], **options)
+    build_text_pipeline("modernbert")("a" * 99, **options)  # rotary positions have no end
+
+
 # --- Scoring ---
 
 

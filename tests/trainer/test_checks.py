@@ -27,6 +27,7 @@ from trl import GRPOConfig
 from tests.pipelines.text_families import build_text_pipeline, build_tokenizer
 from tests.pipelines.tiny_diffusion_gemma import build_pipeline as build_diffusion_gemma
 from trl_udm import TextUDMPipeline, UDMGRPOConfig, UDMGRPOTrainer, UniformDDIMScheduler, URSAPipeline
+from trl_udm.cut_prompts import PromptCutter
 from trl_udm.pipelines.bidirectional import check_bidirectional
 from trl_udm.trainer.udm_grpo_config import REFUSED_OPTIONS
 from trl_udm.worlds.shapes import CHECKPOINT_PATH
@@ -238,3 +239,26 @@ def test_prompts_that_are_cut_are_told_once(shapes, caplog):
         f"2 of 3 prompts are longer than the {length} tokens that the pipeline reads, and are cut. The first is "
         f"{long[0]!r}. Further ones are not told."
     )
+
+
+def test_prompts_that_are_cut_are_counted_over_the_datasets(shapes, tmp_path, caplog):
+    """Of training and evaluation, by the pipeline and a reward, before the first step."""
+
+    class Reward(PromptCutter):
+        __name__ = "reward"
+
+        def __call__(self, prompts, **kwargs):
+            self._warn_of_cut_prompts(prompts, shapes.tokenizer, 2, "the reward")
+            return [0.0] * len(prompts)
+
+    rows = ["a ring", "a ring", *(f"{'a red circle ' * 200}{word}" for word in ("", "cross", "ring"))]
+    eval_rows = [*rows[:1], "a blue square " * 200]
+    train, evaluation, other = (Dataset.from_dict({"prompt": x}) for x in (rows, eval_rows, ["a red ring"]))
+    with caplog.at_level(logging.WARNING, logger="trl_udm.cut_prompts"):
+        trainer = UDMGRPOTrainer(shapes, Reward(), build_args(tmp_path), train, {"one": evaluation, "two": other})
+        assert [record.message.split(", and")[0] for record in caplog.records] == [
+            f"4 of 6 prompts are longer than the {shapes.config.max_prompt_length} tokens that the pipeline reads"
+        ]
+        trainer._calculate_rewards([{"prompt": "a ring"}], ["a ring"], [None], [[0]])
+    assert caplog.records[1].message.startswith("5 of 6 prompts are longer than the 2 tokens that the reward reads")
+    assert f"The first is {rows[2]!r}" in caplog.records[0].message and len(caplog.records) == 2

@@ -13,6 +13,7 @@
 # limitations under the License.
 
 import inspect
+import math
 from typing import Any, Literal, Unpack, overload
 
 import torch
@@ -159,6 +160,17 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
         t: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         attention_mask = torch.cat([prompt_mask, torch.ones_like(noised_samples)], dim=1)  # (B, T + N)
+        tables = [
+            module.num_embeddings
+            for name, module in self.transformer.named_modules()
+            if isinstance(module, nn.Embedding) and "position" in name
+        ]
+        if attention_mask.size(1) > min(tables, default=math.inf):
+            raise ValueError(
+                f"A prompt and its completion must have at most the {min(tables)} tokens that "
+                f"`{type(self.transformer).__name__}` has positions for, got {prompt_ids.size(1)} + "
+                f"{noised_samples.size(1)} tokens. Shorten the prompt, or lower `max_completion_length`."
+            )
         inputs: dict[str, Any] = {
             "input_ids": torch.cat([prompt_ids, noised_samples], dim=1),
             "attention_mask": attention_mask,

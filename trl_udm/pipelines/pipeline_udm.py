@@ -112,6 +112,28 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         """`int`: Number of steps of the last call."""
         return self._num_timesteps
 
+    def register_modules(self, **kwargs: Any) -> None:
+        self.check_components(kwargs)
+        super().register_modules(**kwargs)
+
+    def check_components(self, components: dict[str, Any] | None = None) -> None:
+        """
+        Checks that no component is missing.
+
+        Args:
+            components (`dict[str, Any]`, *optional*):
+                Components by name. By default those of the pipeline.
+
+        Raises:
+            ValueError: If one is `None` that is not optional.
+        """
+        for name, component in (self.components if components is None else components).items():
+            if component is None and name not in self._optional_components:
+                raise ValueError(
+                    f"`{name}` must be given, got None: `{type(self).__name__}` does not work without it. Leave the "
+                    "argument out for `from_pretrained` to load it."
+                )
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
         """
@@ -464,6 +486,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         `num_per_prompt` is the number of samples of each prompt, under the name of the argument. `kwargs` are those of
         `sample_tokens`.
         """
+        self.check_components()
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if callback_on_step_end_tensor_inputs is None:

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..cut_prompts import CutPromptWarning
+from ..cut_prompts import PromptCutter
 from ..models.autoencoder_vq import AutoencoderVQ
 from ..models.configuration_ursa import URSAConfig
 from ..models.modeling_ursa import URSAForImageGeneration
@@ -43,7 +43,7 @@ class URSACallArguments(CallArguments, total=False):
     num_images_per_prompt: int
 
 
-class URSAPipeline(UDMPipeline):
+class URSAPipeline(PromptCutter, UDMPipeline):
     r"""
     Text-to-image generation with URSA (https://huggingface.co/papers/2510.24717).
 
@@ -110,7 +110,6 @@ class URSAPipeline(UDMPipeline):
         self.register_to_config(max_prompt_length=max_prompt_length, vae_scale_factor=vae_scale_factor)
         if len(set(sizes.values())) > 1:
             raise ValueError(f"The components must share one codebook, got sizes {sizes}.")
-        self._cut_prompts = CutPromptWarning("the pipeline")
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor)
 
     @classmethod
@@ -245,8 +244,7 @@ class URSAPipeline(UDMPipeline):
         return 1, height // stride, width // stride
 
     def encode_prompt(self, prompt: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        num_tokens = [len(ids) for ids in self.tokenizer(prompt, verbose=False)["input_ids"]]
-        self._cut_prompts.check(prompt, num_tokens, self.config.max_prompt_length)
+        self._warn_of_cut_prompts(prompt, self.tokenizer, self.config.max_prompt_length, "the pipeline")
         encoded = self.tokenizer(
             prompt,
             padding="max_length",

@@ -32,7 +32,7 @@ from PIL import Image
 from torch.nn import functional
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from ..cut_prompts import CutPromptWarning
+from ..cut_prompts import PromptCutter
 from .images import as_pil_images
 
 
@@ -83,7 +83,7 @@ def load_clip(
     return model.eval().to(device if device is not None else PartialState().device), tokenizer, image_processor
 
 
-class CLIPReward:
+class CLIPReward(PromptCutter):
     """
     The cosine of an image and its prompt under any CLIP model of transformers, as a reward function for
     [`UDMGRPOTrainer`].
@@ -146,7 +146,6 @@ class CLIPReward:
         self.__name__ = "clip"
         self._model: Any = None
         self._text_features: dict[str, torch.Tensor] = {}
-        self._cut_prompts = CutPromptWarning(type(self).__name__)
 
     @torch.inference_mode()
     def __call__(
@@ -209,8 +208,7 @@ class CLIPReward:
         if new_prompts:
             texts = [self.prefix + prompt for prompt in new_prompts]
             max_length = self._model.config.text_config.max_position_embeddings
-            num_tokens = [len(ids) for ids in self._tokenizer(texts, verbose=False)["input_ids"]]
-            self._cut_prompts.check(new_prompts, num_tokens, max_length)
+            self._warn_of_cut_prompts(new_prompts, self._tokenizer, max_length, type(self).__name__, self.prefix)
             inputs = self._tokenizer(
                 texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
             ).to(self._model.device)

@@ -265,6 +265,9 @@ class UDMGRPOConfig(GRPOConfig):
         levels = ("sequence", "token")
         is_aggregation = self.multi_objective_aggregation in aggregations
         for name, is_valid, rule in (
+            ("learning_rate", 0 <= self.learning_rate < math.inf, ">= 0"),
+            ("beta", 0 <= self.beta < math.inf, ">= 0"),
+            ("epsilon", 0 <= self.epsilon < math.inf, ">= 0"),
             ("num_inference_steps", self.num_inference_steps > 0, "> 0"),
             ("num_inference_steps_eval", self.num_inference_steps_eval > 0, "> 0"),
             ("num_train_timesteps", self.num_train_timesteps > 0, "> 0"),
@@ -366,8 +369,11 @@ RESERVED_COLUMNS = {"prompts", "completions", "completion_ids", "trainer_state",
 RESERVED_COLUMNS |= {"environments", "is_padding", "self"}
 
 
-def check_datasets(args: UDMGRPOConfig, train_dataset: Any, eval_dataset: Any) -> None:
-    """Raises a `TypeError` or `ValueError` if a dataset is not a `Dataset` with prompts, or has too few of them."""
+def check_datasets(args: UDMGRPOConfig, train_dataset: Any, eval_dataset: Any) -> list[Dataset]:
+    """
+    Returns all datasets. Raises a `TypeError` or `ValueError` if one is not a `Dataset` with prompts, or has too few
+    of them.
+    """
     datasets = {"train_dataset": train_dataset}
     if isinstance(eval_dataset, dict):
         datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
@@ -399,3 +405,4 @@ def check_datasets(args: UDMGRPOConfig, train_dataset: Any, eval_dataset: Any) -
             f"`num_train_timesteps` {args.num_train_timesteps})), got {len(train_dataset)}. Repeat its rows, or lower "
             "the batch."
         )
+    return list(datasets.values())

@@ -31,6 +31,7 @@ from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.extras.profiling import profiling_context, profiling_decorator
 
+from ..cut_prompts import expect_prompts
 from ..models.layers import without_checkpointing
 from ..pipelines.bidirectional import check_bidirectional
 from ..pipelines.pipeline_output import UDMSamplerOutput
@@ -158,12 +159,13 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         # Args
         if not isinstance(pipeline, UDMPipeline):
             raise TypeError(f"`pipeline` must be a `UDMPipeline`, got {type(pipeline).__name__}.")
+        pipeline.check_components()
         if args is None:
             args = UDMGRPOConfig(f"{type(pipeline).__name__}-UDM-GRPO")
         if not isinstance(args, UDMGRPOConfig):
             raise TypeError(f"`args` must be a `UDMGRPOConfig`, got {type(args).__name__}.")
         args = copy.copy(args)  # changed below
-        check_datasets(args, train_dataset, eval_dataset)
+        datasets = check_datasets(args, train_dataset, eval_dataset)
         reward_funcs, eval_reward_funcs = check_rewards(pipeline, args, reward_funcs, eval_reward_funcs)
         self.pipeline = pipeline
         pipeline.forget_local_paths()
@@ -212,6 +214,8 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         for component in pipeline.components.values():
             if isinstance(component, nn.Module) and component is not transformer:
                 component.requires_grad_(False).eval().to(self.accelerator.device)
+        for dataset in datasets:
+            expect_prompts(dataset["prompt"], [pipeline, *(runner.reward_func for runner in self._reward_runners)])
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # whose weights are elsewhere, or split
             check_bidirectional(pipeline, train_dataset[0]["prompt"], self.latent_shape, **self.chat_template_kwargs)
 
