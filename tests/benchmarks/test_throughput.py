@@ -93,18 +93,6 @@ def test_the_naive_sampler_draws_from_the_librarys_distribution(tmp_path, module
     assert ours.std() > 30  # they are not merely uniform
 
 
-def test_growth_is_drawn_as_wide_as_a_page(tmp_path, module):
-    curves = {"seconds": [1.0, 2.1], "extra_mib": [30.0, 30.0]}
-    stages = {"rollout": curves, "update": curves}
-    results = {
-        "tokens": {"values": [64, 256], "stages": stages},
-        "num_train_timesteps": {"values": [1, 2], "stages": {"update": curves}},
-    }
-    module["save_growth"](tmp_path / "growth.png", results)
-    with Image.open(tmp_path / "growth.png") as image:
-        assert image.width == 2 * 830
-
-
 def test_flops_are_those_that_pytorch_counts(tmp_path, module):
     size, args = module["SIZES"]["tiny"], settings(tmp_path)
     trainer = module["build_trainer"](size, args, False)
@@ -120,6 +108,18 @@ def test_flops_are_those_that_pytorch_counts(tmp_path, module):
 
 def test_the_exponent_is_the_slope_of_the_logarithms(module):
     assert module["exponent"]([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+
+
+def test_growth_is_drawn_as_wide_as_a_page(tmp_path, module):
+    curves = {"seconds": [1.0, 2.1], "extra_mib": [30.0, 30.0]}
+    stages = {"rollout": curves, "update": curves}
+    results = {
+        "tokens": {"values": [64, 256], "stages": stages},
+        "num_train_timesteps": {"values": [1, 2], "stages": {"update": curves}},
+    }
+    module["save_growth"](tmp_path / "growth.png", results)
+    with Image.open(tmp_path / "growth.png") as image:
+        assert image.width == 2 * 830
 
 
 def test_the_program_writes_what_it_measured(tmp_path):
