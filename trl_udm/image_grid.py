@@ -77,7 +77,7 @@ def make_image_grid(
         numbers = "" if rewards is None else ", ".join(f"{reward:.2f}" for reward in rewards[i]) + " "
         captions.append(wrap(numbers + str(prompts[i])))
     titles = [wrap(title) for title in column_titles or []]
-    row_titles = [make_drawable(title) for title in row_titles or []]
+    row_titles = [make_drawable(" ".join(title.split())) for title in row_titles or []]
     margin_left = round(max((text_width(title, font_size) for title in row_titles), default=-gap)) + gap
     margin_top = line_height * max(map(len, titles), default=0)
     starts = range(0, len(images), num_columns)
