@@ -226,9 +226,9 @@ def make_page(pipelines: dict[str, UDMPipeline], arguments: Arguments) -> "gr.Bl
     size = {name: getattr(arguments, name) for name in ("height", "width") if getattr(arguments, name) is not None}
     prompts = [row["prompt"] for row in WORLDS[arguments.model].load_eval_rows()] if arguments.model in WORLDS else []
     prompts = prompts[:: max(1, len(prompts) // 6)]
-    buttons = ["download", "fullscreen"]  # by default there is one that uploads
-    image_options = {"format": "png", "show_label": False, "elem_classes": "pixels", "buttons": buttons}
-    gallery_options = {"columns": 4, "height": "max-content", "object_fit": "contain", **image_options}
+    # Without the button that uploads, and without those that would cover a state
+    image_options = {"format": "png", "show_label": False, "elem_classes": "pixels", "buttons": []}
+    gallery_options = {**image_options, "columns": 4, "height": "max-content", "object_fit": "contain"}
     progress_bar = gr.Progress(track_tqdm=True)  # that of the pipeline
 
     def draw(prompt, seed, num_samples, num_inference_steps, guidance_scale, progress=progress_bar):
