@@ -112,6 +112,17 @@ MISTAKES = {
     # Adapters that are none
     "generate ring --model shapes --adapter nameless": "has no `adapter_config.json` and no weights of a LoRA",
     "generate ring --model shapes --adapter foreign": "adapter_config.json is not a configuration that PEFT knows",
+    # The page
+    "demo --port 99999": "`--port` must be in [0, 65535], got 99999",
+    "demo --port 0 --host 192.0.2.1": "Cannot assign requested address",
+    "demo --port 0 --num_inference_steps 0": "`--num_inference_steps` must be >= 1, got 0",
+    "demo --port 0 --model no/such": "There is no folder or cached repository no/such, and the Hub cannot be reached",
+    "demo --port 0 --model folder": "There is no `model_index.json` in folder",
+    "demo --port 0 --compare folder": "There is no `model_index.json` or `adapter_model.safetensors` or `adapter_mod",
+    "demo --port 0 --compare no/such": "There is no folder or cached repository no/such, and the Hub",
+    "demo --port 0 --adapter folder": "There is no `adapter_model.safetensors` or `adapter_model.bin`",
+    "demo --port 0 --height 33": "`height` must be a positive multiple of 4, got 33. Try 32",
+    "demo --port 0 --model sums --height 32": "`--height` and `--width` must be left out for a model of text",
     # Configuration files
     "generate ring --config binary": "The file of `--config` is not valid YAML: 'utf-8' codec can't decode",
     "generate ring --config folder": "Is a directory: 'folder'",

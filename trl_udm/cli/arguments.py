@@ -133,7 +133,7 @@ class SamplingArguments(ModelArguments):
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
-def load_pipeline(arguments: ModelArguments, adapter: str | None = None) -> Any:
+def load_pipeline(arguments: ModelArguments, adapter: str | None = None, pipeline_class: Any = None) -> Any:
     """
     Loads a pipeline onto the device of the process.
 
@@ -142,9 +142,11 @@ def load_pipeline(arguments: ModelArguments, adapter: str | None = None) -> Any:
             The model.
         adapter (`str`, *optional*):
             Folder or Hub repository of a PEFT adapter.
+        pipeline_class (`type[UDMPipeline]`, *optional*):
+            Class of the pipeline. By default [`URSAPipeline`].
 
     Returns:
-        [`URSAPipeline`]: The pipeline.
+        [`UDMPipeline`]: The pipeline.
     """
     import torch
     from accelerate import PartialState
@@ -158,7 +160,7 @@ def load_pipeline(arguments: ModelArguments, adapter: str | None = None) -> Any:
         URSAPipeline.from_configs(arguments.checkpoint_path).latent_shape(**size)
     device = PartialState().device
     dtype = arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    pipeline = URSAPipeline.from_pretrained(arguments.checkpoint_path, dtype=getattr(torch, dtype))
+    pipeline = (pipeline_class or URSAPipeline).from_pretrained(arguments.checkpoint_path, dtype=getattr(torch, dtype))
     if weights is not None:
         pipeline.load_lora_weights(weights)
     return pipeline.to(device)
