@@ -78,6 +78,7 @@ def folder(models, tmp_path, monkeypatch):
     Dataset.from_dict({"caption": [QUOTE] * 2}).to_parquet(tmp_path / "prompts.parquet")
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs" / "shapes-udm-grpo").symlink_to(CHECKPOINT_PATH)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
