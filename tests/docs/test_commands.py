@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from trl import ModelConfig
 
 from trl_udm import UDMGRPOConfig
 from trl_udm.cli import VERBS
@@ -100,7 +101,7 @@ def test_a_command_is_accepted(words, checkout):
         assert script.exists()
         code = "\n".join(path.read_text(encoding="utf-8") for path in script.parent.glob("*.py"))
         flags = [word for word in arguments if word.startswith("--")]
-        options = UDMGRPOConfig.__dataclass_fields__  # which some benchmarks pass on
+        options = {**UDMGRPOConfig.__dataclass_fields__, **ModelConfig.__dataclass_fields__}  # passed on by some
         assert all(flag in code or f"{flag[2:]}:" in code or flag[2:] in options for flag in flags)
     elif program == "pip":
         names = ",".join(re.findall(r"\[(.+?)\]", " ".join(arguments)))
