@@ -17,7 +17,7 @@ NUM_THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 export HF_HUB_OFFLINE
 
 .DEFAULT_GOAL := help
-.PHONY: help install geneval test test-lowest test-latest coverage types style format build clean
+.PHONY: help install geneval test test-lowest test-latest coverage types style format docs build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -69,10 +69,14 @@ format: .venv/.installed ## repair lint and formatting
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+# A broken link or anchor is an error. `make docs ARGS="-d folder"` writes elsewhere.
+docs: .venv/.installed ## build the documentation site in site/
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict $(ARGS)
+
 build: .venv/.installed ## build the wheel and the source archive in dist/, and check their page
 	.venv/bin/python -m build
 	.venv/bin/python -m twine check --strict dist/*
 
 clean: ## remove build products and caches, not the environments
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name '.venv*' -prune -o -name .git -prune -o -name __pycache__ -type d -exec rm -rf {} +

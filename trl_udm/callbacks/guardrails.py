@@ -58,7 +58,8 @@ class GuardrailCallback(TrainerCallback):
     ```python
     >>> from trl_udm import GuardrailCallback
 
-    >>> trainer.add_callback(GuardrailCallback(max_kl=1.0, watched="rewards/pickscore/mean", stop=True))
+    >>> callback = GuardrailCallback(max_kl=1.0, watched="rewards/pickscore/mean", stop=True)
+    >>> # UDMGRPOTrainer(..., callbacks=[callback])
     ```
     """
 

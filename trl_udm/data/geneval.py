@@ -70,6 +70,8 @@ def geneval_prompt(include: Sequence[Mapping[str, Any]]) -> str:
     Example:
 
     ```python
+    >>> from trl_udm.data.geneval import geneval_prompt
+
     >>> geneval_prompt([{"class": "dog", "count": 1}, {"class": "apple", "count": 1, "position": ["left of", 0]}])
     'a photo of an apple left of a dog'
     >>> geneval_prompt([{"class": "bus", "count": 3}])
@@ -133,6 +135,8 @@ def generate_geneval_prompts(
     Example:
 
     ```python
+    >>> from trl_udm.data.geneval import generate_geneval_prompts
+
     >>> dataset = generate_geneval_prompts(4, tag_weights={"colors": 1, "position": 1})
     >>> sorted(dataset["tag"])
     ['colors', 'colors', 'position', 'position']

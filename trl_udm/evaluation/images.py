@@ -349,7 +349,8 @@ def evaluate(
     ...     [GenEvalReward(ShapesDetector(), ShapesColorClassifier())],
     ...     "evaluation",
     ...     pipeline=URSAPipeline.from_pretrained(CHECKPOINT_PATH),
-    ...     rows=split_metadata()[1],
+    ...     rows=split_metadata()[1][:4],
+    ...     num_images_per_prompt=1,
     ...     num_inference_steps=10,
     ...     guidance_scale=1.0,
     ... )

@@ -139,6 +139,8 @@ def check_metadata(row: Mapping[str, Any], class_names: Sequence[str], index: in
     Example:
 
     ```python
+    >>> from trl_udm.rewards.geneval import check_metadata
+
     >>> row = {"tag": "counting", "include": [{"class": "clock", "count": 0}], "prompt": "a photo of no clocks"}
     >>> check_metadata(row, class_names=["bench", "clock"], index=7)
     Traceback (most recent call last):

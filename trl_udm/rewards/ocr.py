@@ -85,6 +85,8 @@ def extract_target(prompt: str) -> str:
     Example:
 
     ```python
+    >>> from trl_udm.rewards.ocr import extract_target
+
     >>> extract_target('A storefront sign that says "New York"')
     'New York'
     >>> extract_target('A 5" pipe under a sign that says "SALE"')
@@ -145,6 +147,8 @@ def ocr_score(recognized_text: str, target_text: str, partial: bool = False) -> 
     Example:
 
     ```python
+    >>> from trl_udm.rewards.ocr import ocr_score
+
     >>> ocr_score("HELL0", "Hello")
     0.8
     >>> ocr_score("OPEN HELL0 OPEN", "Hello"), ocr_score("OPEN HELL0 OPEN", "Hello", partial=True)

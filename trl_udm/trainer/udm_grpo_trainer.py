@@ -111,13 +111,19 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
     Example:
 
     ```python
+    >>> import numpy as np
+    >>> from datasets import Dataset
     >>> from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
+    >>> from trl_udm.worlds.shapes import CHECKPOINT_PATH
+
+    >>> def brightness(completions, **kwargs):
+    ...     return [float(np.asarray(image).mean()) / 255 for image in completions]
 
     >>> trainer = UDMGRPOTrainer(
-    ...     URSAPipeline.from_pretrained("BAAI/URSA-1.7B-IBQ512"),
-    ...     reward_funcs=my_reward,
-    ...     args=UDMGRPOConfig("URSA-UDM-GRPO", pipeline_kwargs={"height": 512, "width": 512}),
-    ...     train_dataset=my_prompts,
+    ...     URSAPipeline.from_pretrained(CHECKPOINT_PATH),
+    ...     reward_funcs=brightness,
+    ...     args=UDMGRPOConfig("bright-shapes", max_steps=1, bf16=False),
+    ...     train_dataset=Dataset.from_dict({"prompt": ["a photo of a circle"]}),
     ... )
     >>> trainer.train()
     ```
