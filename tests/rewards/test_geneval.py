@@ -392,6 +392,13 @@ def test_missing_detector_results_are_an_error():
         reward_one(GenEvalReward(GivenDetector({}, {})), BENCH)
 
 
+@pytest.mark.parametrize("rule", [evaluate, evaluate_reward])
+def test_the_rules_ask_for_a_classifier_of_colors(rule):
+    objects = {"car": [Detection(box=(0, 0, 8, 8), score=1.0)]}
+    with pytest.raises(ValueError, match="`color_classifier` must be given for the color 'blue', got None"):
+        rule(IMAGE, objects, {"tag": "colors", "include": [{"class": "car", "count": 1, "color": "blue"}]})
+
+
 def test_missing_colors_are_an_error():
     def no_colors(image, detections, class_name):
         return []

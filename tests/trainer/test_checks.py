@@ -126,6 +126,15 @@ def build_trainer(pipeline, output_dir, reward_funcs=count_letters, eval_reward_
     return UDMGRPOTrainer(pipeline, reward_funcs, args, rows, eval_reward_funcs=eval_reward_funcs)
 
 
+def test_reward_functions_may_be_a_tuple(tmp_path):
+    trainer = build_trainer(build_toy_text_pipeline(), tmp_path, (count_letters, len_of_text))
+    assert trainer.reward_func_names == ["count_letters", "len_of_text"]
+
+
+def len_of_text(completions, **kwargs):
+    return [len(completion) for completion in completions]
+
+
 def build_causal_pipeline():
     tokenizer = build_tokenizer()
     torch.manual_seed(0)
