@@ -36,13 +36,14 @@ def test_the_notebook_is_saved_without_outputs(notebook):
     assert cells and all(cell.outputs == [] and cell.execution_count is None for cell in cells)
 
 
-def test_the_notebook_teaches_redness_and_saves_a_model(notebook, tmp_path):
+def test_the_notebook_raises_both_rewards_and_saves_a_model(notebook, tmp_path):
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
     results = {}
     for text in find_outputs(notebook, "text/plain"):
         if text.startswith("{"):
             results |= ast.literal_eval(text)
     assert abs(results["before"]) < 0.02 and results["after"] > results["before"] + 0.03
+    assert results["last two steps"] > results["first two steps"] + 0.1
     assert results["the loaded model draws the same images"] is True
-    assert len(find_outputs(notebook, "image/png")) == 6  # states, before, curve, after, curve, loaded
-    assert (tmp_path / "outputs" / "geneval-shapes" / "model_index.json").is_file()
+    assert len(find_outputs(notebook, "image/png")) == 6  # states, before, curve, after, curve, before and after
+    assert (tmp_path / "outputs" / "position" / "model_index.json").is_file()

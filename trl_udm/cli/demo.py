@@ -227,8 +227,8 @@ def make_page(pipelines: dict[str, UDMPipeline], arguments: Arguments) -> "gr.Bl
     prompts = [row["prompt"] for row in WORLDS[arguments.model].load_eval_rows()] if arguments.model in WORLDS else []
     prompts = prompts[:: max(1, len(prompts) // 6)]
     # Without the button that uploads, and without those that would cover a state
-    image_options = {"format": "png", "show_label": False, "elem_classes": "pixels", "buttons": []}
-    gallery_options = {**image_options, "columns": 4, "height": "max-content", "object_fit": "contain"}
+    image_options: dict[str, Any] = {"format": "png", "show_label": False, "elem_classes": "pixels", "buttons": []}
+    gallery_options: dict[str, Any] = {**image_options, "columns": 4, "height": "max-content", "object_fit": "contain"}
     progress_bar = gr.Progress(track_tqdm=True)  # that of the pipeline
 
     def draw(prompt, seed, num_samples, num_inference_steps, guidance_scale, progress=progress_bar):
@@ -296,8 +296,9 @@ def launch(page: "gr.Blocks", host: str, port: int) -> None:
     import gradio as gr
 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    options = {"share": False, "ssr_mode": False, "show_error": True, "footer_links": [], "css": CSS, "theme": theme}
-    page.launch(server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, **options)
+    look: dict[str, Any] = {"theme": theme, "css": CSS, "footer_links": []}
+    server: dict[str, Any] = {"server_name": host, "server_port": port, "share": False, "ssr_mode": False}
+    page.launch(prevent_thread_lock=True, quiet=True, show_error=True, **server, **look)
 
 
 def run(arguments: Arguments) -> None:
