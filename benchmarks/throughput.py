@@ -19,6 +19,7 @@ Time, peak memory and arithmetic of each stage of a training step, and of a naiv
     python benchmarks/throughput.py --size head --batch_size 1
     python benchmarks/throughput.py --size head --batch_size 4 --stages scoring update --num_threads 1 --cpu_time
     python benchmarks/throughput.py --size mid --batch_size 1 --grow
+    python benchmarks/throughput.py --size ursa-1.7b-ibq512 --activation_checkpointing --flops
 
 The model has random weights and a named size. Each stage and version runs in a process of its own. "Naive" is what one
 would write first: eager attention, logits of all positions in float32, a softmax over all of them,
@@ -498,8 +499,13 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--skip_naive", action="store_true")
     parser.add_argument("--grow", action="store_true", help="measure how the cost grows, instead of the comparison")
+    parser.add_argument("--flops", action="store_true", help="print the FLOPs of a sample, without running anything")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/throughput"))
     args = parser.parse_args()
+    if args.flops:
+        flops = {stage: count_flops(stage, SIZES[args.size], args) / args.batch_size for stage in args.stages}
+        print("\n".join(f"{stage}: {count / 1e12:.1f} TFLOPs a sample" for stage, count in flops.items()))
+        return
     args.output_dir.mkdir(parents=True, exist_ok=True)
     size = SIZES[args.size]
     if args.grow:
