@@ -27,13 +27,14 @@ import unicodedata
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.style
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
+from matplotlib.rcsetup import cycler
 from matplotlib.text import Text
 from PIL import ImageDraw, ImageFont
 
@@ -46,8 +47,8 @@ BLUE, _, GREEN, RED, *_ = PALETTE
 
 # A page shows a picture about 830 pixels wide, which are 8.65 inches. So a figure of this width keeps its font size.
 PAGE_WIDTH = 8.65
-STYLE = {
-    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+STYLE: dict[str, Any] = {
+    "axes.prop_cycle": cycler(color=PALETTE),
     "axes.grid": True,
     "grid.alpha": 0.3,
     "font.size": 10,
@@ -76,7 +77,8 @@ def _list_fonts() -> list[Font]:
             fonts.append(Font(font.name, font.fname, font.index))
     # `import zhplot` would change the settings of Matplotlib
     package = find_spec("zhplot")
-    if package is not None and (path := Path(package.origin).parent / "fonts" / "NotoSansSC-Regular.ttf").is_file():
+    if package is not None and package.origin is not None:
+        path = Path(package.origin).parent / "fonts" / "NotoSansSC-Regular.ttf"
         font_manager.fontManager.addfont(path)
         fonts.append(Font("Noto Sans SC", str(path)))
     return fonts
@@ -207,8 +209,10 @@ def open_figure(path: str | Path, height: float) -> Iterator[Figure]:
         FigureCanvasAgg(figure)
         yield figure
         # The labels of ticks are still empty. They are Matplotlib's own, and those of a logarithmic axis need its math
-        for text in figure.findobj(lambda artist: isinstance(artist, Text) and artist.get_text()):
-            drawable = make_drawable(text.get_text())
-            fonts = dict.fromkeys(_find_font(letter) for letter in f"a{drawable}" if letter != "\n")
-            text.set(text=drawable, fontfamily=[font.family for font in fonts], parse_math=False)
+        for text in figure.findobj():
+            if isinstance(text, Text) and text.get_text():
+                drawable = make_drawable(text.get_text())
+                fonts = [_find_font(letter) for letter in f"a{drawable}" if letter != "\n"]
+                families = list(dict.fromkeys(font.family for font in fonts if font is not None))
+                text.set(text=drawable, fontfamily=families, parse_math=False)
         figure.savefig(path)

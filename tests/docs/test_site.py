@@ -22,7 +22,6 @@ import sys
 from fractions import Fraction
 
 import pytest
-from pymdownx.slugs import slugify
 
 import trl_udm
 from trl_udm import UDMGRPOConfig
@@ -41,9 +40,10 @@ def read_prose(page):
 
 def find_anchors(page):
     """The anchors that GitHub gives the headings of a page."""
-    to_slug, anchors = slugify(case="lower"), []
+    anchors = []
     for heading in re.findall(r"^#+ (.+)$", read_prose(page), re.MULTILINE):
-        slug = to_slug(re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading), "-")
+        text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        slug = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
         anchors.append(f"{slug}-{anchors.count(slug)}" if slug in anchors else slug)
     return anchors
 

@@ -55,9 +55,14 @@ class CompactProgressCallback(ProgressCallback):
         self._started, self._first_step = time.perf_counter(), state.global_step
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs,
     ) -> None:
-        if not state.is_world_process_zero or self.training_bar is None:
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
         left = None
         if "step_time" in logs and state.global_step > self._first_step:

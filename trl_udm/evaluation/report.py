@@ -84,8 +84,8 @@ def write_report(
     (output_dir / "results.md").write_text(tables)
 
     images = _list_images(output_dir, results)
-    lines, titles = _pick_images(images, num_lines=4)
-    _make_page_grid(lines, images, titles).save(output_dir / "samples.png")
+    rows, titles = _pick_images(images, num_lines=4)
+    _make_page_grid(rows, images, titles).save(output_dir / "samples.png")
     return tables
 
 
@@ -140,7 +140,7 @@ def _pick_images(images: list[_ScoredImage], num_lines: int) -> tuple[list[list[
     tags = list(dict.fromkeys(image.tag for image in first))
     if len(tags) > 1:
         columns = [[image for image in first if image.tag == tag][:num_lines] for tag in tags]
-        titles = [TAG_TITLES.get(tag, str(tag).replace("_", " ")) for tag in tags]
+        titles = [TAG_TITLES.get(str(tag), str(tag).replace("_", " ")) for tag in tags]
         return [list(line) for line in zip(*columns, strict=False)], titles
     num_columns = min(len(first), 6)
     num_lines = min(num_lines, len(first) // num_columns)

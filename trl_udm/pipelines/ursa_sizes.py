@@ -120,7 +120,7 @@ class URSASize:
         )
         num_blocks = len(self.block_out_channels)
         with torch.device(device):
-            transformer = URSAForImageGeneration(config).to(dtype)
+            transformer = URSAForImageGeneration(config)
             vae = AutoencoderVQ(
                 block_out_channels=self.block_out_channels,
                 down_block_types=["DownEncoderBlock2D"] * num_blocks,
@@ -137,7 +137,7 @@ class URSASize:
         if device != "meta":
             scheduler.set_codebook(vae.codebook.detach().normal_())
         return URSAPipeline(
-            transformer=transformer,
+            transformer=nn.Module.to(transformer, dtype),
             scheduler=scheduler,
             tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"),
             vae=nn.Module.to(vae, dtype),  # that of diffusers warns of a cast
@@ -146,15 +146,25 @@ class URSASize:
 
 
 # The network is Qwen3's of this number of parameters, with embeddings and a head for the codes of the image tokenizer
-_IBQ = {"codebook_size": 131_072, "num_text_tokens": 320, "text_vocab_size": 151_669}
-_IBQ |= {"num_layers": 28, "num_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
-_IBQ |= {"block_out_channels": (128, 128, 256, 256, 512)}
-_URSA_1_7B_IBQ512 = URSASize(hidden_size=2048, intermediate_size=6144, side=32, **_IBQ)
+_URSA_1_7B_IBQ512 = URSASize(
+    hidden_size=2048,
+    intermediate_size=6144,
+    num_layers=28,
+    num_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+    codebook_size=131_072,
+    num_text_tokens=320,
+    side=32,
+    block_out_channels=(128, 128, 256, 256, 512),
+    text_vocab_size=151_669,
+)
+_URSA_1_7B_IBQ1024 = dataclasses.replace(_URSA_1_7B_IBQ512, side=64)
 
 PUBLISHED_SIZES = {
-    "BAAI/URSA-0.6B-IBQ1024": URSASize(hidden_size=1024, intermediate_size=3072, side=64, **_IBQ),
+    "BAAI/URSA-0.6B-IBQ1024": dataclasses.replace(_URSA_1_7B_IBQ1024, hidden_size=1024, intermediate_size=3072),
     "BAAI/URSA-1.7B-IBQ512": _URSA_1_7B_IBQ512,
-    "BAAI/URSA-1.7B-IBQ1024": dataclasses.replace(_URSA_1_7B_IBQ512, side=64),
+    "BAAI/URSA-1.7B-IBQ1024": _URSA_1_7B_IBQ1024,
     "Yovecents/URSA-1.7B-IBQ512-UDMGRPO-GenEval": _URSA_1_7B_IBQ512,
     "Yovecents/URSA-1.7B-IBQ512-UDMGRPO-PickScore": _URSA_1_7B_IBQ512,
 }
