@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 # Paul Tol's vibrant colors, which color-blind people can tell apart (technical note SRON/EPS/TN/09-002)
 PALETTE = ("#0077BB", "#EE7733", "#009988", "#CC3311", "#33BBEE", "#EE3377", "#000000")
-BLUE, _, GREEN, RED, *_ = PALETTE
+BLUE, _, GREEN, RED = PALETTE[:4]
 
 # A page shows a picture about 830 pixels wide, which are 8.65 inches. So a figure of this width keeps its font size.
 PAGE_WIDTH = 8.65
