@@ -14,12 +14,9 @@
 
 """The arguments that verbs share, and the pipeline that they describe."""
 
-import ast
-import functools
 import math
 import sys
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,35 +25,6 @@ from .parser import check_range
 
 
 MODEL_HELP = f"Folder or Hub repository of a pipeline, or an embedded world: {', '.join(IMAGE_WORLDS)}."
-
-
-@functools.cache
-def _read_config_fields() -> dict[str, dict[str, Any]]:
-    # From the source, because the import takes seconds that `--help` does not have
-    module = ast.parse(files("trl_udm.trainer").joinpath("udm_grpo_config.py").read_text(encoding="utf-8"))
-    (config,) = (node for node in module.body if isinstance(node, ast.ClassDef) and node.name == "UDMGRPOConfig")
-    return {
-        node.target.id: {word.arg: ast.literal_eval(word.value) for word in node.value.keywords}
-        for node in config.body
-        if isinstance(node, ast.AnnAssign) and any(word.arg == "default" for word in node.value.keywords)
-    }
-
-
-def config_field(name: str, help: str | None = None) -> Any:
-    """
-    Makes a field with the default, and the help, of one that [`UDMGRPOConfig`] itself has.
-
-    Args:
-        name (`str`):
-            The field of [`UDMGRPOConfig`].
-        help (`str`, *optional*):
-            Another help text.
-
-    Returns:
-        `dataclasses.Field`: The field.
-    """
-    config = _read_config_fields()[name]
-    return field(default=config["default"], metadata={"help": help or config["metadata"]["help"]})
 
 
 @dataclass(kw_only=True)
@@ -97,10 +65,10 @@ class SamplingArguments(ModelArguments):
             Height of the images in pixels.
         width (`int`, *optional*):
             Width of the images in pixels.
-        num_inference_steps (`int`, *optional*):
-            Denoising steps. By default `num_inference_steps_eval` of [`UDMGRPOConfig`].
-        guidance_scale (`float`, *optional*):
-            Weight of classifier-free guidance. By default `guidance_scale_eval` of [`UDMGRPOConfig`].
+        num_inference_steps (`int`, *optional*, defaults to `25`):
+            Denoising steps, as `num_inference_steps_eval` of [`UDMGRPOConfig`].
+        guidance_scale (`float`, *optional*, defaults to `1.0`):
+            Weight of classifier-free guidance, as `guidance_scale_eval` of [`UDMGRPOConfig`].
         num_images_per_prompt (`int`, *optional*, defaults to `1`):
             Images a prompt.
         batch_size (`int`, *optional*, defaults to `16`):
@@ -111,9 +79,9 @@ class SamplingArguments(ModelArguments):
     seed: int = field(default=0, metadata={"help": "Seed of the images."})
     height: int | None = field(default=None, metadata={"help": "Pixels. By default the model's own height."})
     width: int | None = field(default=None, metadata={"help": "Pixels. By default the model's own width."})
-    num_inference_steps: int = config_field("num_inference_steps_eval", "Denoising steps.")
-    guidance_scale: float = config_field(
-        "guidance_scale_eval", "Weight of classifier-free guidance. 1 is no guidance."
+    num_inference_steps: int = field(default=25, metadata={"help": "Denoising steps."})
+    guidance_scale: float = field(
+        default=1.0, metadata={"help": "Weight of classifier-free guidance. 1 is no guidance."}
     )
     num_images_per_prompt: int = field(default=1, metadata={"help": "Images a prompt."})
     batch_size: int = field(

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from .arguments import ModelArguments, config_field
+from .arguments import ModelArguments
 from .parser import check_range
 
 
@@ -69,7 +69,9 @@ class Arguments(ModelArguments):
         default="float32", metadata={"help": "Dtype of the weights."}
     )
     lora_r: int = field(default=0, metadata={"help": "Rank of a new LoRA on all linear layers. 0 is none."})
-    adapter: str | None = config_field("adapter")
+    adapter: str | None = field(
+        default=None, metadata={"help": "Folder or Hub repository of an adapter to train further."}
+    )
     height: int | None = field(default=None, metadata={"help": "Pixels. By default the model's own height."})
     width: int | None = field(default=None, metadata={"help": "Pixels. By default the model's own width."})
 
@@ -77,14 +79,26 @@ class Arguments(ModelArguments):
         default=None, metadata={"help": "By default the fewest with which a step contains whole groups."}
     )
     every_n_layers: int = field(default=1, metadata={"help": "One layer of every so many is recomputed."})
-    per_device_train_batch_size: int = config_field("per_device_train_batch_size")
-    rollout_batch_size: int | None = config_field("rollout_batch_size")
-    decode_batch_size: int | None = config_field("decode_batch_size")
-    num_generations: int = config_field("num_generations")
-    num_train_timesteps: int = config_field("num_train_timesteps")
-    guidance_scale: float = config_field("guidance_scale")
-    beta: float = config_field("beta")
-    ema_decay: float | None = config_field("ema_decay")
+    per_device_train_batch_size: int = field(
+        default=24, metadata={"help": "Rows, which are (sample, timestep) pairs, per device and forward pass."}
+    )
+    rollout_batch_size: int | None = field(
+        default=None, metadata={"help": "Samples denoised together. By default all of a process."}
+    )
+    decode_batch_size: int | None = field(
+        default=None, metadata={"help": "Samples decoded together. By default all that were denoised together."}
+    )
+    num_generations: int = field(default=8, metadata={"help": "Samples per prompt (G)."})
+    num_train_timesteps: int = field(
+        default=3, metadata={"help": "Consecutive steps (K) of the rollout's grid that a sample is trained on."}
+    )
+    guidance_scale: float = field(
+        default=1.0, metadata={"help": "Weight of classifier-free guidance in rollouts. 1 is no guidance (CFG-Free)."}
+    )
+    beta: float = field(default=0.05, metadata={"help": "Weight of the KL divergence to the reference policy."})
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Decay per step of an average of the weights, in [0, 1). By default none."}
+    )
     bf16: bool | None = field(
         default=None, metadata={"help": "Compute in bfloat16, the default.", "nargs": "?", "const": True}
     )
