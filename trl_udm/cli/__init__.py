@@ -23,14 +23,15 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 
+from .. import __version__
 from .mistakes import DEBUG_VARIABLE, ArgumentParser, mistakes_in_one_line
 
 
 VERBS = {
     "evaluate": "draw images of a benchmark's prompts, score them, and write a report",
     "generate": "draw images of prompts",
+    "demo": "open a page that draws prompts, with one model or two side by side",
     "merge": "add a LoRA to the weights of its base model",
     "memory": "compute the memory that training needs on a GPU",
     "serve-reward": "compute a reward for other processes, over HTTP",
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             description="Reinforcement learning for uniform discrete diffusion models.",
             epilog="`trl-udm VERB --help` lists the flags of a verb. With `--debug` a mistake shows its traceback.",
         )
-        parser.add_argument("--version", action="version", version=f"trl-udm {version('trl-udm')}")
+        parser.add_argument("--version", action="version", version=f"trl-udm {__version__}")
         verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True)
         for name, text in VERBS.items():
             verbs.add_parser(name, help=text, add_help=False)

@@ -60,7 +60,7 @@ def load_rows(path_or_name: str | Path, split: str = "train", **kwargs: Any) -> 
     {'prompt': 'A sign', 'target_text': '007'}
     ```
     """
-    rows = read_source(path_or_name, split, **kwargs)
+    rows: Any = read_source(path_or_name, split, **kwargs)
     return to_dataset(rows) if isinstance(rows, list) else rows
 
 
