@@ -42,9 +42,18 @@ class CompactProgressCallback(ProgressCallback):
     Example:
 
     ```python
+    >>> from datasets import Dataset
     >>> from transformers import ProgressCallback
-    >>> from trl_udm import CompactProgressCallback
+    >>> from trl_udm import CompactProgressCallback, TextUDMPipeline, UDMGRPOConfig, UDMGRPOTrainer
+    >>> from trl_udm.worlds.sums import CHECKPOINT_PATH
+    >>> from trl_udm.worlds.sums.problems import split_problems, sum_reward
 
+    >>> trainer = UDMGRPOTrainer(
+    ...     TextUDMPipeline.from_pretrained(CHECKPOINT_PATH),
+    ...     sum_reward,
+    ...     UDMGRPOConfig("sums", max_steps=1, bf16=False),
+    ...     train_dataset=Dataset.from_list(split_problems()[0]),
+    ... )
     >>> trainer.remove_callback(ProgressCallback)
     >>> trainer.add_callback(CompactProgressCallback)
     ```

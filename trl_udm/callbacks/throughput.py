@@ -50,8 +50,17 @@ class ThroughputCallback(TrainerCallback):
     Example:
 
     ```python
-    >>> from trl_udm import ThroughputCallback
+    >>> from datasets import Dataset
+    >>> from trl_udm import TextUDMPipeline, ThroughputCallback, UDMGRPOConfig, UDMGRPOTrainer
+    >>> from trl_udm.worlds.sums import CHECKPOINT_PATH
+    >>> from trl_udm.worlds.sums.problems import split_problems, sum_reward
 
+    >>> trainer = UDMGRPOTrainer(
+    ...     TextUDMPipeline.from_pretrained(CHECKPOINT_PATH),
+    ...     sum_reward,
+    ...     UDMGRPOConfig("sums", max_steps=1, bf16=False),
+    ...     train_dataset=Dataset.from_list(split_problems()[0]),
+    ... )
     >>> trainer.add_callback(ThroughputCallback(trainer))
     ```
     """
