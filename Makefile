@@ -17,7 +17,7 @@ NUM_THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 export HF_HUB_OFFLINE
 
 .DEFAULT_GOAL := help
-.PHONY: help install geneval test test-lowest test-latest style format clean
+.PHONY: help install geneval test test-lowest test-latest coverage types style format docs build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -54,6 +54,12 @@ test-latest: ## run the tests with the newest versions that pyproject.toml allow
 	.venv-latest/bin/python -m pip install --upgrade --upgrade-strategy eager "$(TORCH)" -e ".[test]"
 	$(call run_tests,.venv-latest)
 
+coverage: .venv/.installed ## run the tests, and print which share of the lines they run
+	$(call run_tests,.venv) --cov --cov-report=term
+
+types: .venv/.installed ## check the types of the package and of a script that uses it
+	.venv/bin/mypy
+
 style: .venv/.installed ## check lint, formatting and the arrows between the folders
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -63,6 +69,14 @@ format: .venv/.installed ## repair lint and formatting
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
+# A broken link or anchor is an error. `make docs ARGS="-d folder"` writes elsewhere.
+docs: .venv/.installed ## build the documentation site in site/
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict $(ARGS)
+
+build: .venv/.installed ## build the wheel and the source archive in dist/, and check their page
+	.venv/bin/python -m build
+	.venv/bin/python -m twine check --strict dist/*
+
 clean: ## remove build products and caches, not the environments
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name '.venv*' -prune -o -name .git -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -32,13 +32,14 @@ import os
 import statistics
 import subprocess
 import sys
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
+
+from trl_udm.drawing import open_figure
 
 
 ROOT = Path(__file__).parents[1]
@@ -65,26 +66,26 @@ SETTINGS = {
         "intermediate action, forward trajectory": {"action": "intermediate"},
         "intermediate action, backward trajectory": {"action": "intermediate", "trajectory": "backward"},
     },
-    "guidance": {"rollouts guided by 3": {"guidance_scale": 3.0}},
+    "guidance": {"rollouts with guidance scale 3": {"guidance_scale": 3.0}},
     "timesteps": {
         "K = 1": {"num_train_timesteps": 1},
         "K = 2": {"num_train_timesteps": 2},
         "K = 5": {"num_train_timesteps": 5},
-        "all timesteps": {"num_train_timesteps": NUM_STEPS, "timestep_window": (0, 0)},
-        "late window": {"timestep_window": (5, 7)},
-        "uniform window": {"timestep_window": (0, 7)},
+        "all 10 timesteps": {"num_train_timesteps": NUM_STEPS, "timestep_window": (0, 0)},
+        "start in a late window (5 to 7)": {"timestep_window": (5, 7)},
+        "start anywhere (0 to 7)": {"timestep_window": (0, 7)},
     },
     "KL": {"beta = 0": {"beta": 0.0}, "beta = 0.05": {"beta": 0.05}, "beta = 0.5": {"beta": 0.5}},
     "groups": {"G = 4": {"num_generations": 4}, "G = 16": {"num_generations": 16}},
     "updates": {
-        "4 updates a rollout, epsilon = 1e-4": {"num_iterations": 4},
-        "4 updates a rollout, epsilon = 1e-3": {"num_iterations": 4, "epsilon": 1e-3},
-        "4 updates a rollout, epsilon = 0.2": {"num_iterations": 4, "epsilon": 0.2},
+        "4 updates per rollout, epsilon = 1e-4": {"num_iterations": 4},
+        "4 updates per rollout, epsilon = 1e-3": {"num_iterations": 4, "epsilon": 1e-3},
+        "4 updates per rollout, epsilon = 0.2": {"num_iterations": 4, "epsilon": 0.2},
     },
     # Four times the method's learning rate: there the naive baseline collapses
     "learning rate": {
-        "clean action, forward trajectory, 1e-3": {"learning_rate": 1e-3},
-        "intermediate action, backward trajectory, 1e-3": {
+        "clean action, forward trajectory, learning rate 1e-3": {"learning_rate": 1e-3},
+        "intermediate action, backward trajectory, learning rate 1e-3": {
             "action": "intermediate",
             "trajectory": "backward",
             "learning_rate": 1e-3,
@@ -147,7 +148,7 @@ def spread(values: list[float]) -> str:
 def write_table(path: Path, results: dict[str, dict[str, Any]]) -> None:
     """Writes one row for each setting: the mean over the seeds, with minimum and maximum."""
     lines = [
-        "| setting | accuracy before | after | KL at the end | passes a step | seconds |",
+        "| setting | accuracy before | after | KL at the end | passes per step | seconds |",
         "|---|---|---|---|---|---|",
     ]
     for group, settings in results.items():
@@ -163,26 +164,29 @@ def write_table(path: Path, results: dict[str, dict[str, Any]]) -> None:
 
 
 def save_curves(path: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Plots the reward above the KL divergence. Each group is a column, which also shows the method itself."""
-    figure = Figure(figsize=(4.5 * len(results), 7))
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, len(results), sharex=True, sharey="row", squeeze=False)
-    method_name, method = next(iter(next(iter(results.values())).items()))
-    for column, (group, settings) in enumerate(results.items()):
-        axes[0, column].set_title(group)
-        axes[1, column].set(xlabel="step", yscale="log")
-        for name, setting in {method_name: method, **settings}.items():
-            for row, curve in enumerate(("reward", "kl")):
-                curves = [run[curve] for run in setting["runs"].values() if run[curve]]
-                if curves:
-                    steps = [step for step, _ in curves[0]]
-                    means = [statistics.fmean(value for _, value in pairs) for pairs in zip(*curves, strict=True)]
-                    means = [statistics.fmean(means[max(0, i - 4) : i + 1]) for i in range(len(means))]
-                    axes[row, column].plot(steps, means, label=name)
-        axes[0, column].legend(fontsize=7)
-    axes[0, 0].set_ylabel("reward, running mean of 5 steps")
-    axes[1, 0].set_ylabel("KL divergence from the initial model")
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    """Plots reward and KL divergence. Each group is a row, which also shows the method itself."""
+    with open_figure(path, height=2.6 * len(results)) as figure:
+        # The third column has the legends
+        axes = figure.subplots(len(results), 3, sharex="col", sharey="col", squeeze=False, width_ratios=(3, 3, 2.2))
+        method_name, method = next(iter(next(iter(results.values())).items()))
+        for (reward_axis, kl_axis, legend_axis), (group, settings) in zip(axes, results.items(), strict=True):
+            for index, (name, setting) in enumerate({method_name: method, **settings}.items()):
+                label = "\n".join(textwrap.wrap(f"the method: {name}" if setting is method else name, 24))
+                for axis, curve in ((reward_axis, "reward"), (kl_axis, "kl")):
+                    curves = [run[curve] for run in setting["runs"].values() if run[curve]]
+                    if curves:
+                        steps = [step for step, _ in curves[0]]
+                        means = [statistics.fmean(value for _, value in pairs) for pairs in zip(*curves, strict=True)]
+                        means = [statistics.fmean(means[max(0, i - 4) : i + 1]) for i in range(len(means))]
+                        axis.plot(steps, means, color=f"C{index}", label=label)
+            kl_axis.set_yscale("log", nonpositive="mask")  # at first the divergence is 0
+            reward_axis.set(ylabel=group)
+            legend_axis.axis("off")
+            legend_axis.legend(*reward_axis.get_legend_handles_labels(), loc="center left", fontsize=9)
+        axes[0, 0].set_title("reward, running mean of 5 steps")
+        axes[0, 1].set_title("KL divergence from the initial model")
+        for axis in axes[-1, :2]:
+            axis.set(xlabel="training step")
 
 
 def main() -> None:

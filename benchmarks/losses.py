@@ -42,7 +42,7 @@ LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vesp
 LEVELS = ("sequence", "token")
 # Options that are varied beside the loss and the level
 VARIANTS: dict[str, dict[str, Any]] = {
-    "as they are": {},
+    "defaults": {},
     '`scale_rewards="batch"`': {"scale_rewards": "batch"},
     '`scale_rewards="none"`': {"scale_rewards": "none"},
     '`multi_objective_aggregation="normalize_then_sum"`': {"multi_objective_aggregation": "normalize_then_sum"},

@@ -39,7 +39,6 @@ import torch
 from throughput import (
     MIB,
     SIZES,
-    Size,
     build_adapter,
     build_config,
     build_pipeline,
@@ -51,6 +50,7 @@ from throughput import (
 from torch.profiler import ProfilerActivity, profile
 
 from trl_udm import MemoryEstimate, UDMGRPOConfig, estimate_memory
+from trl_udm.pipelines.ursa_sizes import URSASize
 
 
 # Full fine-tuning has float32 weights, LoRA bfloat16 ones. Both compute in bfloat16.
@@ -96,7 +96,7 @@ def print_recipes() -> None:
         print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
-def estimate(size: Size, args: argparse.Namespace) -> MemoryEstimate:
+def estimate(size: URSASize, args: argparse.Namespace) -> MemoryEstimate:
     """Of `args.batch_size` samples, on this machine's kind of device."""
     config = build_config(args, naive=False)
     config.rollout_batch_size = args.batch_size
@@ -125,13 +125,13 @@ def peak_allocated(run: Callable[[], object]) -> int:
     return peak
 
 
-def measure_allocated(stage: str, size: Size, args: argparse.Namespace, results: multiprocessing.Queue) -> None:
+def measure_allocated(stage: str, size: URSASize, args: argparse.Namespace, results: multiprocessing.Queue) -> None:
     torch.set_num_threads(args.num_threads)
     run = build_stage(build_trainer(size, args, False), stage, size, args)
     results.put(peak_allocated(lambda: [run(), run()]) / MIB)
 
 
-def compare(size: Size, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+def compare(size: URSASize, args: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Estimated and measured MiB of each stage."""
     estimated = estimate(size, args)
     kind = f"{'LoRA' if args.lora else 'full'}, {'bfloat16' if args.bf16 else 'float32'}"

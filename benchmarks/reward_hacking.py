@@ -28,13 +28,12 @@ import json
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 from shapes_runs import build_trainer
 
 from trl_udm import GenEvalReward, GuardrailCallback
 from trl_udm.data.geneval import geneval_dataset
+from trl_udm.drawing import open_figure
 from trl_udm.worlds.shapes.detector import ShapesColorClassifier, ShapesDetector
 from trl_udm.worlds.shapes.prompts import TRAIN_NUM_PROMPTS, balance_metadata, split_metadata
 from trl_udm.worlds.shapes.world import CLASS_NAMES
@@ -62,16 +61,14 @@ def colorfulness(completions: list[Image.Image], **kwargs) -> list[float]:
 
 
 def save_curves(path: Path, logs: list[dict[str, float]], alarms: dict[str, int]) -> None:
-    figure = Figure(figsize=(7, 4))
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    for name, label in SHOWN.items():
-        axis.plot([log["step"] for log in logs], [log[name] for log in logs], label=label)
-    for kind, step in alarms.items():
-        axis.axvline(step, color="black", linestyle="--", label=f"alarm: {kind}")
-    axis.set(xlabel="step", ylabel="mean over the rollout's samples")
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    with open_figure(path, height=4.5) as figure:
+        axis = figure.subplots()
+        for name, label in SHOWN.items():
+            axis.plot([log["step"] for log in logs], [log[name] for log in logs], label=label)
+        for kind, step in alarms.items():
+            axis.axvline(step, color="black", linestyle="--", label=f"alarm: {kind}")
+        axis.set(xlabel="training step", ylabel="mean over the samples of a step")
+        figure.legend(loc="outside upper left", ncols=3)
 
 
 def main() -> None:

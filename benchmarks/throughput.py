@@ -19,6 +19,7 @@ Time, peak memory and arithmetic of each stage of a training step, and of a naiv
     python benchmarks/throughput.py --size head --batch_size 1
     python benchmarks/throughput.py --size head --batch_size 4 --stages scoring update --num_threads 1 --cpu_time
     python benchmarks/throughput.py --size mid --batch_size 1 --grow
+    python benchmarks/throughput.py --size ursa-1.7b-ibq512 --activation_checkpointing --flops
 
 The model has random weights and a named size. Each stage and version runs in a process of its own. "Naive" is what one
 would write first: eager attention, logits of all positions in float32, a softmax over all of them,
@@ -35,67 +36,39 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from peft import LoraConfig
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
 
-from trl_udm import (
-    AutoencoderVQ,
-    KineticOptimalScheduler,
-    UDMGRPOConfig,
-    UDMGRPOTrainer,
-    URSAConfig,
-    URSAForImageGeneration,
-    URSAPipeline,
-)
+from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
+from trl_udm.drawing import open_figure
 from trl_udm.pipelines.pipeline_output import UDMSamplerOutput
+from trl_udm.pipelines.ursa_sizes import PUBLISHED_SIZES, URSASize
 
 
 MIB = 2**20
 STAGES = ("rollout", "decode", "scoring", "update")
+AXES = {
+    "batch_size": "samples",
+    "tokens": "tokens per sample",
+    "codes": "codes in the codebook",
+    "num_train_timesteps": "timesteps trained on per sample (K)",
+}
+MEASURES = {"seconds": "seconds", "extra_mib": "added peak memory, MiB"}
+STYLES = {"rollout": "C0o-", "update": "C1o-"}
 NUM_STEPS = 10  # of the rollout
 
 
-@dataclass
-class Size:
-    """Shape of a model and of its samples."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    codebook_size: int
-    num_text_tokens: int
-    side: int  # of the square grid of tokens
-    block_out_channels: tuple[int, ...]
-    codebook_dim: int = 256
-    text_vocab_size: int = 4
-
-    @property
-    def num_tokens(self) -> int:
-        return self.side**2
-
-
 SIZES = {
-    "tiny": Size(64, 128, 2, 4, 2, 16, 256, 8, 8, (32, 32), codebook_dim=8),
-    "mid": Size(512, 1536, 8, 8, 4, 64, 16_384, 64, 16, (32, 32, 64, 64, 64)),
+    "tiny": URSASize(64, 128, 2, 4, 2, 16, 256, 8, 8, (32, 32), codebook_dim=8),
+    "mid": URSASize(512, 1536, 8, 8, 4, 64, 16_384, 64, 16, (32, 32, 64, 64, 64)),
     # Where the sampler and the head dominate
-    "head": Size(512, 1536, 2, 8, 4, 64, 131_072, 64, 32, (32, 32, 64, 64, 64)),
-    "ursa-1.7b-ibq512": Size(
-        2048, 6144, 28, 16, 8, 128, 131_072, 320, 32, (128, 128, 256, 256, 512), text_vocab_size=151_669
-    ),
+    "head": URSASize(512, 1536, 2, 8, 4, 64, 131_072, 64, 32, (32, 32, 64, 64, 64)),
+    "ursa-1.7b-ibq512": PUBLISHED_SIZES["BAAI/URSA-1.7B-IBQ512"],
 }
 
 
@@ -152,50 +125,13 @@ def zero_reward(prompts: list[str], **kwargs: Any) -> list[float]:
     return [float(i % 2) for i in range(len(prompts))]
 
 
-def build_pipeline(size: Size, args: argparse.Namespace, naive: bool, device: str) -> URSAPipeline:
+def build_pipeline(size: URSASize, args: argparse.Namespace, naive: bool, device: str) -> URSAPipeline:
     """A pipeline with random weights or, on PyTorch's device `"meta"`, without any."""
-    dtype = torch.bfloat16 if args.bf16 and args.lora else torch.float32
-    vocabulary = {"<pad>": 0, "<eos>": 1, "<bov>": 2, "<unk>": 3}
-    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = WhitespaceSplit()
-    config = URSAConfig(
-        text_vocab_size=size.text_vocab_size,
-        codebook_size=size.codebook_size,
-        bov_token_id=2,
-        hidden_size=size.hidden_size,
-        intermediate_size=size.intermediate_size,
-        num_hidden_layers=size.num_layers,
-        num_attention_heads=size.num_heads,
-        num_key_value_heads=size.num_key_value_heads,
-        head_dim=size.head_dim,
-        pad_token_id=0,
-        eos_token_id=1,
-    )
-    with torch.device(device):
-        transformer = URSAForImageGeneration(config).to(dtype)
-        vae = AutoencoderVQ(
-            block_out_channels=size.block_out_channels,
-            down_block_types=["DownEncoderBlock2D"] * len(size.block_out_channels),
-            up_block_types=["UpDecoderBlock2D"] * len(size.block_out_channels),
-            layers_per_block=2,
-            latent_channels=size.codebook_dim,
-            vq_embed_dim=size.codebook_dim,
-            num_vq_embeddings=size.codebook_size,
-            sample_size=size.side * 2 ** (len(size.block_out_channels) - 1),
-        )
+    pipeline = size.build_pipeline(torch.bfloat16 if args.bf16 and args.lora else torch.float32, device)
     if args.bf16:
-        torch.nn.Module.to(vae, torch.bfloat16)  # that of diffusers warns of a cast
-    transformer.set_attn_implementation("eager" if naive else "sdpa")
-    scheduler = KineticOptimalScheduler(shift=2.0, codebook_size=size.codebook_size, codebook_dim=size.codebook_dim)
-    if device != "meta":
-        scheduler.set_codebook(vae.codebook.detach().float().normal_())
-    return (NaivePipeline if naive else URSAPipeline)(
-        transformer=transformer,
-        scheduler=scheduler,
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"),
-        vae=vae,
-        max_prompt_length=size.num_text_tokens,
-    )
+        torch.nn.Module.to(pipeline.vae, torch.bfloat16)  # that of diffusers warns of a cast
+    pipeline.transformer.set_attn_implementation("eager" if naive else "sdpa")
+    return NaivePipeline(**pipeline.components, max_prompt_length=size.num_text_tokens) if naive else pipeline
 
 
 def build_config(args: argparse.Namespace, naive: bool) -> UDMGRPOConfig:
@@ -223,7 +159,7 @@ def build_adapter(args: argparse.Namespace) -> LoraConfig | None:
     return LoraConfig(r=16, target_modules="all-linear") if args.lora else None
 
 
-def build_trainer(size: Size, args: argparse.Namespace, naive: bool) -> UDMGRPOTrainer:
+def build_trainer(size: URSASize, args: argparse.Namespace, naive: bool) -> UDMGRPOTrainer:
     """A trainer of a model with random weights."""
     torch.manual_seed(0)
     return (NaiveTrainer if naive else UDMGRPOTrainer)(
@@ -235,7 +171,7 @@ def build_trainer(size: Size, args: argparse.Namespace, naive: bool) -> UDMGRPOT
     )
 
 
-def build_stage(trainer: UDMGRPOTrainer, stage: str, size: Size, args: argparse.Namespace) -> Callable[[], None]:
+def build_stage(trainer: UDMGRPOTrainer, stage: str, size: URSASize, args: argparse.Namespace) -> Callable[[], None]:
     """A function whose call is one stage for `args.batch_size` samples."""
     pipeline, device = trainer.pipeline, trainer.accelerator.device
     shape = trainer.latent_shape
@@ -292,7 +228,7 @@ def build_stage(trainer: UDMGRPOTrainer, stage: str, size: Size, args: argparse.
     return update
 
 
-def count_flops(stage: str, size: Size, args: argparse.Namespace) -> float:
+def count_flops(stage: str, size: URSASize, args: argparse.Namespace) -> float:
     """FLOPs of the library's version for `args.batch_size` samples, by the shapes. The decoder is not counted."""
     length = size.num_text_tokens + 1 + size.num_tokens
     attention_width = size.num_heads * size.head_dim
@@ -337,7 +273,7 @@ def resident_memory(name: str) -> int:
     return int(status[name].split()[0]) * 1024
 
 
-def measure(stage: str, naive: bool, size: Size, args: argparse.Namespace, results: multiprocessing.Queue) -> None:
+def measure(stage: str, naive: bool, size: URSASize, args: argparse.Namespace, results: multiprocessing.Queue) -> None:
     torch.set_num_threads(args.num_threads)
     trainer = build_trainer(size, args, naive)
     device = trainer.accelerator.device
@@ -366,7 +302,7 @@ def measure(stage: str, naive: bool, size: Size, args: argparse.Namespace, resul
     )
 
 
-def measure_in_a_process(stage: str, naive: bool, size: Size, args: argparse.Namespace) -> dict[str, Any]:
+def measure_in_a_process(stage: str, naive: bool, size: URSASize, args: argparse.Namespace) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     process = context.Process(target=measure, args=(stage, naive, size, args, results))
@@ -384,7 +320,7 @@ def measure_in_a_process(stage: str, naive: bool, size: Size, args: argparse.Nam
     return result
 
 
-def compare(size: Size, args: argparse.Namespace) -> dict[str, Any]:
+def compare(size: URSASize, args: argparse.Namespace) -> dict[str, Any]:
     """Measures each stage in both versions."""
     print(f"{args.size}, {args.batch_size} samples, K = {args.num_train_timesteps}")
     print("| stage | s a sample, naive | ours | ratio | peak MiB, naive | ours | ratio | GFLOPs a sample | MFU |")
@@ -410,7 +346,7 @@ def compare(size: Size, args: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def grow(size: Size, args: argparse.Namespace) -> dict[str, Any]:
+def grow(size: URSASize, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds and peak memory of rollout and update while one quantity grows, by axis and stage."""
     axes = {
         "batch_size": [1, 2, 4, 8],
@@ -441,27 +377,20 @@ def grow(size: Size, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def save_growth(path: Path, results: dict[str, Any]) -> None:
-    """Draws time and memory, with the exponents: a column for each axis."""
-    figure = Figure(figsize=(4 * len(results), 7))
-    FigureCanvasAgg(figure)
-    plots = figure.subplots(2, len(results), sharey="row", squeeze=False)
-    for column, (axis, result) in enumerate(results.items()):
-        values = result["values"]
-        for row, key in enumerate(("seconds", "extra_mib")):
-            plot = plots[row, column]
-            for stage, color in (("rollout", "tab:blue"), ("update", "tab:orange")):
-                if stage in result["stages"]:
-                    heights = result["stages"][stage][key]
-                    label = f"{stage}: exponent {exponent(values, heights):.2f}"
-                    plot.loglog(values, heights, marker="o", color=color, label=label)
-            plot.set_xticks(values, [f"{value:,}" for value in values])
-            plot.set_xticks([], minor=True)
-            plot.legend()
-            plot.grid(alpha=0.3, which="both")
-        plots[1, column].set_xlabel(axis)
-    plots[0, 0].set_ylabel("seconds")
-    plots[1, 0].set_ylabel("peak memory in addition to the weights, MiB")
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    """Draws time and memory, with the exponents: a row for each quantity that grows."""
+    with open_figure(path, height=2.6 * len(results)) as figure:
+        plots = figure.subplots(len(results), 2, sharey="col", squeeze=False)
+        for row, (axis, result) in zip(plots, results.items(), strict=True):
+            values = result["values"]
+            for plot, (key, label) in zip(row, MEASURES.items(), strict=True):
+                exponents = []
+                for stage, curves in result["stages"].items():
+                    plot.loglog(values, curves[key], STYLES[stage], label=stage)
+                    exponents.append(f"{stage} {exponent(values, curves[key]):.2f}")
+                plot.set(title=f"exponents: {', '.join(exponents)}", xlabel=AXES[axis], ylabel=label)
+                plot.set_xticks(values, [f"{value:,}" for value in values])
+                plot.set_xticks([], minor=True)
+        figure.legend(*plots[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
 
 
 def exponent(values: list[float], heights: list[float]) -> float:
@@ -498,8 +427,13 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--skip_naive", action="store_true")
     parser.add_argument("--grow", action="store_true", help="measure how the cost grows, instead of the comparison")
+    parser.add_argument("--flops", action="store_true", help="print the FLOPs of a sample, without running anything")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/throughput"))
     args = parser.parse_args()
+    if args.flops:
+        flops = {stage: count_flops(stage, SIZES[args.size], args) / args.batch_size for stage in args.stages}
+        print("\n".join(f"{stage}: {count / 1e12:.1f} TFLOPs a sample" for stage, count in flops.items()))
+        return
     args.output_dir.mkdir(parents=True, exist_ok=True)
     size = SIZES[args.size]
     if args.grow:

@@ -19,20 +19,27 @@ Each argument of `UDMGRPOConfig`, of TRL's `ModelConfig` (LoRA among them) and o
 a key of a YAML file, which `--config` names. Flags override the file.
 """
 
+import logging
+import math
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
+import transformers
+from transformers import ProgressCallback
 from trl import ModelConfig
 
-from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, UDMPipeline
-from trl_udm.cli.parser import Parser
+from trl_udm import CompactProgressCallback, ThroughputCallback, UDMGRPOConfig, UDMGRPOTrainer, UDMPipeline
+from trl_udm.cli.parser import Parser, check_range
 from trl_udm.evaluation.comparison import train_and_compare, train_and_compare_texts
 from trl_udm.evaluation.report import format_table
+from trl_udm.trainer.checkpoint import find_checkpoint
 
 
 CONFIGS_DIR = Path(__file__).parent / "configs"
@@ -88,15 +95,64 @@ def parse_arguments(
 
     Returns:
         `tuple`: Arguments of the script, of the trainer, and of the model.
+
+    Raises:
+        ValueError: If the command line is wrong, or there is no whole checkpoint to resume from.
     """
+    silence_libraries()
     names = {argument.partition("=")[0] for argument in argv}
     if default_config is not None and not names & {"--config", "--model_name_or_path"}:
         argv = ["--config", str(CONFIGS_DIR / default_config), *argv]
     parser = Parser((script_arguments, UDMGRPOConfig, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config(args=argv)
+    for name, value in vars(script_args).items():
+        if type(value) is int:  # a count
+            check_range(script_args, **{name: (0 if name == "num_shown" else 1, math.inf)})
+    find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir)  # told before a model is loaded
     if model_args.lora_target_modules is None:
         model_args.lora_target_modules = lora_target_modules
     return script_args, training_args, model_args
+
+
+def silence_libraries() -> None:
+    """Leaves out what libraries tell of each other, and of the tokens that the trainer restores, and small bars."""
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # read by TRL
+    logging.getLogger("transformers.trainer_utils").addFilter(
+        lambda record: not record.getMessage().startswith("The tokenizer has new PAD/BOS/EOS tokens")
+    )
+    transformers.logging.disable_progress_bar()  # of loading and saving, amid that of the training
+
+
+def show_progress(trainer: UDMGRPOTrainer) -> None:
+    """Prints short lines of metrics, with throughput. With `--disable_tqdm True` they stay dictionaries."""
+    trainer.add_callback(ThroughputCallback(trainer))
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(CompactProgressCallback)
+
+
+def resolve_callable(flag: str, name: str) -> Callable[..., Any]:
+    """
+    Imports what a flag names.
+
+    Args:
+        flag (`str`):
+            Name of the flag, for the message.
+        name (`str`):
+            `"module:attribute"`, or a full name with dots.
+
+    Returns:
+        `Callable`: The function or class.
+
+    Raises:
+        ValueError: If there is no such one.
+    """
+    try:
+        found = resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"`--{flag}` {name} cannot be imported: {error}.") from error
+    if not callable(found):
+        raise ValueError(f"`--{flag}` must name what can be called, got {name}, which is {found!r}.")
+    return found
 
 
 def load_pipeline(
@@ -156,6 +212,7 @@ def train_images(
     Returns:
         `dict`: What [`~trl_udm.evaluation.comparison.train_and_compare`] returns.
     """
+    show_progress(trainer)
     results = train_and_compare(
         trainer,
         reward_func,
@@ -184,6 +241,7 @@ def train_texts(trainer: UDMGRPOTrainer, title: str, num_shown: int = 0) -> dict
     Returns:
         `dict`: What [`~trl_udm.evaluation.comparison.train_and_compare_texts`] returns.
     """
+    show_progress(trainer)
     results = train_and_compare_texts(trainer, num_shown)
     lines = [
         f"{row['prompt']}   before: {row['before']}   after: {row['after']}" for row in results.get("completions", [])

@@ -29,10 +29,9 @@ with the mean reward of held-out problems before and after training.
 
 import sys
 from dataclasses import dataclass, field
-from pkgutil import resolve_name
 from typing import Any
 
-from common import load_pipeline, parse_arguments, train_texts
+from common import load_pipeline, parse_arguments, resolve_callable, train_texts
 from datasets import DatasetDict
 from trl import get_peft_config
 from trl.import_utils import is_math_verify_available
@@ -96,7 +95,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         options = {"default_dtype": "auto", "self_conditioning": script_args.self_conditioning}
         trainer = UDMGRPOTrainer(
             load_pipeline(DiffusionGemmaUDMPipeline, model_args.model_name_or_path, model_args, **options),
-            reward_funcs=[resolve_name(name) for name in script_args.reward_funcs],
+            reward_funcs=[resolve_callable("reward_funcs", name) for name in script_args.reward_funcs],
             args=training_args,
             train_dataset=problems["train"],
             eval_dataset=problems["test"],

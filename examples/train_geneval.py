@@ -29,10 +29,9 @@ URSA, with the paper's settings, and GenEval's evaluation prompts from https://g
 
 import sys
 from dataclasses import dataclass, field
-from pkgutil import resolve_name
 from typing import Any
 
-from common import ImageArguments, load_pipeline, parse_arguments, train_images
+from common import ImageArguments, load_pipeline, parse_arguments, resolve_callable, train_images
 from trl import get_peft_config
 
 from trl_udm import DiagnosticsCallback, GenEvalReward, UDMGRPOTrainer, URSAPipeline
@@ -78,7 +77,8 @@ def load_task(script_args: ScriptArguments, model_name_or_path: str | None):
         train_dataset = geneval_dataset(balance_metadata(train_rows, TRAIN_NUM_PROMPTS), CLASS_NAMES)
         eval_dataset = geneval_dataset(balance_metadata(eval_rows, EVAL_NUM_PROMPTS), CLASS_NAMES)
         return CHECKPOINT_PATH, ShapesDetector(), ShapesColorClassifier(), train_dataset, eval_dataset
-    detector, color_classifier = resolve_name(script_args.detector)(), resolve_name(script_args.color_classifier)()
+    detector = resolve_callable("detector", script_args.detector)()
+    color_classifier = resolve_callable("color_classifier", script_args.color_classifier)()
     eval_dataset = load_prompts(script_args.eval_dataset_name, task="geneval", class_names=detector.class_names)
     if script_args.dataset_name is not None:
         train_dataset = load_prompts(script_args.dataset_name, task="geneval", class_names=detector.class_names)

@@ -30,9 +30,10 @@ from typing import Any
 from common import ImageArguments, load_pipeline, parse_arguments, train_images
 from trl import get_peft_config
 
-from trl_udm import PickScoreReward, UDMGRPOTrainer, URSAPipeline
+from trl_udm import UDMGRPOTrainer, URSAPipeline
 from trl_udm.cli.mistakes import mistakes_in_one_line
 from trl_udm.data.loading import load_prompts
+from trl_udm.rewards.loading import load_reward
 
 
 @dataclass
@@ -54,7 +55,9 @@ def main(argv: list[str]) -> dict[str, Any]:
         script_args, training_args, model_args = parse_arguments(ScriptArguments, argv)
         if model_args.model_name_or_path is None:
             raise ValueError("`--model_name_or_path` is needed, such as BAAI/URSA-1.7B-IBQ512.")
-        reward = PickScoreReward(script_args.pickscore_model, script_args.pickscore_processor)
+        names = {"model_name_or_path": script_args.pickscore_model}
+        names["processor_name_or_path"] = script_args.pickscore_processor
+        reward = load_reward("pickscore", names)  # called once, so that a mistake is told now
 
         def pickscore(**kwargs):
             # The scale of the figures in papers. The large model of the reward is loaded once

@@ -32,10 +32,9 @@ with the mean reward of the evaluation prompts and some completions, before and 
 
 import sys
 from dataclasses import dataclass, field
-from pkgutil import resolve_name
 from typing import Any
 
-from common import load_pipeline, parse_arguments, train_texts
+from common import load_pipeline, parse_arguments, resolve_callable, train_texts
 from datasets import Dataset
 from trl import get_peft_config
 
@@ -68,7 +67,7 @@ def load_task(script_args: ScriptArguments, model_name_or_path: str | None):
             "`--model_name_or_path`, `--dataset_name`, `--eval_dataset_name` and `--reward_funcs` must be given "
             "together."
         )
-    reward_funcs = [resolve_name(name) for name in script_args.reward_funcs]
+    reward_funcs = [resolve_callable("reward_funcs", name) for name in script_args.reward_funcs]
     return (
         model_name_or_path,
         reward_funcs,

@@ -108,6 +108,10 @@ MISTAKES = {
     "generate ring --model shapes --num_images_per_prompt 0": "`--num_images_per_prompt` must be >= 1, got 0",
     "generate ring --model shapes --height 33": "`height` must be a positive multiple of 4, got 33. Try 32",
     "generate ring --model shapes --output_dir file": "`--output_dir` must be a folder, got file",
+    "generate ring --model shapes --seed abc": "argument --seed: invalid int value: 'abc'",
+    # Adapters that are none
+    "generate ring --model shapes --adapter nameless": "has no `adapter_config.json` and no weights of a LoRA",
+    "generate ring --model shapes --adapter foreign": "adapter_config.json is not a configuration that PEFT knows",
     # The page
     "demo --port 99999": "`--port` must be in [0, 65535], got 99999",
     "demo --port 0 --host 192.0.2.1": "Cannot assign requested address",
@@ -120,6 +124,8 @@ MISTAKES = {
     "demo --port 0 --height 33": "`height` must be a positive multiple of 4, got 33. Try 32",
     "demo --port 0 --model sums --height 32": "`--height` and `--width` must be left out for a model of text",
     # Configuration files
+    "generate ring --config binary": "The file of `--config` is not valid YAML: 'utf-8' codec can't decode",
+    "generate ring --config folder": "Is a directory: 'folder'",
     "generate ring --config none.yaml": "No such file or directory: 'none.yaml'",
     "generate ring --config": "argument --config: expected one argument",
     "generate ring --config broken.yaml": "The file of `--config` is not valid YAML",
@@ -140,13 +146,22 @@ MISTAKES = {
     f"{EVALUATE_SHAPES} --options '[1]'": "argument --options: must be a JSON object such as",
     f"{EVALUATE_SHAPES} --options '{{\"x\": 1}}'": "unexpected keyword argument 'x'",
     f"{EVALUATE_SHAPES} --prompts none.jsonl": "none.jsonl",
+    f"{EVALUATE_SHAPES} --prompts binary.jsonl": "got 'binary.jsonl': it is not utf-8",
+    f"{EVALUATE_SHAPES} --prompts file.txt": "got 'file.txt': it has no row",
+    "evaluate --benchmark shapes --output_dir promptless": "metadata.jsonl must have a `prompt`, got {'tag': 'a'}",
+    "evaluate --benchmark shapes --output_dir broken": "00000/metadata.jsonl is not valid JSON",
     # Memory
+    "memory --model BAAI/URSA-7B": "the Hub cannot be reached: there is no network, or HF_HUB_OFFLINE is set. These",
+    "memory --model ./no/such": "These need no network: BAAI/URSA-0.6B-IBQ1024, BAAI/URSA-1.7B-IBQ512, BAAI/",
     "memory --model folder": "There is no `model_index.json` in folder",
     "memory --model shapes --gpu_memory -4": "`--gpu_memory` must be >= 0, got -4.0",
     "memory --model shapes --lora_r -1": "`--lora_r` must be >= 0, got -1",
     "memory --model shapes --every_n_layers 0": "`--every_n_layers` must be >= 1, got 0",
     "memory --model shapes --per_device_train_batch_size 0": "`--per_device_train_batch_size` must be >= 1, got 0",
     "memory --model shapes --beta nan": "`--beta` must be >= 0, got nan",
+    "memory --model shapes --beta inf": "`--beta` must be >= 0, got inf",
+    "memory --model shapes --gpu_memory inf": "`--gpu_memory` must be >= 0, got inf",
+    "memory --model shapes --guidance_scale inf": "`--guidance_scale` must be in [-1.79",
     "memory --model shapes --height 33": "`height` must be a positive multiple of 4, got 33. Try 32",
     "memory --model shapes --gradient_accumulation_steps 5 --per_device_train_batch_size 4": "whole groups of 24 rows",
     # Rewards
@@ -156,6 +171,7 @@ MISTAKES = {
     "serve-reward shapes --body_timeout 0": "`--body_timeout` must be > 0, got 0.0",
     "serve-reward shapes --host 0.0.0.0": "`host` must be a loopback address where there is no token, got '0.0.0.0'",
     "serve-reward shapes --token_file no-token": "No such file or directory: 'no-token'",
+    "serve-reward shapes --token_file binary": "`token` must be of visible ASCII characters",
     "serve-reward shapes --options mode=dense": "argument --options: must be a JSON object",
     "serve-reward shapes --options '{\"x\": 1}'": "unexpected keyword argument 'x'",
     "serve-reward ocr --options '{\"x\": 1}'": "The reward 'ocr' cannot be made with `options` {'x': 1}",
@@ -172,10 +188,14 @@ MISTAKES = {
 def test_a_mistake_ends_with_one_line_before_anything_is_written(command, tmp_path, monkeypatch, capsys):
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
+    for name in ("folder", "nameless", "foreign", "promptless/00000", "broken/00000"):
+        (tmp_path / name).mkdir(parents=True)
     model = "model: shapes\n"
     for name, text in {
         "file": "",
+        "file.txt": "",
+        "promptless/00000/metadata.jsonl": '{"tag": "a"}',
+        "broken/00000/metadata.jsonl": "{",
         "broken.yaml": "model: [",
         "list.yaml": "- model",
         "type.yaml": model + "batch_size: [16]",
@@ -184,6 +204,11 @@ def test_a_mistake_ends_with_one_line_before_anything_is_written(command, tmp_pa
         "unknown.yaml": model + "modle: shapes",
     }.items():
         (tmp_path / name).write_text(text)
+    for name in ("nameless", "foreign"):
+        save_file({"weight": torch.zeros(1)}, tmp_path / name / "adapter_model.safetensors")
+    (tmp_path / "foreign" / "adapter_config.json").write_text('{"peft_type": "NONE"}')
+    for name in ("binary", "binary.jsonl"):
+        (tmp_path / name).write_bytes(b"\x80\xff")
     before = {path: path.stat().st_size for path in tmp_path.rglob("*")}
     mistake = find_mistake(shlex.split(command), capsys)
     assert re.fullmatch("trl-udm.*: error: .*\n", mistake) and MISTAKES[command] in mistake
@@ -203,7 +228,11 @@ def test_the_version_is_printed(capsys):
 
 
 def test_help_loads_no_heavy_package():
-    code = "import sys, trl_udm.cli\nprint(*{'torch', 'trl', 'numpy', 'PIL', 'fastapi', 'msgpack'} & set(sys.modules))"
+    """That of each verb takes a quarter of a second. To import PyTorch or TRL takes several."""
+    code = "import contextlib, io, sys\nfrom trl_udm.cli import VERBS, main\nfor verb in ('', *VERBS):\n"
+    code += "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+    code += "        main([*verb.split(), '--help'])\n"
+    code += "print(*{'torch', 'transformers', 'numpy', 'datasets', 'fastapi'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert run.stdout.split() == []
 
@@ -340,6 +369,22 @@ def test_generate_draws_and_does_not_overwrite(tmp_path, capsys):
     assert "`--output_dir` has 00000.png already" in find_mistake(argv, capsys)
 
 
+def test_generate_counts_the_prompts_that_are_cut(tmp_path, caplog):
+    argv = [
+        "generate",
+        "a ring",
+        "a red ring " * 30,
+        "a cross " * 30,
+        "--model",
+        "shapes",
+        "--num_inference_steps",
+        "1",
+    ]
+    main([*argv, "--output_dir", str(tmp_path), "--batch_size", "1"])
+    (record,) = (record for record in caplog.records if record.name == "trl_udm.cut_prompts")
+    assert record.message.startswith("2 of 3 prompts are longer than the ")
+
+
 def test_env_names_versions(capsys):
     main(["env"])
     printed = capsys.readouterr().out
@@ -406,6 +451,16 @@ def test_memory_prints_each_stage_and_whether_it_fits(capsys, adapter):
     assert "0.6 GiB: 0." in lora and "GiB too much." in lora
     assert "| reference weights | 0.00 |" in lora
     assert "| ema weights | 0.00 |" in full and "| ema weights | 0.00 |" in further
+
+
+def test_memory_takes_a_folder_before_a_published_model_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "BAAI/URSA-1.7B-IBQ512"
+    assert memory.build_pipeline(name, torch.bfloat16).latent_shape() == (1, 32, 32)
+    (tmp_path / "BAAI").mkdir()
+    (tmp_path / name).symlink_to(CHECKPOINT_PATH)
+    pipeline = memory.build_pipeline(name, torch.bfloat16)
+    assert pipeline.latent_shape() == (1, 8, 8) and pipeline.transformer.dtype == torch.bfloat16
 
 
 def test_memory_downloads_configurations_only(tmp_path):

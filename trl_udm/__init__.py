@@ -26,6 +26,7 @@ _MODULES = {
     "CLIPColorClassifier": ".rewards.clip_color",
     "CLIPReward": ".rewards.clip",
     "CLIPScoreReward": ".rewards.clip",
+    "CompactProgressCallback": ".callbacks.progress",
     "DiagnosticsCallback": ".callbacks.diagnostics",
     "DiffusionGemmaUDMPipeline": ".pipelines.pipeline_diffusion_gemma",
     "EMACallback": ".trainer.ema",
@@ -39,6 +40,7 @@ _MODULES = {
     "PickScoreReward": ".rewards.clip",
     "RemoteReward": ".rewards.remote.client",
     "TextUDMPipeline": ".pipelines.pipeline_text",
+    "ThroughputCallback": ".callbacks.throughput",
     "UDMGRPOConfig": ".trainer.udm_grpo_config",
     "UDMGRPOTrainer": ".trainer.udm_grpo_trainer",
     "UDMPipeline": ".pipelines.pipeline_udm",
@@ -55,6 +57,8 @@ __all__ = list(_MODULES)
 if TYPE_CHECKING:
     from .callbacks.diagnostics import DiagnosticsCallback as DiagnosticsCallback
     from .callbacks.guardrails import GuardrailCallback as GuardrailCallback
+    from .callbacks.progress import CompactProgressCallback as CompactProgressCallback
+    from .callbacks.throughput import ThroughputCallback as ThroughputCallback
     from .memory import MemoryEstimate as MemoryEstimate
     from .memory import estimate_memory as estimate_memory
     from .models.autoencoder_vq import AutoencoderVQ as AutoencoderVQ

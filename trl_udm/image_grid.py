@@ -12,13 +12,14 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A grid of images with their prompts and rewards."""
+"""A grid of images with their prompts, rewards and verdicts."""
 
 import math
-import textwrap
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
+
+from .drawing import GREEN, RED, draw_text, make_drawable, text_width, wrap_text
 
 
 def make_image_grid(
@@ -28,6 +29,10 @@ def make_image_grid(
     num_columns: int | None = None,
     tile_size: int = 160,
     max_images: int = 64,
+    font_size: int = 13,
+    verdicts: list[bool] | None = None,
+    column_titles: list[str] | None = None,
+    row_titles: list[str] | None = None,
 ) -> Image.Image:
     """
     Arranges images in a grid. The rewards and the prompt of an image stand under it.
@@ -36,7 +41,7 @@ def make_image_grid(
         images (`list[PIL.Image.Image]`):
             Images.
         prompts (`list[str]`):
-            Their prompts.
+            Their prompts. A prompt of more than six lines ends in an ellipsis.
         rewards (`list[tuple[float, ...]]`, *optional*):
             For each image, its rewards: one for each reward function.
         num_columns (`int`, *optional*):
@@ -45,28 +50,65 @@ def make_image_grid(
             Width of an image in the grid, and its maximum height, in pixels. Images keep their aspect ratio.
         max_images (`int`, *optional*, defaults to `64`):
             Maximum number of images. Further images are left out.
+        font_size (`int`, *optional*, defaults to `13`):
+            Size of the font, in pixels.
+        verdicts (`list[bool]`, *optional*):
+            For each image, whether it is right. Right images have a green frame with ✓, wrong ones a red one with ✗.
+        column_titles (`list[str]`, *optional*):
+            A title for each column.
+        row_titles (`list[str]`, *optional*):
+            A title for each row, on its left.
 
     Returns:
         `PIL.Image.Image`: The grid.
     """
     images = images[:max_images]
     num_columns = num_columns or math.ceil(math.sqrt(len(images)))
-    num_rows = math.ceil(len(images) / num_columns)
-    line_height, num_characters = 12, tile_size // 6
-    num_lines = 4
     image_height = max(min(tile_size, round(tile_size * image.height / image.width)) for image in images)
-    tile_height = image_height + line_height * num_lines
-    grid = Image.new("RGB", (num_columns * (tile_size + 4), num_rows * (tile_height + 4)), "white")
+    gap, line_height = tile_size // 20, round(1.3 * font_size)
+    frame, mark_height = (tile_size // 32, line_height) if verdicts is not None else (0, 0)
+    cell_width = tile_size + 2 * frame + gap
+
+    def wrap(text: str) -> list[str]:
+        return [line for line in wrap_text(text, font_size, tile_size + 2 * frame, max_lines=6) if line]
+
+    captions = []
+    for i in range(len(images)):
+        numbers = "" if rewards is None else ", ".join(f"{reward:.2f}" for reward in rewards[i]) + " "
+        captions.append(wrap(numbers + str(prompts[i])))
+    titles = [wrap(title) for title in column_titles or []]
+    row_titles = [make_drawable(" ".join(title.split())) for title in row_titles or []]
+    margin_left = round(max((text_width(title, font_size) for title in row_titles), default=-gap)) + gap
+    margin_top = line_height * max(map(len, titles), default=0)
+    starts = range(0, len(images), num_columns)
+    num_lines = [max(map(len, captions[start : start + num_columns])) for start in starts]
+    tile_height = image_height + 2 * frame + mark_height
+    heights = [tile_height + gap + (number * line_height + gap if number > 0 else 0) for number in num_lines]
+
+    grid = Image.new("RGB", (margin_left + num_columns * cell_width, margin_top + sum(heights)), "white")
     draw = ImageDraw.Draw(grid)
-    for i, image in enumerate(images):
-        left, top = i % num_columns * (tile_size + 4), i // num_columns * (tile_height + 4)
-        resample = Image.Resampling.NEAREST if image.width < tile_size else Image.Resampling.LANCZOS
-        tile = ImageOps.pad(image.convert("RGB"), (tile_size, image_height), method=resample, color="white")
-        grid.paste(tile, (left, top))
-        text = "" if rewards is None else ", ".join(f"{reward:.2f}" for reward in rewards[i]) + " "
-        text += str(prompts[i])
-        for number, line in enumerate(textwrap.wrap(text, num_characters)[:num_lines]):
-            draw.text((left + 2, top + image_height + number * line_height), line, fill="black")
+
+    def write(lines: list[str], left: float, top: float) -> None:
+        for number, line in enumerate(lines):
+            draw_text(draw, (left, top + number * line_height + font_size), line, font_size, "black")
+
+    for column, lines in enumerate(titles):
+        write(lines, margin_left + column * cell_width, 0)
+    for row, start in enumerate(starts):
+        top = margin_top + sum(heights[:row])
+        if row_titles:
+            write([row_titles[row]], 0, top + (tile_height - line_height) // 2)
+        for column, image in enumerate(images[start : start + num_columns]):
+            i, left = start + column, margin_left + column * cell_width
+            if verdicts is not None:
+                color, mark = (GREEN, "✓") if verdicts[i] else (RED, "✗")
+                draw.rectangle((left, top, left + tile_size + 2 * frame - 1, top + tile_height - 1), fill=color)
+                middle = left + frame + (tile_size - text_width(mark, font_size)) / 2
+                draw_text(draw, (middle, top + tile_height - frame), mark, font_size, "white")
+            resample = Image.Resampling.NEAREST if image.width < tile_size else Image.Resampling.LANCZOS
+            tile = ImageOps.pad(image.convert("RGB"), (tile_size, image_height), method=resample, color="white")
+            grid.paste(tile, (left + frame, top + frame))
+            write(captions[i], left, top + tile_height + gap // 3)
     return grid
 
 

@@ -69,8 +69,9 @@ def rand_tensor(
         ValueError: If a list of generators has another length than the first dimension.
     """
     if isinstance(generator, list):
-        check_generators(generator, shape[0])
-        return torch.cat([rand_tensor((1, *shape[1:]), each, device, dtype) for each in generator])
+        size, *others = shape if isinstance(shape, tuple) else (shape,)
+        check_generators(generator, size)
+        return torch.cat([rand_tensor((1, *others), each, device, dtype) for each in generator])
     draw_device = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=draw_device, dtype=dtype).to(device)
 
@@ -80,7 +81,7 @@ def randint_tensor(
     shape: tuple[int, ...],
     generator: torch.Generator | list[torch.Generator] | None = None,
     device: str | torch.device | None = None,
-) -> torch.LongTensor:
+) -> torch.Tensor:
     """
     Uniform integers in `[0, high)`, drawn on the generator's device as in `rand_tensor`.
 

@@ -135,10 +135,12 @@ def load_state_dict(folder: str | os.PathLike, name: str) -> dict[str, torch.Ten
         `dict[str, torch.Tensor]`: The tensors of all shards.
 
     Raises:
-        FileNotFoundError: If there is no such file, or a shard is missing.
+        FileNotFoundError: If there is no such folder or file, or a shard is missing.
         ValueError: If a file is damaged, or holds more than tensors.
     """
     folder = Path(folder)
+    if not folder.is_dir():  # its name is not that of a repository
+        raise FileNotFoundError(f"There is no folder {folder}.")
     index = folder / f"{name}.safetensors.index.json"
     if not index.is_file():
         return load_tensors(find_file(folder, [f"{name}.safetensors", f"{name}.bin"]))

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -107,6 +108,26 @@ def test_flops_are_those_that_pytorch_counts(tmp_path, module):
 
 def test_the_exponent_is_the_slope_of_the_logarithms(module):
     assert module["exponent"]([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+
+
+def test_the_flops_of_a_real_size_are_printed_without_a_model():
+    command = [sys.executable, THROUGHPUT, "--size", "ursa-1.7b-ibq512", "--flops", "--stages", "scoring"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # 1.41 billion weights in the layers at 1,345 positions and the head at 1,024, for K = 3 rows, and the attention
+    weights, attention = 1.41e9 * 1345 + 2048 * 131_072 * 1024, 28 * 2 * 1345**2 * 2048
+    assert float(output.split()[1]) == pytest.approx(3 * 2 * (weights + attention) / 1e12, rel=0.01)
+
+
+def test_growth_is_drawn_as_wide_as_a_page(tmp_path, module):
+    curves = {"seconds": [1.0, 2.1], "extra_mib": [30.0, 30.0]}
+    stages = {"rollout": curves, "update": curves}
+    results = {
+        "tokens": {"values": [64, 256], "stages": stages},
+        "num_train_timesteps": {"values": [1, 2], "stages": {"update": curves}},
+    }
+    module["save_growth"](tmp_path / "growth.png", results)
+    with Image.open(tmp_path / "growth.png") as image:
+        assert image.width == 2 * 830
 
 
 def test_the_program_writes_what_it_measured(tmp_path):

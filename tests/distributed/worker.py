@@ -119,7 +119,7 @@ def build_args(output_dir: str, name: str, backend: str, **kwargs) -> UDMGRPOCon
         "learning_rate": LEARNING_RATE,
         "max_grad_norm": 0.0,
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "report_to": "none",
         "logging_steps": 1,
         "logging_nan_inf_filter": False,

@@ -15,6 +15,8 @@
 import pytest
 from trl.import_utils import is_math_verify_available
 
+from trl_udm.worlds import shapes
+
 from . import load_example
 
 
@@ -36,8 +38,27 @@ MISTAKES = [
     (
         "train_geneval",
         [*MODEL, "--eval_dataset_name", "a.jsonl", "--detector", "nowhere:D"],
-        "No module named 'nowhere'",
+        "`--detector` nowhere:D cannot be imported: No module named 'nowhere'",
     ),
+    (
+        "train_geneval",
+        [*MODEL, "--eval_dataset_name", "a.jsonl", "--detector", "math:nothing"],
+        "`--detector` math:nothing cannot be imported: module 'math' has no attribute 'nothing'",
+    ),
+    (
+        "train_text",
+        [*MODEL, "--dataset_name", "a", "--eval_dataset_name", "b", "--reward_funcs", "math.pi"],
+        "`--reward_funcs` must name what can be called, got math.pi, which is 3.14",
+    ),
+    ("train_geneval", ["--num_eval_images", "0"], "`--num_eval_images` must be >= 1, got 0"),
+    ("train_geneval", ["--eval_images_batch_size", "-1"], "`--eval_images_batch_size` must be >= 1, got -1"),
+    ("train_geneval", ["--diagnostics_steps", "0"], "`--diagnostics_steps` must be >= 1, got 0"),
+    ("train_text", ["--num_shown", "-1"], "`--num_shown` must be >= 0, got -1"),
+    ("train_text", ["--learning_rate", "nan"], "`learning_rate` must be >= 0, got nan"),
+    ("train_text", ["--beta", "inf"], "`beta` must be >= 0, got inf"),
+    ("train_text", ["--epsilon", "-1"], "`epsilon` must be >= 0, got -1.0"),
+    ("train_text", ["--seed", "abc"], "invalid int value: 'abc'"),
+    ("train_text", ["--dtype", "float7"], "argument --dtype: invalid choice: 'float7'"),
 ]
 
 
@@ -51,6 +72,38 @@ def test_a_mistake_ends_with_one_line_before_anything_is_written(
     printed = capsys.readouterr().err
     assert printed.startswith(f"{example}.py: error: ") and printed.count("\n") == 1 and message in printed
     assert not list(tmp_path.iterdir())
+
+
+CHECKPOINTS = {
+    "nowhere": "must be a whole checkpoint, got 'nowhere', which is missing or was not finished",
+    "file": "must be a whole checkpoint, got 'file', which",
+    "empty": "must be a whole checkpoint, got 'empty', which",
+    "torn": "must be a whole checkpoint, got 'torn', which",
+    "True": "`resume_from_checkpoint` is True, but `output_dir` 'out' has no whole checkpoint (0 torn ones)",
+    "without_weights": "There is no folder without_weights/transformer",
+    "without_optimizer": "must have all of its files, but without_optimizer lacks ['optimizer*', 'scheduler.pt', ",
+    "of_another_family": "The weights in of_another_family/transformer miss ['",
+}
+
+
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_a_checkpoint_that_is_none_is_told_before_anything_is_computed(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    for name in ("empty", "torn", "without_weights", "without_optimizer", "of_another_family"):
+        (tmp_path / name).mkdir()
+        if name != "empty":
+            (tmp_path / name / "trainer_state.json").write_text("{" if name == "torn" else "{}")
+    (tmp_path / "without_optimizer" / "rollout_state_0.pth").write_text("")
+    (tmp_path / "of_another_family" / "transformer").symlink_to(shapes.CHECKPOINT_PATH / "transformer")
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit, match="2"):
+        load_example("train_text").main(["--output_dir", "out", "--resume_from_checkpoint", checkpoint])
+    *bars, line, _ = capsys.readouterr().err.split("\n")  # bars of what is loaded
+    assert line.startswith("train_text.py: error: ") and CHECKPOINTS[checkpoint] in line
+    assert all("it/s]" in bar for bar in bars) and (not bars or checkpoint.startswith(("without", "of")))
+    assert {path for path in tmp_path.rglob("*") if path.name != "out"} == before
+    assert not list(tmp_path.glob("out/*"))
 
 
 @pytest.mark.skipif(is_math_verify_available(), reason="the extra `math` is installed")

@@ -38,8 +38,7 @@ def test_the_example_trains_on_shapes_and_leaves_its_results(tmp_path, capsys, e
             sizes.add(image.size)
     assert len(sizes) == 1
     with Image.open(tmp_path / "samples.png") as both:
-        ((width, height),) = sizes
-        assert both.size == (2 * width + 24, height + 20)
+        assert both.width > 6 * 232 and both.height > 4 * 232  # of each kind two images before and two after
     assert (tmp_path / "reward_curve.png").exists()
     assert (tmp_path / "trainer_state.json").exists()
     assert (tmp_path / "diagnostics.png").exists() == bool(extra)

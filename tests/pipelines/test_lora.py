@@ -372,6 +372,12 @@ def test_the_scale_of_fusing_is_the_weight_of_the_adapter(tmp_path):
     torch.testing.assert_close(predict(pipeline), weighted, atol=1e-5, rtol=1e-5)
     pipeline.unfuse_lora()
     assert torch.equal(predict(pipeline), adapted)
+    save_adapter(tmp_path / "ia3", IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    pipeline = build_pipeline()
+    pipeline.load_lora_weights(tmp_path / "ia3")
+    with pytest.raises(ValueError, match="`lora_scale` must be 1.0 for adapters of type IA3, got 0.3: .* Leave"):
+        pipeline.fuse_lora(lora_scale=0.3)
+    pipeline.fuse_lora()
 
 
 def test_what_is_no_sum_is_not_fused(tmp_path):

@@ -53,7 +53,7 @@ def build_trainer(output_dir, pipeline=None, reward_funcs=count_digits, prompts=
         "learning_rate": 1e-2,
         "max_steps": 1,
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "report_to": "none",
         "logging_steps": 1,
         "save_strategy": "no",
@@ -377,7 +377,7 @@ def test_the_adapter_stays_unmerged_in_rollouts_since_weights_are_tied(tmp_path)
 
 
 def test_a_step_changes_the_adapter_alone(tmp_path):
-    trainer = build_trainer(tmp_path, gradient_checkpointing=True)
+    trainer = build_trainer(tmp_path, activation_checkpointing=True)
     initial = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     trainer.train()
     changed = [name for name, tensor in trainer.model.state_dict().items() if not torch.equal(tensor, initial[name])]

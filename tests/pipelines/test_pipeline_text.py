@@ -52,7 +52,7 @@ def build_trainer(output_dir, pipeline, reward_funcs=count_a, prompts=PROMPTS, p
         "learning_rate": 1e-2,
         "max_steps": 1,
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "report_to": "none",
         "logging_steps": 1,
         "save_strategy": "no",
@@ -188,6 +188,29 @@ def test_components_must_fit():
         pipeline.latent_shape(0)
 
 
+@pytest.mark.parametrize("name", ["transformer", "scheduler", "tokenizer"])
+def test_a_missing_component_is_named(tmp_path, name):
+    pipeline = build_text_pipeline()
+    message = f"`{name}` must be given, got None: `TextUDMPipeline` does not work without it"
+    with pytest.raises(ValueError, match=message):
+        TextUDMPipeline(**{**pipeline.components, name: None})
+    setattr(pipeline, name, None)
+    with pytest.raises(ValueError, match=message):
+        pipeline("abc")
+    with pytest.raises(ValueError, match=message):
+        build_trainer(tmp_path, pipeline)
+
+
+def test_a_text_beyond_the_positions_of_the_network_is_refused():
+    pipeline = build_text_pipeline()  # with positions for 64 tokens
+    options = {"num_inference_steps": 1, "negative_prompt": "b"}
+    pipeline("a" * (64 - NUM_TOKENS), **options)
+    message = "must have at most the 64 tokens that `BertForMaskedLM` has positions for, got 59 [+] 6 tokens. Shorten"
+    with pytest.raises(ValueError, match=message):
+        pipeline(["b", "a" * (65 - NUM_TOKENS)], **options)
+    build_text_pipeline("modernbert")("a" * 99, **options)  # rotary positions have no end
+
+
 # --- Scoring ---
 
 
@@ -286,7 +309,7 @@ def test_tokens_after_the_end_have_no_part_in_the_loss(tmp_path):
 
 @pytest.mark.parametrize("architecture", ["bert", "modernbert"])
 def test_a_step_changes_the_network_and_not_the_reference(tmp_path, architecture):
-    trainer = build_trainer(tmp_path, build_text_pipeline(architecture), max_steps=2, gradient_checkpointing=True)
+    trainer = build_trainer(tmp_path, build_text_pipeline(architecture), max_steps=2, activation_checkpointing=True)
     initial = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     trainer.train()
     for name, parameter in trainer.model.named_parameters():

@@ -37,7 +37,7 @@ MAX_LENGTH = 30
 PROMPTS = ["a red dog", "two blue cats, sitting.", "zebra"]
 
 
-def save_tiny_clip(folder):
+def save_tiny_clip(folder, max_length=MAX_LENGTH):
     """Save a CLIP with random weights, whose tokens are letters."""
     letters = [*string.ascii_lowercase, *string.digits, ",", "."]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
@@ -47,7 +47,7 @@ def save_tiny_clip(folder):
         text_config={
             **encoder,
             "vocab_size": len(tokens),
-            "max_position_embeddings": MAX_LENGTH,
+            "max_position_embeddings": max_length,
             "bos_token_id": len(tokens) - 2,
             "eos_token_id": len(tokens) - 1,
         },

@@ -84,7 +84,7 @@ def build_trainer(output_dir: Path, is_lora: bool, base: str | None, hub_strateg
             "learning_rate": 1e-2,
             "max_steps": 2,
             "bf16": False,
-            "gradient_checkpointing": False,
+            "activation_checkpointing": False,
             "report_to": "tensorboard",
             "logging_steps": 1,
             "save_steps": 1,

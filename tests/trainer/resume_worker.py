@@ -81,7 +81,7 @@ def build_trainer(output_dir, lora=False, ema=False, num_iterations=1, max_steps
         "save_steps": 1,
         "logging_steps": 3,
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "report_to": "none",
         "disable_tqdm": True,
         "ema_decay": 0.9 if ema else None,

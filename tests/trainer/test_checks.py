@@ -15,6 +15,7 @@
 import dataclasses
 import functools
 import logging
+import warnings
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ from trl import GRPOConfig
 
 from tests.pipelines.text_families import build_text_pipeline, build_tokenizer
 from tests.pipelines.tiny_diffusion_gemma import build_pipeline as build_diffusion_gemma
-from trl_udm import TextUDMPipeline, UDMGRPOTrainer, UniformDDIMScheduler, URSAPipeline
+from trl_udm import TextUDMPipeline, UDMGRPOConfig, UDMGRPOTrainer, UniformDDIMScheduler, URSAPipeline
+from trl_udm.cut_prompts import PromptCutter
 from trl_udm.pipelines.bidirectional import check_bidirectional
 from trl_udm.trainer.udm_grpo_config import REFUSED_OPTIONS
 from trl_udm.worlds.shapes import CHECKPOINT_PATH
@@ -93,6 +95,18 @@ def test_options_without_effect_are_refused(tmp_path, name):
         build_args(tmp_path, **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, True), ({"activation_checkpointing": False}, False), ({"gradient_checkpointing": False}, False)],
+)
+def test_a_configuration_warns_of_a_former_name_only_if_it_is_given(tmp_path, options, expected):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        args = UDMGRPOConfig(str(tmp_path), bf16=False, **options)
+    assert args.activation_checkpointing is args.gradient_checkpointing is expected
+    assert len(caught) == ("gradient_checkpointing" in options)
+
+
 def test_a_configuration_can_be_copied_with_changes(tmp_path):
     args = dataclasses.replace(build_args(tmp_path), learning_rate=1.0, generation_batch_size=None)
     assert args.learning_rate == 1.0
@@ -102,9 +116,14 @@ def count_letters(completions, **kwargs):
     return [float(len(completion)) for completion in completions]
 
 
-def build_trainer(pipeline, output_dir, reward_funcs=count_letters, **kwargs):
+def brightness(completions, **kwargs):
+    return [0.5] * len(completions)
+
+
+def build_trainer(pipeline, output_dir, reward_funcs=count_letters, eval_reward_funcs=None, **kwargs):
     rows = Dataset.from_list([{"prompt": "abc"}] * 2)
-    return UDMGRPOTrainer(pipeline, reward_funcs, build_args(output_dir, **kwargs), rows)
+    args = build_args(output_dir, **kwargs)
+    return UDMGRPOTrainer(pipeline, reward_funcs, args, rows, eval_reward_funcs=eval_reward_funcs)
 
 
 def build_causal_pipeline():
@@ -153,11 +172,30 @@ def test_networks_of_every_family_pass(build):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("reward", [nn.Linear(1, 1), "user/reward-model"], ids=["module", "id"])
-def test_reward_models_are_refused_for_images(tmp_path, shapes, reward):
-    got = "'user/reward-model'" if isinstance(reward, str) else "a `Linear`"
-    with pytest.raises(TypeError, match=f"`reward_funcs` must be functions where samples are images, got {got}"):
-        build_trainer(shapes, tmp_path, [count_letters, reward])
+@pytest.mark.parametrize("argument", ["reward_funcs", "eval_reward_funcs"])
+@pytest.mark.parametrize(
+    ("reward", "got"), [(nn.Linear(1, 1), "a `Linear`"), ("user/reward-model", "'user/reward-model'")]
+)
+def test_reward_models_are_refused_for_images(tmp_path, shapes, argument, reward, got):
+    rewards = {"reward_funcs": [count_letters], argument: [brightness, reward]}
+    with pytest.raises(TypeError, match=f"`{argument}` must be functions where samples are images, got {got}"):
+        build_trainer(shapes, tmp_path, **rewards)
+    rewards[argument] = reward  # without a list
+    with pytest.raises(TypeError, match=f"`{argument}` must be functions where samples are images, got {got}"):
+        build_trainer(shapes, tmp_path, **rewards)
+
+
+@pytest.mark.parametrize("argument", ["reward_funcs", "eval_reward_funcs"])
+@pytest.mark.parametrize("reward", [0.5, (brightness,), [None]], ids=["number", "tuple", "none"])
+def test_what_cannot_be_called_is_refused_as_a_reward(tmp_path, argument, reward):
+    with pytest.raises(TypeError, match=f"`{argument}` must be a function or a list of functions, got"):
+        build_trainer(build_toy_text_pipeline(), tmp_path, **{argument: reward})
+
+
+def test_weights_are_of_the_training_rewards(tmp_path):
+    message = r"`reward_weights` must have one weight for each of the 1 `reward_funcs`, got \[1.0, 1.0\]"
+    with pytest.raises(ValueError, match=message):
+        build_trainer(build_toy_text_pipeline(), tmp_path, eval_reward_funcs=[brightness], reward_weights=[1.0, 1.0])
 
 
 def test_options_of_chat_templates_are_refused_where_there_is_none(tmp_path, shapes):
@@ -201,3 +239,26 @@ def test_prompts_that_are_cut_are_told_once(shapes, caplog):
         f"2 of 3 prompts are longer than the {length} tokens that the pipeline reads, and are cut. The first is "
         f"{long[0]!r}. Further ones are not told."
     )
+
+
+def test_prompts_that_are_cut_are_counted_over_the_datasets(shapes, tmp_path, caplog):
+    """Of training and evaluation, by the pipeline and a reward, before the first step."""
+
+    class Reward(PromptCutter):
+        __name__ = "reward"
+
+        def __call__(self, prompts, **kwargs):
+            self._warn_of_cut_prompts(prompts, shapes.tokenizer, 2, "the reward")
+            return [0.0] * len(prompts)
+
+    rows = ["a ring", "a ring", *(f"{'a red circle ' * 200}{word}" for word in ("", "cross", "ring"))]
+    eval_rows = [*rows[:1], "a blue square " * 200]
+    train, evaluation, other = (Dataset.from_dict({"prompt": x}) for x in (rows, eval_rows, ["a red ring"]))
+    with caplog.at_level(logging.WARNING, logger="trl_udm.cut_prompts"):
+        trainer = UDMGRPOTrainer(shapes, Reward(), build_args(tmp_path), train, {"one": evaluation, "two": other})
+        assert [record.message.split(", and")[0] for record in caplog.records] == [
+            f"4 of 6 prompts are longer than the {shapes.config.max_prompt_length} tokens that the pipeline reads"
+        ]
+        trainer._calculate_rewards([{"prompt": "a ring"}], ["a ring"], [None], [[0]])
+    assert caplog.records[1].message.startswith("5 of 6 prompts are longer than the 2 tokens that the reward reads")
+    assert f"The first is {rows[2]!r}" in caplog.records[0].message and len(caplog.records) == 2

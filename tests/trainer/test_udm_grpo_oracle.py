@@ -52,7 +52,7 @@ def trainer(oracle_dir, tmp_path_factory):
         per_device_train_batch_size=12,
         pipeline_kwargs={"height": 32, "width": 32},
         bf16=False,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         report_to="none",
         disable_tqdm=True,
     )

@@ -15,12 +15,14 @@
 import io
 import math
 import os
+import random
 import re
 import struct
 import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -30,7 +32,6 @@ from tensorboardX.proto import event_pb2
 from transformers import TrainerCallback
 
 from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
-from trl_udm.image_grid import make_image_grid
 from trl_udm.trainer.udm_grpo_config import RESERVED_COLUMNS
 
 from .toy_text_family import NUM_TOKENS, build_toy_text_pipeline
@@ -60,7 +61,7 @@ def build_args(output_dir, **kwargs):
         "learning_rate": 1e-2,
         "max_steps": 1,
         "bf16": False,
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "report_to": "none",
         "logging_steps": 1,
         "save_strategy": "no",
@@ -394,7 +395,7 @@ def test_eval_rewards_are_called_in_evaluation_only_and_count_for_nothing(tmp_pa
 
 
 def test_a_model_is_refused_as_an_eval_reward(tmp_path):
-    with pytest.raises(TypeError, match="`eval_reward_funcs` must be functions, got Linear"):
+    with pytest.raises(TypeError, match="`eval_reward_funcs` must be functions, got a `Linear`"):
         UDMGRPOTrainer(
             build_toy_text_pipeline(),
             count_a,
@@ -522,7 +523,7 @@ def test_rewards_that_all_abstain_are_no_failure_and_one_of_weight_zero_does_not
 # --- Logging and saving ---
 
 
-def test_image_completions_are_logged_as_a_grid_and_a_table(tmp_path, oracle_dir):
+def test_image_completions_are_logged_as_a_grid_and_a_table(tmp_path, oracle_dir, capsys):
     trainer = UDMGRPOTrainer(
         URSAPipeline.from_pretrained(oracle_dir / "tiny-ursa", max_prompt_length=16),
         brightness,
@@ -534,20 +535,28 @@ def test_image_completions_are_logged_as_a_grid_and_a_table(tmp_path, oracle_dir
         assert grid.width > 3 * 160 and grid.height > 3 * 160
     assert (tmp_path / "completions" / "completions_00001.parquet").exists()
     assert len(trainer._logs["images"]) == 8
+    printed = capsys.readouterr().out
+    assert printed.count("<image>") == 2 * 3  # with the summary
+    files = f"{tmp_path}/completions/completions_00001"
+    assert f"All 8 completions are in {files}.parquet, with images in {files}.png\n" in printed
     logs = trainer.state.log_history[0]
     assert {"reward", "kl", "entropy", "clip_ratio/region_mean", "step_time", "rewards/brightness/mean"} <= set(logs)
     assert 0 <= logs["images/dark_fraction"] <= 1 and 0 < logs["images/saturation"] < 1
 
 
-def test_images_of_a_grid_keep_their_aspect_ratio():
-    wide, tall = Image.new("RGB", (96, 32), "red"), Image.new("RGB", (32, 96), "red")
-    text_height = 4 * 12 + 4
-    assert make_image_grid([wide, wide], ["a", "b"]).size == (2 * 164, 53 + text_height)
-    grid = np.asarray(make_image_grid([wide, tall], ["a", "b"]))
-    assert grid.shape == (160 + text_height, 2 * 164, 3)
-    is_red = (grid == (255, 0, 0)).all(axis=-1)
-    assert is_red[:, :160].any(axis=1).sum() == 53 and is_red[:, :160].any(axis=0).sum() == 160
-    assert is_red[:, 164:].any(axis=1).sum() == 160 and is_red[:, 164:].any(axis=0).sum() == 53
+@pytest.mark.parametrize(("num_printed", "count"), [(3, 3), (0, 0), (None, 8)])
+def test_a_few_completions_are_printed_and_all_are_kept(tmp_path, capsys, num_printed, count):
+    options = {} if num_printed == 3 else {"num_completions_to_print": num_printed}
+    trainer = build_trainer(tmp_path, count_a, log_completions=True, **options)
+    generate_batch(trainer)
+    state = random.getstate()
+    trainer.log({"loss": 0.0})
+    assert random.getstate() == state  # which reward functions may use
+    printed = capsys.readouterr().out
+    assert len(re.findall(r"^│ │ ", printed, flags=re.MULTILINE)) == count
+    path = tmp_path / "completions" / "completions_00000.parquet"
+    assert f"All 8 completions are in {path}\n" in printed
+    assert len(pd.read_parquet(path)) == 8
 
 
 def test_tensorboard_gets_the_grid_of_images(tmp_path, oracle_dir, monkeypatch):

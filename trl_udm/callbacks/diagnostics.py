@@ -20,15 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..drawing import BLUE, GREEN, RED, open_figure
 from ..trainer.completions import mask_after_end
 from ..trainer.udm_grpo_trainer import UDMGRPOTrainer
 
 
-COLORS = {"forward": "tab:blue", "backward": "tab:red"}
+COLORS = {"forward": BLUE, "backward": RED}
 
 
 class DiagnosticsCallback(TrainerCallback):
@@ -69,8 +68,17 @@ class DiagnosticsCallback(TrainerCallback):
     Example:
 
     ```python
-    >>> from trl_udm import DiagnosticsCallback
+    >>> from datasets import Dataset
+    >>> from trl_udm import DiagnosticsCallback, TextUDMPipeline, UDMGRPOConfig, UDMGRPOTrainer
+    >>> from trl_udm.worlds.sums import CHECKPOINT_PATH
+    >>> from trl_udm.worlds.sums.problems import split_problems, sum_reward
 
+    >>> trainer = UDMGRPOTrainer(
+    ...     TextUDMPipeline.from_pretrained(CHECKPOINT_PATH),
+    ...     sum_reward,
+    ...     UDMGRPOConfig("sums", max_steps=1, bf16=False),
+    ...     train_dataset=Dataset.from_list(split_problems()[0]),
+    ... )
     >>> trainer.add_callback(DiagnosticsCallback(trainer, prompts=trainer.train_dataset["prompt"][:64]))
     ```
     """
@@ -79,7 +87,7 @@ class DiagnosticsCallback(TrainerCallback):
         self,
         trainer: UDMGRPOTrainer,
         prompts: list[Any],
-        clean_samples: torch.LongTensor | None = None,
+        clean_samples: torch.Tensor | None = None,
         measure_steps: int = 25,
         seed: int = 0,
     ):
@@ -95,7 +103,7 @@ class DiagnosticsCallback(TrainerCallback):
         self.clean_samples = clean_samples
         self.measure_steps = measure_steps
         self.seed = seed
-        self.initial_samples: torch.LongTensor | None = None
+        self.initial_samples: torch.Tensor | None = None
         self.measurements: list[dict[str, Any]] = []
         """Each has `step` and `tokens_changed`, and the others by trajectory: a value per step of the grid."""
 
@@ -151,7 +159,7 @@ class DiagnosticsCallback(TrainerCallback):
             "backward": output.trajectory.noised_samples,
         }  # each (S, B, N)
         pretraining_states = [scheduler.add_noise(clean_samples, t) for t in grid]
-        measurement = {
+        measurement: dict[str, Any] = {
             "tokens_changed": self._share_changed(samples, self.initial_samples.to(samples.device)),
             "state_distance": {},
             "log_prob_variance": {},
@@ -181,13 +189,13 @@ class DiagnosticsCallback(TrainerCallback):
             measurement["entropy"][trajectory] = entropies.mean(dim=1).tolist()
         return measurement
 
-    def _share_changed(self, *samples: torch.LongTensor) -> float:
+    def _share_changed(self, *samples: torch.Tensor) -> float:
         completion_mask = self.trainer.pipeline.completion_mask
         after, before = (mask_after_end(tokens, completion_mask(tokens)) for tokens in samples)
         return ((after != before).sum() / ((after >= 0) | (before >= 0)).sum()).item()
 
 
-def energy_distance(x: torch.LongTensor, y: torch.LongTensor) -> float:
+def energy_distance(x: torch.Tensor, y: torch.Tensor) -> float:
     r"""
     Unbiased estimate of the energy distance 2·E d(X, Y) − E d(X, X') − E d(Y, Y') between two distributions of tokens
     (Székely and Rizzo, https://doi.org/10.1016/j.jspi.2013.03.018). d is the square root of the share of tokens that
@@ -207,7 +215,7 @@ def energy_distance(x: torch.LongTensor, y: torch.LongTensor) -> float:
         `float`: The estimate, at most 2. It may be below 0.
     """
 
-    def mean_distance(x: torch.LongTensor, y: torch.LongTensor) -> float:
+    def mean_distance(x: torch.Tensor, y: torch.Tensor) -> float:
         distances = torch.stack([(row != y).float().mean(dim=1).sqrt() for row in x])  # (B, B)
         return (distances.sum() - distances.trace()).item() / (len(x) * (len(x) - 1))
 
@@ -225,23 +233,20 @@ def save_diagnostics(path: str | Path, measurements: list[dict[str, Any]]) -> No
         measurements (`list[dict]`):
             Measurements, at least one.
     """
-    figure = Figure(figsize=(16, 3.6))
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 4)
     titles = {
         "state_distance": "energy distance of the states\nfrom the noised clean samples",
         "log_prob_variance": "variance of log π",
         "entropy": "entropy per token, nats",
     }
-    for axis, (name, title) in zip(axes[:3], titles.items(), strict=True):
-        for measurement, style in ((measurements[0], "--"), (measurements[-1], "-")):
-            for trajectory, color in COLORS.items():
-                label = f"{trajectory}, step {measurement['step']}"
-                axis.plot(measurement[name][trajectory], style, color=color, label=label)
-        axis.set(xlabel="step of the grid, from noise to clean", title=title)
-    axes[0].legend(fontsize=8)
-    steps = [measurement["step"] for measurement in measurements]
-    axes[3].plot(steps, [measurement["tokens_changed"] for measurement in measurements], "o-")
-    axes[3].set(xlabel="training step", title="share of changed tokens", ylim=(0, 1))
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with open_figure(path, height=6.5) as figure:
+        *axes, axis_of_tokens = figure.subplots(2, 2).flat
+        for axis, (name, title) in zip(axes, titles.items(), strict=True):
+            for measurement, style in ((measurements[0], "--"), (measurements[-1], "-")):
+                for trajectory, color in COLORS.items():
+                    label = f"{trajectory}, step {measurement['step']}" if axis is axes[0] else None
+                    axis.plot(measurement[name][trajectory], style, color=color, label=label)
+            axis.set(xlabel="step of the grid, from noise to clean", title=title)
+        figure.legend(loc="outside upper center", ncols=4)
+        steps = [measurement["step"] for measurement in measurements]
+        axis_of_tokens.plot(steps, [measurement["tokens_changed"] for measurement in measurements], "o-", color=GREEN)
+        axis_of_tokens.set(xlabel="training step", title="share of changed tokens", ylim=(0, 1))

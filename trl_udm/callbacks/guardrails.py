@@ -58,7 +58,8 @@ class GuardrailCallback(TrainerCallback):
     ```python
     >>> from trl_udm import GuardrailCallback
 
-    >>> trainer.add_callback(GuardrailCallback(max_kl=1.0, watched="rewards/pickscore/mean", stop=True))
+    >>> callback = GuardrailCallback(max_kl=1.0, watched="rewards/pickscore/mean", stop=True)
+    >>> # UDMGRPOTrainer(..., callbacks=[callback])
     ```
     """
 
@@ -85,9 +86,14 @@ class GuardrailCallback(TrainerCallback):
         """Global step of each alarm by its kind: `"kl"`, `"entropy"`, `"diversity"` or `"hacking"`."""
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs,
     ) -> None:
-        if "reward" not in logs:  # an evaluation, or the summary at the end
+        if not logs or "reward" not in logs:  # an evaluation, or the summary at the end
             return
         history = [log for log in state.log_history if "reward" in log]
         for name, (bound, sign) in self.bounds.items():

@@ -23,8 +23,8 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import version
 
+from .. import __version__
 from .mistakes import DEBUG_VARIABLE, ArgumentParser, mistakes_in_one_line
 
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             description="Reinforcement learning for uniform discrete diffusion models.",
             epilog="`trl-udm VERB --help` lists the flags of a verb. With `--debug` a mistake shows its traceback.",
         )
-        parser.add_argument("--version", action="version", version=f"trl-udm {version('trl-udm')}")
+        parser.add_argument("--version", action="version", version=f"trl-udm {__version__}")
         verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb", required=True)
         for name, text in VERBS.items():
             verbs.add_parser(name, help=text, add_help=False)

@@ -14,39 +14,49 @@
 
 """The arguments that verbs share, and the pipeline that they describe."""
 
-import dataclasses
+import ast
+import functools
 import math
 import sys
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-from ..trainer.udm_grpo_config import UDMGRPOConfig
 from ..worlds import IMAGE_WORLDS
 from .parser import check_range
 
 
 MODEL_HELP = f"Folder or Hub repository of a pipeline, or an embedded world: {', '.join(IMAGE_WORLDS)}."
-_CONFIG_FIELDS = {config_field.name: config_field for config_field in dataclasses.fields(UDMGRPOConfig)}
 
 
-def config_field(name: str, help: str | None = None, **metadata: Any) -> Any:
+@functools.cache
+def _read_config_fields() -> dict[str, dict[str, Any]]:
+    # From the source, because the import takes seconds that `--help` does not have
+    module = ast.parse(files("trl_udm.trainer").joinpath("udm_grpo_config.py").read_text(encoding="utf-8"))
+    (config,) = (node for node in module.body if isinstance(node, ast.ClassDef) and node.name == "UDMGRPOConfig")
+    return {
+        node.target.id: {word.arg: ast.literal_eval(word.value) for word in node.value.keywords}
+        for node in config.body
+        if isinstance(node, ast.AnnAssign) and any(word.arg == "default" for word in node.value.keywords)
+    }
+
+
+def config_field(name: str, help: str | None = None) -> Any:
     """
-    Makes a field with the default, and the help, of one of [`UDMGRPOConfig`].
+    Makes a field with the default, and the help, of one that [`UDMGRPOConfig`] itself has.
 
     Args:
         name (`str`):
             The field of [`UDMGRPOConfig`].
         help (`str`, *optional*):
             Another help text.
-        metadata (`dict[str, Any]`):
-            Further arguments of `ArgumentParser.add_argument`.
 
     Returns:
         `dataclasses.Field`: The field.
     """
-    help = help or _CONFIG_FIELDS[name].metadata["help"]
-    return field(default=_CONFIG_FIELDS[name].default, metadata={"help": help, **metadata})
+    config = _read_config_fields()[name]
+    return field(default=config["default"], metadata={"help": help or config["metadata"]["help"]})
 
 
 @dataclass(kw_only=True)
@@ -91,6 +101,10 @@ class SamplingArguments(ModelArguments):
             Denoising steps. By default `num_inference_steps_eval` of [`UDMGRPOConfig`].
         guidance_scale (`float`, *optional*):
             Weight of classifier-free guidance. By default `guidance_scale_eval` of [`UDMGRPOConfig`].
+        num_images_per_prompt (`int`, *optional*, defaults to `1`):
+            Images a prompt.
+        batch_size (`int`, *optional*, defaults to `16`):
+            How many are drawn at a time: images of an evaluation, prompts otherwise.
     """
 
     adapter: str | None = field(default=None, metadata={"help": "Folder or Hub repository of a PEFT adapter."})
@@ -101,11 +115,16 @@ class SamplingArguments(ModelArguments):
     guidance_scale: float = config_field(
         "guidance_scale_eval", "Weight of classifier-free guidance. 1 is no guidance."
     )
+    num_images_per_prompt: int = field(default=1, metadata={"help": "Images a prompt."})
+    batch_size: int = field(
+        default=16, metadata={"help": "How many are drawn at a time: images of an evaluation, prompts otherwise."}
+    )
 
     def check(self) -> None:
         """Raises a `ValueError` if a number is out of its range."""
-        check_range(self, seed=(0, 2**63 - 1), height=(1, math.inf), width=(1, math.inf))
-        check_range(self, num_inference_steps=(1, math.inf), guidance_scale=(-sys.float_info.max, sys.float_info.max))
+        names = ("height", "width", "num_inference_steps", "num_images_per_prompt", "batch_size")
+        check_range(self, seed=(0, 2**63 - 1), **dict.fromkeys(names, (1, math.inf)))
+        check_range(self, guidance_scale=(-sys.float_info.max, sys.float_info.max))
 
     @property
     def pipeline_kwargs(self) -> dict[str, Any]:
@@ -135,14 +154,13 @@ def load_pipeline(arguments: ModelArguments, adapter: str | None = None, pipelin
     from ..pipelines.lora import read_adapter
     from ..pipelines.pipeline_ursa import URSAPipeline
 
-    if adapter is not None:
-        read_adapter(adapter)  # a mistake in it is told before a large model is loaded
+    weights = None if adapter is None else read_adapter(adapter)  # a mistake is told before a large model is loaded
     size = {name: getattr(arguments, name, None) for name in ("height", "width")}
     if any(size.values()):
         URSAPipeline.from_configs(arguments.checkpoint_path).latent_shape(**size)
     device = PartialState().device
     dtype = arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     pipeline = (pipeline_class or URSAPipeline).from_pretrained(arguments.checkpoint_path, dtype=getattr(torch, dtype))
-    if adapter is not None:
-        pipeline.load_lora_weights(adapter)
+    if weights is not None:
+        pipeline.load_lora_weights(weights)
     return pipeline.to(device)

@@ -18,8 +18,6 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-import torch
-
 
 @dataclass
 class Arguments:
@@ -34,6 +32,8 @@ def run(arguments: Arguments) -> None:
         arguments ([`Arguments`]):
             Nothing.
     """
+    import torch
+
     print(f"platform: {platform.platform()}")
     print(f"python: {platform.python_version()}")
     for name in ("trl-udm", "torch", "transformers", "trl", "diffusers", "peft", "accelerate", "datasets"):

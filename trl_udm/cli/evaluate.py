@@ -19,16 +19,12 @@ The same command continues a run that was interrupted. Without a model, the imag
 they must lie as GenEval's own do. For several GPUs: accelerate launch -m trl_udm.cli evaluate ...
 """
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import PartialState
-
-from ..evaluation import evaluate
 from ..evaluation.benchmarks import BENCHMARKS
 from .arguments import MODEL_HELP, SamplingArguments, load_pipeline
-from .parser import check_output_dir, check_range
+from .parser import check_output_dir
 
 
 @dataclass(kw_only=True)
@@ -48,8 +44,6 @@ class Arguments(SamplingArguments):
             their own.
         options (`dict[str, Any]`, *optional*, defaults to `{}`):
             Arguments of the reward's constructor.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Images at a time.
         num_images_per_prompt (`int`, *optional*, defaults to `4`):
             Images a prompt.
         overwrite (`bool`, *optional*, defaults to `False`):
@@ -72,7 +66,6 @@ class Arguments(SamplingArguments):
     options: dict = field(
         default_factory=dict, metadata={"help": "Arguments of the reward's constructor, as a JSON object."}
     )
-    batch_size: int = field(default=16, metadata={"help": "Images at a time."})
     num_images_per_prompt: int = field(default=4, metadata={"help": "Images a prompt."})
     overwrite: bool = field(default=False, metadata={"help": "Delete earlier images first, as for new weights."})
 
@@ -88,10 +81,13 @@ def run(arguments: Arguments) -> None:
     Raises:
         ValueError: If the benchmark is unknown, the prompts are missing, or a flag needs a model.
     """
+    from accelerate import PartialState
+
+    from ..evaluation import evaluate
+
     if arguments.benchmark not in BENCHMARKS:  # a `--config` file is not checked against the choices
         raise ValueError(f"`--benchmark` must be one of {sorted(BENCHMARKS)}, got {arguments.benchmark!r}.")
     arguments.check()
-    check_range(arguments, batch_size=(1, math.inf), num_images_per_prompt=(1, math.inf))
     check_output_dir(arguments.output_dir)
     benchmark = BENCHMARKS[arguments.benchmark]
     pipeline = rows = settings = None

@@ -14,14 +14,11 @@
 
 """Draw images of prompts."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from .arguments import SamplingArguments, load_pipeline
-from .parser import check_output_dir, check_range
+from .parser import check_output_dir
 
 
 @dataclass(kw_only=True)
@@ -36,20 +33,14 @@ class Arguments(SamplingArguments):
             What to draw.
         output_dir (`Path`, *optional*, defaults to `images`):
             Folder of the images.
-        num_images_per_prompt (`int`, *optional*, defaults to `1`):
-            Images a prompt.
-        batch_size (`int`, *optional*, defaults to `16`):
-            Prompts at a time.
 
-        > Parameters that control the model
+        > Parameters that control the model and how images are drawn
 
         As in [`SamplingArguments`].
     """
 
     prompts: list[str] = field(init=False, metadata={"nargs": "+", "help": "What to draw."})
     output_dir: Path = field(default=Path("images"), metadata={"help": "Folder of the images."})
-    num_images_per_prompt: int = field(default=1, metadata={"help": "Images a prompt."})
-    batch_size: int = field(default=16, metadata={"help": "Prompts at a time."})
 
 
 def run(arguments: Arguments) -> None:
@@ -65,9 +56,12 @@ def run(arguments: Arguments) -> None:
         OSError: If the folder cannot be written to.
         ValueError: If a number is out of its range.
     """
+    import torch
+
+    from ..cut_prompts import expect_prompts
+
     prompts, batch_size = arguments.prompts, arguments.batch_size
     arguments.check()
-    check_range(arguments, batch_size=(1, math.inf), num_images_per_prompt=(1, math.inf))
     check_output_dir(arguments.output_dir)
     num_images = len(prompts) * arguments.num_images_per_prompt
     paths = [arguments.output_dir / f"{index:05}.png" for index in range(num_images)]
@@ -75,6 +69,7 @@ def run(arguments: Arguments) -> None:
         if path.exists():
             raise FileExistsError(f"`--output_dir` has {path.name} already. Give another folder, or move it.")
     pipeline = load_pipeline(arguments, arguments.adapter)
+    expect_prompts(prompts, [pipeline])
     generator = torch.Generator().manual_seed(arguments.seed)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     remaining_paths = iter(paths)

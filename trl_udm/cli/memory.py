@@ -19,15 +19,11 @@ No weight is read, and no GPU is needed. The defaults are those of UDMGRPOConfig
 """
 
 import math
+import sys
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
-import torch
-from peft import LoraConfig
-
-from ..memory import estimate_memory
-from ..pipelines.pipeline_ursa import URSAPipeline
-from ..trainer.udm_grpo_config import UDMGRPOConfig
 from .arguments import ModelArguments, config_field
 from .parser import check_range
 
@@ -41,7 +37,7 @@ class Arguments(ModelArguments):
         > Parameters that control the model
 
         model (`str`):
-            As in [`ModelArguments`]. No weight is read or downloaded.
+            As in [`ModelArguments`]. No weight is read or downloaded. Published models need no network.
         dtype (`str`, *optional*, defaults to `"float32"`):
             Dtype of the weights.
         lora_r (`int`, *optional*, defaults to `0`):
@@ -89,12 +85,43 @@ class Arguments(ModelArguments):
     guidance_scale: float = config_field("guidance_scale")
     beta: float = config_field("beta")
     ema_decay: float | None = config_field("ema_decay")
-    bf16: bool | None = config_field("bf16", "Compute in bfloat16, the default.", nargs="?", const=True)
-    activation_checkpointing: bool | None = config_field(
-        "activation_checkpointing", "Recompute the layers, the default.", nargs="?", const=True
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Compute in bfloat16, the default.", "nargs": "?", "const": True}
+    )
+    activation_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute the layers, the default.", "nargs": "?", "const": True}
     )
 
     gpu_memory: float | None = field(default=None, metadata={"help": "Memory of the GPU in GiB, to compare with."})
+
+
+def build_pipeline(model: str | Path, dtype: Any) -> Any:
+    """
+    Builds a pipeline without its weights. A folder goes before a published model of that name.
+
+    Args:
+        model (`str` or `Path`):
+            Folder or Hub repository of a pipeline.
+        dtype (`torch.dtype`):
+            Dtype of its weights.
+
+    Returns:
+        [`URSAPipeline`]: The pipeline.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+    """
+    from ..pipelines.pipeline_ursa import URSAPipeline
+    from ..pipelines.ursa_sizes import PUBLISHED_SIZES
+
+    if model in PUBLISHED_SIZES and not Path(model).is_dir():
+        return PUBLISHED_SIZES[model].build_pipeline(dtype)
+    try:
+        return URSAPipeline.from_configs(model, dtype=dtype)
+    except FileNotFoundError as error:
+        if Path(model).is_dir():
+            raise
+        raise FileNotFoundError(f"{error} These need no network: {', '.join(PUBLISHED_SIZES)}.") from error
 
 
 def run(arguments: Arguments) -> None:
@@ -108,10 +135,16 @@ def run(arguments: Arguments) -> None:
     Raises:
         ValueError: If a value is out of its range, or the batch does not contain whole groups.
     """
+    import torch
+    from peft import LoraConfig
+
+    from ..memory import estimate_memory
+    from ..trainer.udm_grpo_config import UDMGRPOConfig
+
     check_range(arguments, lora_r=(0, math.inf), every_n_layers=(1, math.inf), gpu_memory=(0, math.inf))
     check_range(arguments, per_device_train_batch_size=(1, math.inf), gradient_accumulation_steps=(1, math.inf))
     check_range(arguments, num_generations=(2, math.inf), num_train_timesteps=(1, math.inf))
-    check_range(arguments, beta=(0, math.inf), guidance_scale=(-math.inf, math.inf))
+    check_range(arguments, beta=(0, math.inf), guidance_scale=(-sys.float_info.max, sys.float_info.max))
     config_names = {config_field.name for config_field in fields(UDMGRPOConfig)}
     settings = {name: value for name, value in vars(arguments).items() if name in config_names}
     if arguments.gradient_accumulation_steps is None:
@@ -127,7 +160,7 @@ def run(arguments: Arguments) -> None:
         report_to="none",
         **settings,
     )
-    pipeline = URSAPipeline.from_configs(arguments.checkpoint_path, dtype=getattr(torch, arguments.dtype))
+    pipeline = build_pipeline(arguments.checkpoint_path, getattr(torch, arguments.dtype))
     peft_config = LoraConfig(r=arguments.lora_r, target_modules="all-linear") if arguments.lora_r else None
     estimate = estimate_memory(pipeline, args, peft_config)
     print("| computed, not measured | GiB |\n|---|---|")

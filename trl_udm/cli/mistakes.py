@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -32,14 +33,17 @@ DEBUG_VARIABLE = "TRL_UDM_DEBUG"
 @contextlib.contextmanager
 def mistakes_in_one_line(program: str) -> Iterator[None]:
     """
-    A context in which a mistake of the user ends the process with one line on stderr and exit code 2.
+    A context in which a mistake of the user ends the process with one line on stderr and exit code 2. Warnings of what
+    will change in a library, which the user of a command cannot heed, are left out.
 
     Args:
         program (`str`):
             What the line begins with.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     except MISTAKES as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise

@@ -42,7 +42,7 @@ class Parser(ArgumentParser, TrlParser):
             self.error("argument --config: expected one argument")
         try:
             return super().parse_args_and_config(args, **kwargs)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"The file of `--config` is not valid YAML: {error}") from error
 
 
@@ -101,7 +101,8 @@ def check_range(arguments: Any, **ranges: tuple[float, float]) -> None:
     """
     for name, (least, greatest) in ranges.items():
         value = getattr(arguments, name)
-        if value is not None and not least <= value <= greatest:  # NaN is in no range
+        is_infinite = value in (-math.inf, math.inf)
+        if value is not None and (is_infinite or not least <= value <= greatest):  # NaN is in no range
             limits = f">= {least}" if greatest == math.inf else f"in [{least}, {greatest}]"
             raise ValueError(f"`--{name}` must be {limits}, got {value}.")
 

@@ -126,7 +126,7 @@ def run(arguments: Arguments) -> None:
         raise ValueError(f"`--body_timeout` must be > 0, got {arguments.body_timeout}.")
     token = os.environ.get(TOKEN_VARIABLE)
     if arguments.token_file is not None:
-        token = arguments.token_file.read_text(encoding="utf-8").strip()
+        token = arguments.token_file.read_text(encoding="utf-8", errors="replace").strip()  # refused below
     reward_names = ("reward", "options", "token_file")
     server_options = {name: value for name, value in vars(arguments).items() if name not in reward_names}
     # A mistake is told before the server starts, which loads the reward in a thread

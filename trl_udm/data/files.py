@@ -53,13 +53,14 @@ def load_rows(path_or_name: str | Path, split: str = "train", **kwargs: Any) -> 
 
     ```python
     >>> from pathlib import Path
+    >>> from trl_udm.data.files import load_rows
 
     >>> _ = Path("rows.csv").write_text("prompt,target_text\\nA sign,007\\n")
     >>> load_rows("rows.csv")[0]
     {'prompt': 'A sign', 'target_text': '007'}
     ```
     """
-    rows = read_source(path_or_name, split, **kwargs)
+    rows: Any = read_source(path_or_name, split, **kwargs)
     return to_dataset(rows) if isinstance(rows, list) else rows
 
 

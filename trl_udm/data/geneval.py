@@ -38,7 +38,7 @@ _OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "b
 _SINGLES = [(name,) for name in CLASS_NAMES]
 _PAIRS = list(itertools.permutations(CLASS_NAMES, 2))
 # For each kind, the choices of classes, and of the other keys of their clauses. The benchmark gives persons no color
-_CHOICES = {
+_CHOICES: dict[str, tuple[Sequence[tuple[str, ...]], Sequence[tuple[dict[str, Any], ...]]]] = {
     "single_object": (_SINGLES, [({},)]),
     "two_object": (_PAIRS, [({}, {})]),
     "counting": (_SINGLES, [({"count": count},) for count in (2, 3, 4)]),
@@ -70,13 +70,16 @@ def geneval_prompt(include: Sequence[Mapping[str, Any]]) -> str:
     Example:
 
     ```python
+    >>> from trl_udm.data.geneval import geneval_prompt
+
     >>> geneval_prompt([{"class": "dog", "count": 1}, {"class": "apple", "count": 1, "position": ["left of", 0]}])
     'a photo of an apple left of a dog'
     >>> geneval_prompt([{"class": "bus", "count": 3}])
     'a photo of three buses'
     ```
     """
-    phrases, targets = [], set()
+    phrases: list[str] = []
+    targets = set()
     for clause in include:
         words = clause["class"] if clause.get("color") is None else f"{clause['color']} {clause['class']}"
         if clause["count"] not in range(1, len(COUNT_WORDS) + 1):
@@ -132,6 +135,8 @@ def generate_geneval_prompts(
     Example:
 
     ```python
+    >>> from trl_udm.data.geneval import generate_geneval_prompts
+
     >>> dataset = generate_geneval_prompts(4, tag_weights={"colors": 1, "position": 1})
     >>> sorted(dataset["tag"])
     ['colors', 'colors', 'position', 'position']
@@ -147,7 +152,7 @@ def generate_geneval_prompts(
             f"`exclude` must be prompts or rows, got the string {exclude!r}. Read a file with `load_prompts`."
         )
 
-    excluded = set()
+    excluded: set[str] = set()
     for item in exclude:
         texts = [item] if isinstance(item, str) else [item["prompt"], geneval_prompt(item["include"])]
         excluded.update(" ".join(text.lower().split()) for text in texts)
@@ -160,7 +165,7 @@ def generate_geneval_prompts(
         num_choices = len(choices_of_names) * len(choices_of_details)
         # These are enough, because an excluded prompt excludes only itself and its mirror image
         num_drawn = min(num_choices, end - start + 2 * len(excluded))
-        of_tag = []
+        of_tag: list[dict[str, Any]] = []
         for choice in random.Random(f"{seed} {tag}").sample(range(num_choices), num_drawn):
             if len(of_tag) == end - start:
                 break

@@ -18,7 +18,7 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from datasets import Dataset, Features, IterableDataset, Value, concatenate_datasets
 
@@ -33,6 +33,30 @@ logger = logging.getLogger(__name__)
 
 TASK_FEATURES = {None: Features({"prompt": Value("string")}), "geneval": GENEVAL_FEATURES, "ocr": OCR_FEATURES}
 """The columns of each task."""
+
+
+@overload
+def load_prompts(
+    path_or_name: str | Path,
+    task: Literal["geneval", "ocr"] | None = None,
+    *,
+    split: str = "train",
+    streaming: Literal[False] = False,
+    prompt_column: str = "prompt",
+    class_names: Sequence[str] = CLASS_NAMES,
+    encoding: str | None = None,
+    **kwargs: Any,
+) -> Dataset: ...
+
+
+@overload
+def load_prompts(
+    path_or_name: str | Path,
+    task: Literal["geneval", "ocr"] | None = None,
+    *,
+    streaming: Literal[True],
+    **kwargs: Any,
+) -> IterableDataset: ...
 
 
 def load_prompts(

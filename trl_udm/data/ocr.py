@@ -169,6 +169,8 @@ def generate_ocr_prompts(
     Example:
 
     ```python
+    >>> from trl_udm.data.ocr import generate_ocr_prompts
+
     >>> dataset = generate_ocr_prompts(2, texts=["Hi", "OK"])
     >>> sorted(dataset["target_text"])
     ['Hi', 'OK']

@@ -14,8 +14,21 @@
 
 """Evaluation: draws and scores a benchmark's images, writes reports, compares a model before and after training."""
 
-from .images import evaluate, generate_images, score_images, summarize
-from .report import write_report
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
+
+if TYPE_CHECKING:
+    from .images import evaluate as evaluate
+    from .images import generate_images as generate_images
+    from .images import score_images as score_images
+    from .images import summarize as summarize
+    from .report import write_report as write_report
 
 __all__ = ["evaluate", "generate_images", "score_images", "summarize", "write_report"]
+
+
+def __getattr__(name: str) -> Any:  # imported when first asked for, as in `trl_udm`
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(".report" if name == "write_report" else ".images", __name__), name)

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.loading import TASK_FEATURES, load_prompts
 from ..rewards.loading import load_reward
 from ..worlds import IMAGE_WORLDS, World
 
@@ -83,6 +82,8 @@ class Benchmark:
         Raises:
             ValueError: If there are no prompts and no world, or a row is malformed.
         """
+        from ..data.loading import TASK_FEATURES, load_prompts
+
         if prompts is not None:
             options = {"task": self.task} if self.world is None else self.world.prompt_options
             return list(load_prompts(prompts, **options).select_columns([*TASK_FEATURES[options.get("task")]]))

@@ -25,12 +25,12 @@ import torch
 
 from ..trainer.udm_grpo_trainer import UDMGRPOTrainer
 from .images import evaluate, get_reward_name
-from .report import save_curves, save_side_by_side
+from .report import save_comparison, save_curves
 
 
 def train_and_compare(
     trainer: UDMGRPOTrainer,
-    reward_func: Callable[..., list[float | None]],
+    reward_func: Callable,
     eval_rows: list[dict[str, Any]],
     num_images_per_prompt: int = 4,
     batch_size: int = 16,
@@ -42,7 +42,7 @@ def train_and_compare(
     The output folder then has:
 
     - the weights, and what was logged (`trainer_state.json`),
-    - `samples_before.png` and `samples_after.png`, and both in `samples.png`,
+    - `samples_before.png` and `samples_after.png`, and `samples.png`, which shows the same prompts before and after,
     - `reward_curve.png`, `results.json`, and the model card, which shows them,
     - `before` and `after`, the folders of the two evaluations, as [`~trl_udm.evaluation.evaluate`] writes them.
 
@@ -98,9 +98,7 @@ def train_and_compare(
     if trainer.accelerator.is_main_process:
         for name in ("before", "after"):
             shutil.copyfile(output_dir / name / "samples.png", output_dir / f"samples_{name}.png")
-        save_side_by_side(
-            output_dir / "samples.png", output_dir / "samples_before.png", output_dir / "samples_after.png"
-        )
+        save_comparison(output_dir / "samples.png", output_dir / "before", output_dir / "after")
     results = {"metric": get_reward_name(reward_func), "before": before, "after": after, "seconds": seconds}
     _save_results(trainer, results, curves)
     return results

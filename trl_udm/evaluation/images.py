@@ -33,17 +33,19 @@ import json
 import math
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..cut_prompts import expect_prompts
+from ..pipelines.original_checkpoint import load_json
 from ..reward_values import get_reward_name, read_rewards
 from .report import write_json, write_report
 
@@ -114,6 +116,7 @@ def generate_images(
 
     samples = [(index, number) for index in range(len(rows)) for number in range(num_images_per_prompt)]
     batches = list(enumerate(range(0, len(samples), batch_size)))
+    expect_prompts([row["prompt"] for row in rows], [pipeline])
     pipeline.set_progress_bar_config(disable=True)
     for batch_number, start in tqdm(
         batches[state.process_index :: state.num_processes],
@@ -138,7 +141,7 @@ def generate_images(
 
 def score_images(
     images_dir: str | Path,
-    reward_func: Callable[..., list[float | None]],
+    reward_func: Callable,
     batch_size: int = 16,
     settings: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
@@ -168,15 +171,18 @@ def score_images(
     folders = _prompt_folders(images_dir)
     if not folders:
         raise ValueError(f"`images_dir` must have folders like 00000 with a metadata.jsonl, got {images_dir}.")
-    groups = [[]]
+    groups: list[list] = [[]]
     for folder in folders:
-        row = json.loads((folder / "metadata.jsonl").read_text())
+        row = load_json(folder / "metadata.jsonl")
+        if not isinstance(row.get("prompt"), str):
+            raise ValueError(f"{folder / 'metadata.jsonl'} must have a `prompt`, got {row}.")
         paths = sorted(path for path in (folder / "samples").glob("*.png") if path.stem.isdigit())
         if not paths:
             raise ValueError(f"`images_dir` must have images of every prompt, got none in {folder / 'samples'}.")
         if groups[-1] and sum(len(paths) for _, _, paths in groups[-1]) + len(paths) > batch_size:
             groups.append([])
         groups[-1].append((folder, row, paths))
+    expect_prompts([row["prompt"] for group in groups for _, row, _ in group], [reward_func])
 
     for group in tqdm(
         groups[state.process_index :: state.num_processes],
@@ -191,7 +197,7 @@ def score_images(
                 "checksums": {path.name: zlib.crc32(path.read_bytes()) for path in paths},
             }
             scores_path = folder / f"scores_{name}.json"
-            found = json.loads(scores_path.read_text()) if scores_path.exists() else {}
+            found = load_json(scores_path) if scores_path.exists() else {}
             if {**found, **known} != found:
                 unscored.append((scores_path, known, row, paths))
         if not unscored:
@@ -205,7 +211,7 @@ def score_images(
 
     results = []
     for folder, row, paths in (entry for group in groups for entry in group):
-        folder_scores = json.loads((folder / f"scores_{name}.json").read_text())["scores"]
+        folder_scores = load_json(folder / f"scores_{name}.json")["scores"]
         for path in paths:
             results.append(
                 {
@@ -218,7 +224,7 @@ def score_images(
     return results
 
 
-def _score(reward_func: Callable, rows: list[dict[str, Any]], images: list[Image.Image]) -> list[float]:
+def _score(reward_func: Callable, rows: list[dict[str, Any]], images: list[Image.Image]) -> list[float | None]:
     columns = {key: [row.get(key) for row in rows] for key in sorted({key for row in rows for key in row})}
     prompts = columns.pop("prompt")
     with torch.autocast(PartialState().device.type, enabled=False):
@@ -263,9 +269,9 @@ def summarize(results: list[dict[str, Any]], num_resamples: int = 2000) -> dict[
         resampled_means.append(resampled)
         summary[tag] = _statistics(totals.sum() / counts.sum(), resampled, len(prompts), int(counts.sum()))
     summary["overall"] = _statistics(
-        np.mean([statistics["mean"] for statistics in summary.values()]),
+        float(np.mean([statistics["mean"] for statistics in summary.values()])),
         np.mean(resampled_means, axis=0),
-        sum(statistics["num_prompts"] for statistics in summary.values()),
+        sum(len(prompts) for prompts in by_tag.values()),
         len(results),
     )
     return summary
@@ -283,7 +289,7 @@ def _statistics(mean: float, resampled: np.ndarray, num_prompts: int, num_images
 
 
 def evaluate(
-    reward_funcs: list[Callable[..., list[float | None]]],
+    reward_funcs: Sequence[Callable],
     output_dir: str | Path,
     pipeline: DiffusionPipeline | None = None,
     rows: list[dict[str, Any]] | None = None,
@@ -343,7 +349,8 @@ def evaluate(
     ...     [GenEvalReward(ShapesDetector(), ShapesColorClassifier())],
     ...     "evaluation",
     ...     pipeline=URSAPipeline.from_pretrained(CHECKPOINT_PATH),
-    ...     rows=split_metadata()[1],
+    ...     rows=split_metadata()[1][:4],
+    ...     num_images_per_prompt=1,
     ...     num_inference_steps=10,
     ...     guidance_scale=1.0,
     ... )
@@ -355,6 +362,7 @@ def evaluate(
     if pipeline is not None:
         if not rows:
             raise ValueError("`rows` must have at least one row, got none.")
+        expect_prompts([row["prompt"] for row in rows], [pipeline, *reward_funcs])
         num_steps = min(1, pipeline_kwargs.get("num_inference_steps", 1))  # fewer are refused by the pipeline
         generator = torch.Generator().manual_seed(seed)
         trial_kwargs = {**pipeline_kwargs, "num_inference_steps": num_steps, "generator": generator}
@@ -389,7 +397,7 @@ def _check_or_write(path: Path, value: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, value)
         return
-    found, value = json.loads(path.read_text()), json.loads(json.dumps(value))
+    found, value = load_json(path), json.loads(json.dumps(value))
     for name in sorted({*found, *value}):
         if found.get(name) != value.get(name):
             raise ValueError(

@@ -15,17 +15,19 @@
 """Reports: tables, grids of images, and curves."""
 
 import json
-import math
 import statistics
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from ..drawing import open_figure
 from ..image_grid import make_image_grid
 
+
+TAG_TITLES = {"two_object": "two objects", "color_attr": "color attribution"}
+"""Titles of GenEval's tags that are not words."""
 
 MIN_PROMPTS = 3
 """Fewer prompts of a tag have no interval: drawing them anew says nothing about others."""
@@ -81,26 +83,91 @@ def write_report(
     tables = "\n".join(lines)
     (output_dir / "results.md").write_text(tables)
 
-    # The first image of each prompt. Of several tags, each is a column; else the images come from the whole benchmark
-    by_image = list(zip(*results.values(), strict=True))
-    first = [rows for i, rows in enumerate(by_image) if i == 0 or _folder(rows[0]) != _folder(by_image[i - 1][0])]
-    tags = list(dict.fromkeys(rows[0]["tag"] for rows in first))
-    if len(tags) > 1:
-        columns = [[rows for rows in first if rows[0]["tag"] == tag][:4] for tag in tags]
-        picked, num_columns = [rows for line in zip(*columns, strict=False) for rows in line], len(tags)
-    else:
-        picked, num_columns = first[:: math.ceil(len(first) / 24)], None
-    make_image_grid(
-        [Image.open(output_dir / rows[0]["filename"]) for rows in picked],
-        [rows[0]["prompt"] for rows in picked],
-        [tuple(row["score"] for row in rows) for rows in picked],
-        num_columns=num_columns,
-    ).save(output_dir / "samples.png")
+    images = _list_images(output_dir, results)
+    lines, titles = _pick_images(images, num_lines=4)
+    _make_page_grid(lines, images, titles).save(output_dir / "samples.png")
     return tables
 
 
-def _folder(result: dict[str, Any]) -> str:
-    return result["filename"].partition("/")[0]
+def save_comparison(path: str | Path, before_dir: str | Path, after_dir: str | Path) -> None:
+    """
+    Shows the same prompts in two evaluations, the images before training above those after it.
+
+    If all scores of a reward are 0 or 1, it says which images are right, and they have frames. Else the scores stand
+    under the images.
+
+    Args:
+        path (`str` or `Path`):
+            The image to write.
+        before_dir (`str` or `Path`):
+            Folder of the first evaluation, as [`write_report`] leaves it.
+        after_dir (`str` or `Path`):
+            Folder of the second one, with the same prompts and as many images.
+    """
+    before, after = (
+        _list_images(Path(folder), json.loads(Path(folder, "results.json").read_text())["results"])
+        for folder in (before_dir, after_dir)
+    )
+    lines, titles = _pick_images(after, num_lines=2)
+    counterparts = {image.path: replace(other, prompt="") for image, other in zip(after, before, strict=True)}
+    rows = [row for line in lines for row in ([counterparts[image.path] for image in line], line)]
+    _make_page_grid(rows, before + after, titles, ["before", "after"] * len(lines)).save(path)
+
+
+@dataclass
+class _ScoredImage:
+    path: Path
+    prompt: str
+    tag: str | None
+    scores: tuple[float, ...]  # one of each reward
+
+
+def _list_images(folder: Path, results: dict[str, list[dict[str, Any]]]) -> list[_ScoredImage]:
+    return [
+        _ScoredImage(folder / row["filename"], row["prompt"], row["tag"], tuple(other["score"] for other in rows))
+        for rows in zip(*results.values(), strict=True)
+        for row in rows[:1]
+    ]
+
+
+def _pick_images(images: list[_ScoredImage], num_lines: int) -> tuple[list[list[_ScoredImage]], list[str] | None]:
+    """
+    Picks the first image of some prompts, in lines of equal length. Of several tags, each is a column with a title.
+    Else the prompts come from the whole benchmark, in up to six columns.
+    """
+    folders = [image.path.parents[1] for image in images]
+    first = [image for i, image in enumerate(images) if i == 0 or folders[i] != folders[i - 1]]
+    tags = list(dict.fromkeys(image.tag for image in first))
+    if len(tags) > 1:
+        columns = [[image for image in first if image.tag == tag][:num_lines] for tag in tags]
+        titles = [TAG_TITLES.get(tag, str(tag).replace("_", " ")) for tag in tags]
+        return [list(line) for line in zip(*columns, strict=False)], titles
+    num_columns = min(len(first), 6)
+    num_lines = min(num_lines, len(first) // num_columns)
+    picked = first[:: len(first) // (num_columns * num_lines)]
+    return [picked[i * num_columns :][:num_columns] for i in range(num_lines)], None
+
+
+def _make_page_grid(
+    lines: list[list[_ScoredImage]],
+    all_images: list[_ScoredImage],
+    titles: list[str] | None,
+    row_titles: list[str] | None = None,
+) -> Image.Image:
+    """A grid that is legible where a page shows six columns in 830 pixels."""
+    shown, num_rewards = [image for line in lines for image in line], len(all_images[0].scores)
+    judges = [i for i in range(num_rewards) if all(image.scores[i] in (0, 1) for image in all_images)]
+    return make_image_grid(
+        [Image.open(image.path) for image in shown],
+        [image.prompt for image in shown],
+        None if judges and num_rewards == 1 else [image.scores for image in shown],
+        num_columns=len(lines[0]),
+        tile_size=232,
+        font_size=24,
+        verdicts=[image.scores[judges[0]] == 1 for image in shown] if judges else None,
+        column_titles=titles,
+        row_titles=row_titles,
+    )
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
@@ -120,28 +187,6 @@ def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     partial_path.replace(path)
 
 
-def save_side_by_side(path: str | Path, before_path: str | Path, after_path: str | Path) -> None:
-    """
-    Puts two images of the same size side by side, under the words "before" and "after".
-
-    Args:
-        path (`str` or `Path`):
-            The image to write.
-        before_path (`str` or `Path`):
-            The image on the left.
-        after_path (`str` or `Path`):
-            The image on the right.
-    """
-    header_height, gap = 20, 24
-    with Image.open(before_path) as before, Image.open(after_path) as after:
-        both = Image.new("RGB", (2 * before.width + gap, header_height + before.height), "white")
-        draw = ImageDraw.Draw(both)
-        for left, title, image in ((0, "before", before), (before.width + gap, "after", after)):
-            draw.text((left + 2, 2), title, fill="black", font_size=14)
-            both.paste(image, (left, header_height))
-    both.save(path)
-
-
 def save_curves(path: str | Path, log_history: list[dict[str, Any]], curves: dict[str, str]) -> None:
     """
     Plots logged values, and their running mean over a fifteenth of the run.
@@ -155,25 +200,22 @@ def save_curves(path: str | Path, log_history: list[dict[str, Any]], curves: dic
             From the label of a curve to the name of what it shows. A name that was not logged itself is a prefix: the
             curve shows the mean of all logged values whose names begin with it.
     """
-    figure = Figure(figsize=(7, 4))
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    for index, (label, prefix) in enumerate(curves.items()):
-        steps, values = [], []
-        for log in log_history:
-            names = [prefix] if prefix in log else [name for name in log if name.startswith(prefix)]
-            logged = [log[name] for name in names if log[name] is not None]
-            if "reward" in log and logged:
-                steps.append(log["step"])
-                values.append(statistics.fmean(logged))
-        window = max(1, len(values) // 15)
-        means = [statistics.fmean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
-        axis.plot(steps, values, color=f"C{index}", alpha=0.25)
-        axis.plot(steps, means, color=f"C{index}", label=label)
-    axis.set(xlabel="step", ylabel="mean over the rollout's samples", title="UDM-GRPO")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    with open_figure(path, height=4.5) as figure:
+        axis = figure.subplots()
+        for index, (label, prefix) in enumerate(curves.items()):
+            steps, values = [], []
+            for log in log_history:
+                names = [prefix] if prefix in log else [name for name in log if name.startswith(prefix)]
+                logged = [log[name] for name in names if log[name] is not None]
+                if "reward" in log and logged:
+                    steps.append(log["step"])
+                    values.append(statistics.fmean(logged))
+            window = max(1, len(values) // 15)
+            means = [statistics.fmean(values[max(0, i - window + 1) : i + 1]) for i in range(len(values))]
+            axis.plot(steps, values, color=f"C{index}", alpha=0.25)
+            axis.plot(steps, means, color=f"C{index}", label=label)
+        axis.set(xlabel="training step", ylabel="mean over the samples of a step")
+        figure.legend(loc="outside upper left", ncols=3)
 
 
 def format_table(before: dict[str, float], after: dict[str, float]) -> str:

@@ -13,12 +13,12 @@
 # limitations under the License.
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
-from diffusers import ModelMixin as ModelMixin  # diffusers looks a component's loader up by this name
-from diffusers import VQModel
 from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.models.autoencoders.vq_model import VQModel
+from diffusers.models.modeling_utils import ModelMixin as ModelMixin  # the loader that diffusers looks up by this name
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
@@ -37,8 +37,14 @@ class AutoencoderVQ(VQModel):
     decoder.
     """
 
+    config: Any  # with attributes, where diffusers says `dict`
+
+    if TYPE_CHECKING:  # mypy takes the class for `Any` by the untyped decorator of diffusers' `__init__`
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "AutoencoderVQ":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, **kwargs) -> Self:
         """
         As in diffusers, except that a missing weight is an error. Diffusers would leave it random and warn.
 
@@ -58,7 +64,7 @@ class AutoencoderVQ(VQModel):
         return self.quantize.embedding.weight
 
     @apply_forward_hook
-    def encode_to_ids(self, sample: torch.Tensor) -> torch.LongTensor:
+    def encode_to_ids(self, sample: torch.Tensor) -> torch.Tensor:
         """
         Encodes images to token ids, by the largest inner product with a code.
 
@@ -75,8 +81,14 @@ class AutoencoderVQ(VQModel):
         ids = [nn.functional.linear(chunk, self.codebook).argmax(dim=-1) for chunk in latents.flatten(0, 2).split(256)]
         return torch.cat(ids).view(latents.shape[:3])
 
+    @overload
+    def decode_ids(self, ids: torch.Tensor, return_dict: Literal[True] = True) -> DecoderOutput: ...
+
+    @overload
+    def decode_ids(self, ids: torch.Tensor, return_dict: Literal[False]) -> tuple[torch.Tensor]: ...
+
     @apply_forward_hook
-    def decode_ids(self, ids: torch.LongTensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
+    def decode_ids(self, ids: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
         """
         Decodes token ids to images.
 
@@ -97,7 +109,7 @@ class AutoencoderVQ(VQModel):
         return DecoderOutput(sample=sample)
 
     @classmethod
-    def from_original_config(cls, config: dict[str, Any]) -> "AutoencoderVQ":
+    def from_original_config(cls, config: dict[str, Any]) -> Self:
         """
         Builds the autoencoder that the `config.json` of an original checkpoint (`AutoencoderVQ`) describes.
 

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-from typing import Any
+from typing import Any, Self
 
 from transformers import Qwen3Config
 
@@ -69,7 +69,7 @@ class URSAConfig(Qwen3Config):
             raise ValueError("`partial_rotary_factor` must be 1.0: the three axes take all channels of a head.")
 
     @classmethod
-    def from_original_config(cls, config: dict[str, Any]) -> "URSAConfig":
+    def from_original_config(cls, config: dict[str, Any]) -> Self:
         """
         Translates the `config.json` of an original checkpoint (`URSATransformer3DModel`).
 

@@ -17,6 +17,7 @@
 import contextlib
 import inspect
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,7 +54,7 @@ def compile_layers(model: nn.Module, backend: str, mode: str | None = None) -> N
             f"`torch_compile` must be False, got True: {type(model).__name__} has no layers of the class "
             "`GradientCheckpointingLayer` of transformers, which are compiled."
         )
-    settings = {"backend": backend, "mode": mode}
+    settings: dict[str, Any] = {"backend": backend, "mode": mode}
     # A layer meets more cases than the 8 that PyTorch allows by default: with and without gradients, the adapter on,
     # off and merged, and some batch sizes of each. Older versions of `torch.compile` do not take the limit.
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
@@ -72,7 +73,9 @@ def without_checkpointing(model: nn.Module) -> Iterator[None]:
         model (`nn.Module`):
             The transformer, or a module that contains it.
     """
-    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    checkpointed: list[Any] = [
+        module for module in model.modules() if getattr(module, "gradient_checkpointing", False)
+    ]
     for module in checkpointed:
         module.gradient_checkpointing = False
     try:

@@ -14,6 +14,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -45,7 +46,7 @@ class URSARotaryEmbedding(Qwen3RotaryEmbedding):
 
     @torch.no_grad()
     @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             x (`torch.Tensor`):
@@ -68,11 +69,10 @@ class URSARotaryEmbedding(Qwen3RotaryEmbedding):
 
 class URSAPreTrainedModel(Qwen3PreTrainedModel):
     config_class = URSAConfig
+    config: URSAConfig
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs
-    ) -> "URSAPreTrainedModel":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs) -> Self:
         """
         As in transformers, except that a missing weight is an error. Transformers would leave it random and warn, and
         does so here with `ignore_mismatched_sizes=True`.
@@ -82,7 +82,7 @@ class URSAPreTrainedModel(Qwen3PreTrainedModel):
         """
         return load_every_weight(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, **kwargs) -> nn.Embedding:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """
         As in transformers, for the size that the embeddings have.
 
@@ -118,9 +118,9 @@ class URSAModel(URSAPreTrainedModel, Qwen3Model):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
@@ -138,7 +138,7 @@ class URSAModel(URSAPreTrainedModel, Qwen3Model):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
-        attention_mask = create_bidirectional_mask(
+        mask = create_bidirectional_mask(
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask
         )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
@@ -146,7 +146,7 @@ class URSAModel(URSAPreTrainedModel, Qwen3Model):
         # The positions themselves stay out of the layers: FlashAttention would read them as packed sequences
         for decoder_layer in self.layers:
             hidden_states = decoder_layer(
-                hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
+                hidden_states, attention_mask=mask, position_embeddings=position_embeddings, **kwargs
             )
         return BaseModelOutput(last_hidden_state=self.norm(hidden_states))
 
@@ -167,10 +167,10 @@ class URSAScoreOutput(ModelOutput):
             As in [`~transformers.modeling_outputs.MaskedLMOutput`].
     """
 
-    log_probs: torch.FloatTensor | None = None
-    entropy: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class URSAForImageGeneration(URSAPreTrainedModel):
@@ -211,13 +211,13 @@ class URSAForImageGeneration(URSAPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         logits_to_keep: int = 0,
-        shift_labels: torch.LongTensor | None = None,
+        shift_labels: torch.Tensor | None = None,
         **kwargs,
     ) -> MaskedLMOutput | URSAScoreOutput:
         """

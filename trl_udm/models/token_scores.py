@@ -27,7 +27,7 @@ CHUNK_LENGTH = 256
 
 
 def score_tokens(
-    head: nn.Module, hidden_states: torch.Tensor, labels: torch.LongTensor
+    head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Log-probabilities of tokens and entropies of their distributions. No tensor of all tokens and all codes is made.
@@ -54,7 +54,7 @@ def score_tokens(
 
 
 def _score_tokens(
-    head: nn.Module, hidden_states: torch.Tensor, labels: torch.LongTensor
+    head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     # Sharded and quantized weights are wrappers around others
     is_matrix = type(head) is nn.Linear and head.bias is None and not is_traceable_wrapper_subclass(head.weight)
@@ -70,7 +70,7 @@ def _score_tokens(
 
 
 def _score_chunk(
-    head: nn.Module, hidden_states: torch.Tensor, labels: torch.LongTensor
+    head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     log_probs = head(hidden_states).float().log_softmax(dim=-1)  # (T, V)
     entropies = -(log_probs.exp() * log_probs).sum(dim=-1)
@@ -89,7 +89,7 @@ class _TileScores(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.LongTensor, dtype: torch.dtype
+        ctx, hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
         tiles, inputs = _tiles(weight), hidden_states.to(dtype)
         label_logits = torch.empty(len(labels), device=labels.device)  # (T,)
@@ -120,7 +120,7 @@ class _TileScores(torch.autograd.Function):
         for start, tile in _tiles(weight):
             logits = (inputs @ tile.to(ctx.dtype).T).float()  # (T, W)
             logits.sub_(normalizer.unsqueeze(-1))
-            factors = 0.0
+            factors: float | torch.Tensor = 0.0
             if grad_entropies is not None:
                 factors = -grad_entropies.unsqueeze(-1) * (logits + entropies.unsqueeze(-1))
             if grad_log_probs is not None:
@@ -129,19 +129,19 @@ class _TileScores(torch.autograd.Function):
             if grad_log_probs is not None:
                 tokens, columns = _find_labels(labels, start)
                 grad_logits[tokens, columns] += grad_log_probs[tokens]
-            if needs_hidden:
+            if grad_hidden is not None:
                 grad_hidden.addmm_(grad_logits, tile.float())
-            if needs_weight:
+            if grad_weight is not None:
                 torch.mm(grad_logits.T, float_inputs, out=grad_weight[start : start + len(tile)])
-        grad_hidden = grad_hidden.to(hidden_states.dtype) if needs_hidden else None
-        return grad_hidden, grad_weight.to(weight.dtype) if needs_weight else None, None, None
+        grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden_states.dtype)
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
 def _tiles(weight: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
     return [(start, weight[start : start + TILE_WIDTH]) for start in range(0, len(weight), TILE_WIDTH)]
 
 
-def _find_labels(labels: torch.LongTensor, start: int) -> tuple[torch.LongTensor, torch.LongTensor]:
+def _find_labels(labels: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The tokens whose label is in the tile that begins at `start`, and the tile's columns of their labels."""
     tokens = ((labels >= start) & (labels < start + TILE_WIDTH)).nonzero().squeeze(1)
     return tokens, labels[tokens] - start

@@ -39,11 +39,11 @@ def check_bidirectional(
     samples = torch.arange(num_tokens, device=encoded[0].device).unsqueeze(0) % codebook_size  # (1, N)
     t = torch.full((1,), 0.5, device=samples.device)
 
-    def denoise(noised_samples: torch.LongTensor) -> torch.Tensor:
+    def denoise(noised_samples: torch.Tensor) -> torch.Tensor:
         prompt_ids, prompt_mask = pipeline.extend_prompt(*encoded, noised_samples)
         return pipeline.denoise(prompt_ids, prompt_mask, noised_samples, latent_shape, t=t)[0, [first, last]]  # (2, V)
 
-    def change(changed: slice) -> torch.LongTensor:
+    def change(changed: slice) -> torch.Tensor:
         others = samples.clone()
         others[:, changed] = (others[:, changed] + 1) % codebook_size
         return others

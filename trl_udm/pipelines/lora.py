@@ -37,6 +37,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.helpers import rescale_adapter_scale
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -317,7 +318,7 @@ class LoraMixin:
 
         Args:
             lora_scale (`float`, *optional*, defaults to `1.0`):
-                Factor of the adapters.
+                Factor of the adapters, which those of LoRA can have.
             safe_fusing (`bool`, *optional*, defaults to `True`):
                 Whether to refuse adapters that make a weight infinite or NaN.
             adapter_names (`list[str]`, *optional*):
@@ -332,6 +333,11 @@ class LoraMixin:
         reason = reason_against_merging(model)
         if reason is not None:
             raise ValueError(f"The adapters {names} cannot be fused: {reason}. Use them as they are.")
+        if lora_scale != 1.0 and not any(isinstance(layer, LoraLayer) for layer in tuner_layers(model)):
+            raise ValueError(
+                f"`lora_scale` must be 1.0 for adapters of type {model.peft_type.value}, got {lora_scale}: PEFT "
+                "scales layers of LoRA only. Leave it out."
+            )
         originals = {parameter: parameter.data for parameter in base_parameters(model)}
         try:
             with rescale_adapter_scale(model, lora_scale) if lora_scale != 1.0 else contextlib.nullcontext():
@@ -675,7 +681,7 @@ def merged_adapter(model: PeftModel) -> Iterator[None]:
 
 
 def read_adapter(
-    source: str | os.PathLike | dict[str, torch.Tensor],
+    source: "str | os.PathLike | dict[str, torch.Tensor] | Adapter",
     subfolder: str | None = None,
     weight_name: str | None = None,
     peft_config: PeftConfig | None = None,
@@ -685,6 +691,8 @@ def read_adapter(
     Reads an adapter, with the arguments of [`LoraMixin.load_lora_weights`]. Raises a `ValueError` if there are no
     weights, or they are damaged or not finite.
     """
+    if isinstance(source, Adapter):
+        return source
     label, base_sample = "the dictionary", {}
     if isinstance(source, dict):
         tensors = source
@@ -700,12 +708,8 @@ def read_adapter(
             with safe_open(file, "pt") as opened:
                 base_sample = json.loads((opened.metadata() or {}).get(BASE_SAMPLE, "{}"))
         if peft_config is None:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 peft_config = read_config(source, **settings)
-            except FileNotFoundError:
-                logger.warning(
-                    f"{source} has no `adapter_config.json`: it is read as a LoRA, with its rank as `alpha`."
-                )
     infinite = sorted(name for name, tensor in tensors.items() if not torch.isfinite(tensor).all())
     if infinite:
         raise ValueError(
@@ -716,6 +720,8 @@ def read_adapter(
         for name, tensor in tensors.items()
     }
     config = copy.deepcopy(peft_config) if peft_config is not None else infer_lora_config(weights, label)
+    if peft_config is None and not isinstance(source, dict):
+        logger.warning(f"{source} has no `adapter_config.json`: it is read as a LoRA, with its rank as `alpha`.")
     check_peft_config(config)
     config.task_type = None  # PEFT's task classes wrap `generate`, which a denoiser does not have
     config.inference_mode = True
@@ -727,7 +733,10 @@ def read_config(source: str | os.PathLike, **hub_kwargs: Any) -> PeftConfig:
     file = find_file(source, [CONFIG_NAME], **hub_kwargs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's about fields of other versions
-        return PeftConfig.from_pretrained(str(file.parent))
+        try:
+            return PeftConfig.from_pretrained(str(file.parent))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{file} is not a configuration that PEFT knows: {error}.") from error
 
 
 def infer_lora_config(state_dict: dict[str, torch.Tensor], label: str) -> LoraConfig:

@@ -15,6 +15,7 @@
 """Loading of the original URSA repositories, whose `model_index.json` names classes of the authors' package."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ _CONFIG_NAMES = {
 _WEIGHTS_NAME = "diffusion_pytorch_model"
 
 
-def is_original_checkpoint(pretrained_model_name_or_path: str | Path, **kwargs) -> bool:
+def is_original_checkpoint(pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> bool:
     """
     Whether a folder or Hub repository is in the original format. Its `model_index.json` says so by the class of the
     transformer.
@@ -82,7 +83,7 @@ def check_configs(folder: Path, **components) -> None:
 
 
 def load_original_components(
-    pretrained_model_name_or_path: str | Path,
+    pretrained_model_name_or_path: str | os.PathLike,
     dtype: torch.dtype | None = None,
     torch_dtype: torch.dtype | None = None,
     **kwargs,

@@ -12,11 +12,13 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-from pathlib import Path
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
-from diffusers import DiffusionGemmaPipeline, DiscreteDDIMScheduler, SchedulerMixin
+from diffusers.pipelines.diffusion_gemma.pipeline_diffusion_gemma import DiffusionGemmaPipeline
+from diffusers.pipelines.diffusion_gemma.pipeline_output import DiffusionGemmaPipelineOutput
+from diffusers.schedulers.scheduling_discrete_ddim import DiscreteDDIMScheduler
 from torch import nn
 from torch.nn.functional import pad
 from transformers import (
@@ -89,12 +91,12 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
     """
 
     transformer_name = "model"
-    model_cpu_offload_seq = "model"
+    model_cpu_offload_seq: Any = "model"
 
     def __init__(
         self,
         model: DiffusionGemmaForBlockDiffusion,
-        scheduler: SchedulerMixin,
+        scheduler: Any,
         processor: ProcessorMixin | PreTrainedTokenizerBase,
         self_conditioning: bool = False,
         train_router: bool = False,
@@ -120,7 +122,7 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
                 module.requires_grad_(train_router)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "DiffusionGemmaUDMPipeline":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
         """
         Loads a pipeline from a folder or a Hub repository. This may be a pipeline, as
         [`~diffusers.DiffusionGemmaPipeline`] saves it, or a model of transformers, such as
@@ -158,8 +160,23 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
         return super().from_pretrained(path, **kwargs)
 
     @classmethod
-    def load_config(cls, *args, **kwargs) -> dict[str, Any]:
-        return {**super().load_config(*args, **kwargs), "model": _MODEL_CLASS}
+    def load_config(cls, *args: Any, **kwargs: Any) -> Any:
+        config: Any = super().load_config(*args, **kwargs)
+        return {**config, "model": _MODEL_CLASS}
+
+    if TYPE_CHECKING:  # diffusers' own `__call__`, which has one type for both values of `return_dict`
+
+        @overload
+        def __call__(
+            self, prompt: str | list[Any] | None = None, *, return_dict: Literal[True] = True, **kwargs: Any
+        ) -> DiffusionGemmaPipelineOutput: ...
+
+        @overload
+        def __call__(
+            self, prompt: str | list[Any] | None = None, *, return_dict: Literal[False], **kwargs: Any
+        ) -> tuple: ...
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     @property
     def transformer(self) -> DiffusionGemmaForBlockDiffusion:
@@ -213,8 +230,8 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
         )
 
     def extend_prompt(
-        self, prompt_ids: torch.LongTensor, prompt_mask: torch.Tensor, clean_samples: torch.LongTensor
-    ) -> tuple[torch.LongTensor, torch.Tensor]:
+        self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, clean_samples: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As in [`UDMPipeline`]: all canvases but the last are appended, `(B, T + (M - 1) * C)` in all."""
         canvases = clean_samples[:, : clean_samples.size(1) - self.model.config.canvas_length]
         prompt_ids = torch.cat([prompt_ids, canvases], dim=1)
@@ -222,11 +239,11 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
 
     def prepare_denoiser_inputs(
         self,
-        prompt_ids: torch.LongTensor,
+        prompt_ids: torch.Tensor,
         prompt_mask: torch.Tensor,
-        noised_samples: torch.LongTensor,
-        latent_shape: tuple[int, int],
-        labels: torch.LongTensor | None = None,
+        noised_samples: torch.Tensor,
+        latent_shape: tuple[int, ...],
+        labels: torch.Tensor | None = None,
         t: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """
@@ -258,10 +275,10 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
 
     def denoise(
         self,
-        prompt_ids: torch.LongTensor,
+        prompt_ids: torch.Tensor,
         prompt_mask: torch.Tensor,
-        noised_samples: torch.LongTensor,
-        latent_shape: tuple[int, int],
+        noised_samples: torch.Tensor,
+        latent_shape: tuple[int, ...],
         t: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
     ) -> torch.Tensor:
@@ -269,7 +286,7 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
         As in [`UDMPipeline`], with `prompt_ids` and `prompt_mask` from `extend_prompt`. `past_key_values` caches the
         part that the encoder has read. The rest is read into it.
         """
-        inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape)
+        inputs: dict[str, Any] = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape)
         num_read = 0 if past_key_values is None else past_key_values.get_seq_length()
         for name in ("input_ids", "position_ids"):
             inputs[name] = inputs[name][:, num_read:]
@@ -286,11 +303,11 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
     def score(
         self,
         model: nn.Module,
-        prompt_ids: torch.LongTensor,
+        prompt_ids: torch.Tensor,
         prompt_mask: torch.Tensor,
-        noised_samples: torch.LongTensor,
-        latent_shape: tuple[int, int],
-        labels: torch.LongTensor,
+        noised_samples: torch.Tensor,
+        latent_shape: tuple[int, ...],
+        labels: torch.Tensor,
         t: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As in [`UDMPipeline`], with `prompt_ids` and `prompt_mask` from `extend_prompt`."""
@@ -307,12 +324,12 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
     @torch.no_grad()
     def sample_tokens(
         self,
-        prompt_ids: torch.LongTensor,
+        prompt_ids: torch.Tensor,
         prompt_mask: torch.Tensor,
-        latent_shape: tuple[int, int],
+        latent_shape: tuple[int, ...],
         num_inference_steps: int,
         guidance_scale: float = 1.0,
-        latents: torch.LongTensor | None = None,
+        latents: torch.Tensor | None = None,
         **kwargs,
     ) -> UDMSamplerOutput:
         """
@@ -332,9 +349,9 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
                 f"UniformDDIMScheduler({self.model.config.get_text_config().vocab_size})`."
             )
         num_canvases, canvas_length = latent_shape
-        latents = [None] * num_canvases if latents is None else latents.split(canvas_length, dim=1)
+        starts: Any = [None] * num_canvases if latents is None else latents.split(canvas_length, dim=1)
         past_key_values = DynamicCache(config=self.model.config.get_text_config())
-        outputs = []
+        outputs: list[UDMSamplerOutput] = []
         for canvas in range(num_canvases):
             if outputs and self.interrupt:
                 break
@@ -343,7 +360,7 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
                 prompt_mask,
                 (1, canvas_length),
                 num_inference_steps,
-                latents=latents[canvas],
+                latents=starts[canvas],
                 past_key_values=past_key_values,
                 **kwargs,
             )

@@ -13,11 +13,16 @@
 # limitations under the License.
 
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 import PIL.Image
 import torch
-from diffusers.utils import BaseOutput
+from diffusers.utils.outputs import BaseOutput
+
+
+Images = TypeVar("Images", list[PIL.Image.Image], np.ndarray, torch.Tensor)
+Texts = TypeVar("Texts", list[str], torch.Tensor)
 
 
 @dataclass
@@ -34,9 +39,9 @@ class UDMTrajectory(BaseOutput):
             The clean tokens x₁ drawn in each step. The last are the sample.
     """
 
-    timesteps: torch.LongTensor
-    noised_samples: torch.LongTensor
-    pred_original_samples: torch.LongTensor
+    timesteps: torch.Tensor
+    noised_samples: torch.Tensor
+    pred_original_samples: torch.Tensor
 
 
 @dataclass
@@ -51,15 +56,15 @@ class UDMSamplerOutput(BaseOutput):
             The states of the sampler, with `return_trajectory=True`.
     """
 
-    clean_samples: torch.LongTensor
+    clean_samples: torch.Tensor
     trajectory: UDMTrajectory | None = None
 
     @classmethod
-    def cat(cls, outputs: list["UDMSamplerOutput"], dim: int = 0) -> "UDMSamplerOutput":
+    def cat(cls, outputs: "list[UDMSamplerOutput]", dim: int = 0) -> "UDMSamplerOutput":
         """Joins outputs of the same sampler along the batch, or with `dim=1` along the tokens."""
         trajectory = None
         if outputs[0].trajectory is not None:
-            trajectories = [output.trajectory for output in outputs]
+            trajectories = [output.trajectory for output in outputs if output.trajectory is not None]
             trajectory = UDMTrajectory(
                 timesteps=trajectories[0].timesteps,
                 noised_samples=torch.cat([each.noised_samples for each in trajectories], dim=dim + 1),
@@ -69,7 +74,7 @@ class UDMSamplerOutput(BaseOutput):
 
 
 @dataclass
-class URSAPipelineOutput(BaseOutput):
+class URSAPipelineOutput(BaseOutput, Generic[Images]):
     """
     Output of [`URSAPipeline`].
 
@@ -82,12 +87,12 @@ class URSAPipelineOutput(BaseOutput):
             The states of the sampler, with `return_trajectory=True`.
     """
 
-    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    images: Images
     trajectory: UDMTrajectory | None = None
 
 
 @dataclass
-class TextUDMPipelineOutput(BaseOutput):
+class TextUDMPipelineOutput(BaseOutput, Generic[Texts]):
     """
     Output of [`TextUDMPipeline`].
 
@@ -99,5 +104,5 @@ class TextUDMPipelineOutput(BaseOutput):
             The states of the sampler, with `return_trajectory=True`.
     """
 
-    texts: list[str] | torch.LongTensor
+    texts: Texts
     trajectory: UDMTrajectory | None = None

@@ -13,19 +13,25 @@
 # limitations under the License.
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+import math
+from typing import Any, Literal, Unpack, overload
 
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
 from ..schedulers.scheduling_uniform_ddim import UniformDDIMScheduler
 from .pipeline_output import TextUDMPipelineOutput
-from .pipeline_udm import UDMPipeline
+from .pipeline_udm import CallArguments, StepCallback, UDMPipeline
 from .text import TextMixin
+
+
+class TextCallArguments(CallArguments, total=False):
+    """Those of [`TextUDMPipeline`]."""
+
+    max_completion_length: int | None
+    num_completions_per_prompt: int
 
 
 class TextUDMPipeline(TextMixin, UDMPipeline):
@@ -71,6 +77,9 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
     ```
     """
 
+    transformer: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    scheduler: UniformDDIMScheduler | KineticOptimalScheduler
     model_cpu_offload_seq = "transformer"
     _callback_tensor_inputs = ["latents", "logits"]
 
@@ -113,7 +122,7 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
     @property
     def end_token_ids(self) -> list[int]:
         """`list[int]`: That token alone."""
-        return [self.end_token_id]
+        return [] if self.end_token_id is None else [self.end_token_id]
 
     def latent_shape(self, max_completion_length: int | None = None) -> tuple[int]:
         """
@@ -138,19 +147,31 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
         if isinstance(text_or_messages, str):
             return self.tokenizer(text_or_messages)["input_ids"]
         options = {"add_generation_prompt": True, **chat_template_kwargs, "return_dict": True}
-        return self.tokenizer.apply_chat_template(text_or_messages, **options)["input_ids"]
+        encoded: Any = self.tokenizer.apply_chat_template(text_or_messages, **options)
+        return encoded["input_ids"]
 
     def prepare_denoiser_inputs(
         self,
-        prompt_ids: torch.LongTensor,
+        prompt_ids: torch.Tensor,
         prompt_mask: torch.Tensor,
-        noised_samples: torch.LongTensor,
+        noised_samples: torch.Tensor,
         latent_shape: tuple[int, ...],
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         t: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         attention_mask = torch.cat([prompt_mask, torch.ones_like(noised_samples)], dim=1)  # (B, T + N)
-        inputs = {
+        tables = [
+            module.num_embeddings
+            for name, module in self.transformer.named_modules()
+            if isinstance(module, nn.Embedding) and "position" in name
+        ]
+        if attention_mask.size(1) > min(tables, default=math.inf):
+            raise ValueError(
+                f"A prompt and its completion must have at most the {min(tables)} tokens that "
+                f"`{type(self.transformer).__name__}` has positions for, got {prompt_ids.size(1)} + "
+                f"{noised_samples.size(1)} tokens. Shorten the prompt, or lower `max_completion_length`."
+            )
+        inputs: dict[str, Any] = {
             "input_ids": torch.cat([prompt_ids, noised_samples], dim=1),
             "attention_mask": attention_mask,
             "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
@@ -167,9 +188,9 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
 
     def denoise(
         self,
-        prompt_ids: torch.LongTensor,
+        prompt_ids: torch.Tensor,
         prompt_mask: torch.Tensor,
-        noised_samples: torch.LongTensor,
+        noised_samples: torch.Tensor,
         latent_shape: tuple[int, ...],
         t: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -178,9 +199,9 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
     def _denoise(
         self,
         model: nn.Module,
-        prompt_ids: torch.LongTensor,
+        prompt_ids: torch.Tensor,
         prompt_mask: torch.Tensor,
-        noised_samples: torch.LongTensor,
+        noised_samples: torch.Tensor,
         latent_shape: tuple[int, ...],
         t: torch.Tensor | None,
     ) -> torch.Tensor:
@@ -190,17 +211,47 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
     def score(
         self,
         model: nn.Module,
-        prompt_ids: torch.LongTensor,
+        prompt_ids: torch.Tensor,
         prompt_mask: torch.Tensor,
-        noised_samples: torch.LongTensor,
+        noised_samples: torch.Tensor,
         latent_shape: tuple[int, ...],
-        labels: torch.LongTensor,
+        labels: torch.Tensor,
         t: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # From logits: many of these networks have more than a linear head on the backbone, such as BERT's transform,
         # which TRL's fused head would leave out
         logits = self._denoise(model, prompt_ids, prompt_mask, noised_samples, latent_shape, t)
         return self._score_logits(logits, labels)
+
+    @overload
+    def __call__(
+        self,
+        prompt: str | list[Any],
+        *,
+        output_type: Literal["text"] = "text",
+        return_dict: Literal[True] = True,
+        **kwargs: Unpack[TextCallArguments],
+    ) -> TextUDMPipelineOutput[list[str]]: ...
+
+    @overload
+    def __call__(
+        self,
+        prompt: str | list[Any],
+        *,
+        output_type: Literal["latent"],
+        return_dict: Literal[True] = True,
+        **kwargs: Unpack[TextCallArguments],
+    ) -> TextUDMPipelineOutput[torch.Tensor]: ...
+
+    @overload
+    def __call__(
+        self,
+        prompt: str | list[Any],
+        *,
+        output_type: Literal["text", "latent"] = "text",
+        return_dict: Literal[False],
+        **kwargs: Unpack[TextCallArguments],
+    ) -> tuple: ...
 
     @torch.no_grad()
     def __call__(
@@ -214,13 +265,10 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
         negative_prompt: str | list[Any] | None = None,
         guidance_scale: float = 1.0,
         guidance_trunc: float = 0.9,
-        latents: torch.LongTensor | None = None,
-        output_type: str = "text",
+        latents: torch.Tensor | None = None,
+        output_type: Literal["text", "latent"] = "text",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, int, dict], dict]
-        | PipelineCallback
-        | MultiPipelineCallbacks
-        | None = None,
+        callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> TextUDMPipelineOutput | tuple:
         """
@@ -285,7 +333,7 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
             generator=generator,
             return_trajectory=return_trajectory,
         )
-        texts = output.clean_samples
+        texts: Any = output.clean_samples
         if output_type == "text":
             texts = self.decode(texts, latent_shape)
         self.maybe_free_model_hooks()

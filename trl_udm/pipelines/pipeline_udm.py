@@ -15,17 +15,16 @@
 import numbers
 import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self, TypeAlias, TypedDict
 
 import torch
-from diffusers import ConfigMixin, DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils import ModelOutput
 
 from ..random_tensor import check_generators, randint_tensor
 from ..weights import load_every_weight
@@ -35,6 +34,23 @@ from .pipeline_output import UDMSamplerOutput, UDMTrajectory
 
 HUB_KWARGS = ("cache_dir", "revision", "token", "local_files_only", "force_download")
 """Arguments of `from_pretrained` for downloads from the Hub."""
+
+StepCallback: TypeAlias = Callable[[Any, int, int, dict], dict] | PipelineCallback | MultiPipelineCallbacks
+"""What `callback_on_step_end` may be."""
+
+
+class CallArguments(TypedDict, total=False):
+    """Arguments of `__call__` that do not change the type of its result, for type checkers. A family adds its own."""
+
+    negative_prompt: str | list[Any] | None
+    num_inference_steps: int
+    guidance_scale: float
+    guidance_trunc: float
+    generator: torch.Generator | list[torch.Generator] | None
+    latents: torch.Tensor | None
+    return_trajectory: bool
+    callback_on_step_end: StepCallback | None
+    callback_on_step_end_tensor_inputs: list[str] | None
 
 
 class UDMPipeline(LoraMixin, DiffusionPipeline):
@@ -62,8 +78,15 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
             Name of the transformer among the components, and of its folder in a saved pipeline.
     """
 
-    modality: str = "image"
+    modality: Literal["image", "text"] = "image"
     transformer_name: str = "transformer"
+    # A family may say what its components are
+    transformer: Any
+    scheduler: Any
+    tokenizer: Any
+    config: Any  # with attributes, where diffusers says `dict`
+    _callback_tensor_inputs: list[str]
+    model_cpu_offload_seq: Any
     # Of the last call. A callback may change the first two between steps.
     _guidance_scale: float = 1.0
     _interrupt: bool = False
@@ -89,8 +112,30 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         """`int`: Number of steps of the last call."""
         return self._num_timesteps
 
+    def register_modules(self, **kwargs: Any) -> None:
+        self.check_components(kwargs)
+        super().register_modules(**kwargs)
+
+    def check_components(self, components: dict[str, Any] | None = None) -> None:
+        """
+        Checks that no component is missing.
+
+        Args:
+            components (`dict[str, Any]`, *optional*):
+                Components by name. By default those of the pipeline.
+
+        Raises:
+            ValueError: If one is `None` that is not optional.
+        """
+        for name, component in (self.components if components is None else components).items():
+            if component is None and name not in self._optional_components:
+                raise ValueError(
+                    f"`{name}` must be given, got None: `{type(self).__name__}` does not work without it. Leave the "
+                    "argument out for `from_pretrained` to load it."
+                )
+
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "UDMPipeline":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
         """
         As in [`~diffusers.DiffusionPipeline.from_pretrained`], with `use_safetensors=True` by default. A weight of the
         transformer that is missing or that it does not have is an error, where transformers would warn.
@@ -114,12 +159,12 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
             )
         return pipeline
 
-    def latent_shape(self, **kwargs) -> tuple[int, ...]:
+    def latent_shape(self, *args: Any, **kwargs: Any) -> tuple[int, ...]:
         """
         Shape of a sample's token grid.
 
         Args:
-            kwargs:
+            args, kwargs:
                 The family's own size options, such as `height` and `width` or a length. Without options, the shape is
                 the model's native one.
 
@@ -128,7 +173,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         """
         raise NotImplementedError
 
-    def encode_prompt(self, prompt: list[Any]) -> tuple[torch.LongTensor, torch.Tensor]:
+    def encode_prompt(self, prompt: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Encodes prompts.
 
@@ -144,11 +189,11 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
 
     def prepare_denoiser_inputs(
         self,
-        prompt_ids: torch.LongTensor,
+        prompt_ids: torch.Tensor,
         prompt_mask: torch.Tensor,
-        noised_samples: torch.LongTensor,
+        noised_samples: torch.Tensor,
         latent_shape: tuple[int, ...],
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         t: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """
@@ -175,8 +220,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         raise NotImplementedError
 
     def extend_prompt(
-        self, prompt_ids: torch.LongTensor, prompt_mask: torch.Tensor, clean_samples: torch.LongTensor
-    ) -> tuple[torch.LongTensor, torch.Tensor]:
+        self, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, clean_samples: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Conditioning that samples are scored with. By default it is the one that they were drawn with.
 
@@ -195,9 +240,9 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
 
     def denoise(
         self,
-        prompt_ids: torch.LongTensor,
+        prompt_ids: torch.Tensor,
         prompt_mask: torch.Tensor,
-        noised_samples: torch.LongTensor,
+        noised_samples: torch.Tensor,
         latent_shape: tuple[int, ...],
         t: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -216,11 +261,11 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
     def score(
         self,
         model: nn.Module,
-        prompt_ids: torch.LongTensor,
+        prompt_ids: torch.Tensor,
         prompt_mask: torch.Tensor,
-        noised_samples: torch.LongTensor,
+        noised_samples: torch.Tensor,
         latent_shape: tuple[int, ...],
-        labels: torch.LongTensor,
+        labels: torch.Tensor,
         t: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -247,7 +292,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         return self._score_labels(model, inputs, labels)
 
     def _score_labels(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.LongTensor
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not self._has_adapter_on_head:
             return self._select_labels(model(**inputs, fused_lm_head=True), inputs["shift_labels"], labels)
@@ -260,20 +305,20 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         return isinstance(self.transformer.get_output_embeddings(), BaseTunerLayer)
 
     @staticmethod
-    def _score_logits(logits: torch.Tensor, labels: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _score_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         log_probs = logits.float().log_softmax(dim=-1)  # (B, N, V)
         entropies = -(log_probs.exp() * log_probs).sum(dim=-1)
         return log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropies
 
     @staticmethod
     def _select_labels(
-        outputs: ModelOutput, shift_labels: torch.LongTensor, labels: torch.LongTensor
+        outputs: Any, shift_labels: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         is_label = shift_labels != -100
         entropies = None if outputs.entropy is None else outputs.entropy[is_label].view_as(labels)
         return outputs.log_probs[is_label].view_as(labels), entropies
 
-    def completion_mask(self, clean_samples: torch.LongTensor) -> torch.LongTensor:
+    def completion_mask(self, clean_samples: torch.Tensor) -> torch.Tensor:
         """
         The tokens whose probability is scored. By default these are all tokens.
 
@@ -287,7 +332,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         """
         return torch.ones_like(clean_samples)
 
-    def decode(self, clean_samples: torch.LongTensor, latent_shape: tuple[int, ...]) -> list[Any]:
+    def decode(self, clean_samples: torch.Tensor, latent_shape: tuple[int, ...]) -> list[Any]:
         """
         Decodes tokens to what reward functions see.
 
@@ -305,15 +350,15 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
     @torch.no_grad()
     def sample_tokens(
         self,
-        prompt_ids: torch.LongTensor,
+        prompt_ids: torch.Tensor,
         prompt_mask: torch.Tensor,
         latent_shape: tuple[int, ...],
         num_inference_steps: int,
         guidance_scale: float = 1.0,
         guidance_trunc: float = 0.9,
-        negative_prompt_ids: torch.LongTensor | None = None,
+        negative_prompt_ids: torch.Tensor | None = None,
         negative_prompt_mask: torch.Tensor | None = None,
-        latents: torch.LongTensor | None = None,
+        latents: torch.Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_trajectory: bool = False,
         callback: Callable[[int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
@@ -388,7 +433,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 break
             t = torch.full((batch_size,), self.scheduler.timestep_to_t(timestep), device=device)
             if self.do_classifier_free_guidance and self.scheduler.timestep_to_t(timestep) < guidance_trunc:
-                if negative_prompt_ids is None:
+                if negative_prompt_ids is None or negative_prompt_mask is None:
                     raise ValueError(
                         f"`guidance_scale` must be 1.0 without `negative_prompt_ids`, got {self.guidance_scale}."
                     )
@@ -431,7 +476,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         num_inference_steps: int,
         guidance_trunc: float,
         num_per_prompt: dict[str, int],
-        callback_on_step_end: Callable | None,
+        callback_on_step_end: StepCallback | None,
         callback_on_step_end_tensor_inputs: list[str] | None,
         **kwargs,
     ) -> UDMSamplerOutput:
@@ -441,6 +486,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         `num_per_prompt` is the number of samples of each prompt, under the name of the argument. `kwargs` are those of
         `sample_tokens`.
         """
+        self.check_components()
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if callback_on_step_end_tensor_inputs is None:
@@ -508,7 +554,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
             `str`: The folder, with `model_index.json` and the components' folders.
         """
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        index = cls.load_config(pretrained_model_name, **hub_kwargs)
+        index: Any = cls.load_config(pretrained_model_name, **hub_kwargs)
         names = [name for name, value in index.items() if isinstance(value, list) and name not in kwargs]
         patterns = [cls.config_name, *(f"{name}/*" for name in names)]
         return snapshot_download(pretrained_model_name, allow_patterns=patterns, **hub_kwargs)

@@ -12,18 +12,19 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-from collections.abc import Callable
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self, Unpack, overload
 
+import numpy as np
 import torch
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from huggingface_hub import snapshot_download
+from PIL import Image
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..cut_prompts import CutPromptWarning
+from ..cut_prompts import PromptCutter
 from ..models.autoencoder_vq import AutoencoderVQ
 from ..models.configuration_ursa import URSAConfig
 from ..models.modeling_ursa import URSAForImageGeneration
@@ -31,10 +32,18 @@ from ..models.token_scores import TILE_WIDTH
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
 from .original_checkpoint import check_configs, is_original_checkpoint, load_json, load_original_components
 from .pipeline_output import URSAPipelineOutput
-from .pipeline_udm import HUB_KWARGS, UDMPipeline
+from .pipeline_udm import HUB_KWARGS, CallArguments, StepCallback, UDMPipeline
 
 
-class URSAPipeline(UDMPipeline):
+class URSACallArguments(CallArguments, total=False):
+    """Those of [`URSAPipeline`]."""
+
+    height: int | None
+    width: int | None
+    num_images_per_prompt: int
+
+
+class URSAPipeline(PromptCutter, UDMPipeline):
     r"""
     Text-to-image generation with URSA (https://huggingface.co/papers/2510.24717).
 
@@ -72,6 +81,10 @@ class URSAPipeline(UDMPipeline):
     ```
     """
 
+    transformer: URSAForImageGeneration
+    scheduler: KineticOptimalScheduler
+    tokenizer: PreTrainedTokenizerBase
+    vae: AutoencoderVQ | None
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents", "logits"]
@@ -97,11 +110,10 @@ class URSAPipeline(UDMPipeline):
         self.register_to_config(max_prompt_length=max_prompt_length, vae_scale_factor=vae_scale_factor)
         if len(set(sizes.values())) > 1:
             raise ValueError(f"The components must share one codebook, got sizes {sizes}.")
-        self._cut_prompts = CutPromptWarning("the pipeline")
         self.image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "URSAPipeline":
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
         """
         Loads a pipeline from a folder or a Hub repository, in this library's format or in the original one.
 
@@ -125,8 +137,11 @@ class URSAPipeline(UDMPipeline):
         """
         if "vae" in kwargs and kwargs["vae"] is None:
             hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-            if cls.load_config(pretrained_model_name_or_path, **hub_kwargs)["vae"][0] is not None:
-                vae_config = AutoencoderVQ.load_config(pretrained_model_name_or_path, subfolder="vae", **hub_kwargs)
+            index: Any = cls.load_config(pretrained_model_name_or_path, **hub_kwargs)
+            if index["vae"][0] is not None:
+                vae_config: Any = AutoencoderVQ.load_config(
+                    pretrained_model_name_or_path, subfolder="vae", **hub_kwargs
+                )
                 kwargs["vae_scale_factor"] = 2 ** (len(vae_config["block_out_channels"]) - 1)
         if is_original_checkpoint(pretrained_model_name_or_path, **kwargs):
             pipeline = cls(**load_original_components(pretrained_model_name_or_path, **kwargs))
@@ -139,8 +154,8 @@ class URSAPipeline(UDMPipeline):
 
     @classmethod
     def from_configs(
-        cls, pretrained_model_name_or_path: str | Path, dtype: torch.dtype = torch.float32, **kwargs
-    ) -> "URSAPipeline":
+        cls, pretrained_model_name_or_path: str | os.PathLike, dtype: torch.dtype = torch.float32, **kwargs
+    ) -> Self:
         """
         Builds a pipeline without its weights, on PyTorch's `"meta"` device. [`estimate_memory`] needs no more. From a
         Hub repository, in either format, only the configurations and the tokenizer are downloaded.
@@ -175,19 +190,20 @@ class URSAPipeline(UDMPipeline):
         transformer_config, vae_config = (load_json(folder / name / "config.json") for name in ("transformer", "vae"))
         with torch.device("meta"):
             config = URSAConfig.from_original_config(transformer_config) if is_original else None
-            transformer = URSAForImageGeneration(config or URSAConfig.from_dict(transformer_config))
-            vae = (AutoencoderVQ.from_original_config if is_original else AutoencoderVQ.from_config)(vae_config)
-        scheduler_config = KineticOptimalScheduler.load_config(folder / "scheduler")
+            transformer: Any = URSAForImageGeneration(config or URSAConfig.from_dict(transformer_config))
+            vae: Any = (AutoencoderVQ.from_original_config if is_original else AutoencoderVQ.from_config)(vae_config)
+        scheduler_config: Any = KineticOptimalScheduler.load_config(folder / "scheduler")
         if scheduler_config.get("codebook_size") is None:
             sizes = {"codebook_size": transformer.config.codebook_size, "codebook_dim": vae.config.vq_embed_dim}
             scheduler_config = {**scheduler_config, **sizes}
         scheduler = KineticOptimalScheduler.from_config(scheduler_config)
+        index: Any = cls.load_config(folder)
         return cls(
             transformer=transformer.to(dtype),
             scheduler=scheduler,
             tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
             vae=nn.Module.to(vae, dtype),  # that of diffusers warns of a cast
-            max_prompt_length=cls.load_config(folder).get("max_prompt_length", 320),
+            max_prompt_length=index.get("max_prompt_length", 320),
         )
 
     @classmethod
@@ -227,9 +243,8 @@ class URSAPipeline(UDMPipeline):
                 raise ValueError(f"`{name}` must be a positive multiple of {stride}, got {value}. Try {nearest}.")
         return 1, height // stride, width // stride
 
-    def encode_prompt(self, prompt: list[str]) -> tuple[torch.LongTensor, torch.Tensor]:
-        num_tokens = [len(ids) for ids in self.tokenizer(prompt, verbose=False)["input_ids"]]
-        self._cut_prompts.check(prompt, num_tokens, self.config.max_prompt_length)
+    def encode_prompt(self, prompt: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        self._warn_of_cut_prompts(prompt, self.tokenizer, self.config.max_prompt_length, "the pipeline")
         encoded = self.tokenizer(
             prompt,
             padding="max_length",
@@ -244,7 +259,7 @@ class URSAPipeline(UDMPipeline):
     @staticmethod
     def prepare_position_ids(
         num_text_tokens: int, latent_shape: tuple[int, ...], device: torch.device | None = None
-    ) -> torch.LongTensor:
+    ) -> torch.Tensor:
         """
         Three-axis positions of `[text, BOV, image tokens]`.
 
@@ -267,11 +282,11 @@ class URSAPipeline(UDMPipeline):
 
     def prepare_denoiser_inputs(
         self,
-        prompt_ids: torch.LongTensor,
+        prompt_ids: torch.Tensor,
         prompt_mask: torch.Tensor,
-        noised_samples: torch.LongTensor,
+        noised_samples: torch.Tensor,
         latent_shape: tuple[int, ...],
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         t: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         # `prompt_mask` and `t` are not used: URSA was trained with visible padding and without the time
@@ -292,9 +307,9 @@ class URSAPipeline(UDMPipeline):
 
     def denoise(
         self,
-        prompt_ids: torch.LongTensor,
+        prompt_ids: torch.Tensor,
         prompt_mask: torch.Tensor,
-        noised_samples: torch.LongTensor,
+        noised_samples: torch.Tensor,
         latent_shape: tuple[int, ...],
         t: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -304,11 +319,11 @@ class URSAPipeline(UDMPipeline):
     def score(
         self,
         model: nn.Module,
-        prompt_ids: torch.LongTensor,
+        prompt_ids: torch.Tensor,
         prompt_mask: torch.Tensor,
-        noised_samples: torch.LongTensor,
+        noised_samples: torch.Tensor,
         latent_shape: tuple[int, ...],
-        labels: torch.LongTensor,
+        labels: torch.Tensor,
         t: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -321,10 +336,23 @@ class URSAPipeline(UDMPipeline):
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape, labels=labels)
         return self._select_labels(model(**inputs), inputs["shift_labels"], labels)
 
+    @overload
+    def decode(
+        self, clean_samples: torch.Tensor, latent_shape: tuple[int, ...], output_type: Literal["pil"] = "pil"
+    ) -> list[Image.Image]: ...
+
+    @overload
+    def decode(
+        self, clean_samples: torch.Tensor, latent_shape: tuple[int, ...], output_type: Literal["pil", "np", "pt"]
+    ) -> Any: ...
+
     @torch.no_grad()
     def decode(
-        self, clean_samples: torch.LongTensor, latent_shape: tuple[int, ...], output_type: str = "pil"
-    ) -> list[Any]:
+        self,
+        clean_samples: torch.Tensor,
+        latent_shape: tuple[int, ...],
+        output_type: Literal["pil", "np", "pt"] = "pil",
+    ) -> Any:
         """
         Decodes tokens to images.
 
@@ -342,15 +370,56 @@ class URSAPipeline(UDMPipeline):
         Raises:
             ValueError: If there is more than one frame, or no image tokenizer.
         """
-        self._check_vae()
+        vae = self._check_vae()
         if latent_shape[0] != 1:
             raise ValueError(f"`decode` takes images, of one frame, got {latent_shape[0]} frames.")
-        images = self.vae.decode_ids(clean_samples.view(-1, *latent_shape[1:])).sample
+        images = vae.decode_ids(clean_samples.view(-1, *latent_shape[1:])).sample
         return self.image_processor.postprocess(images.float(), output_type=output_type)
 
-    def _check_vae(self) -> None:
+    def _check_vae(self) -> AutoencoderVQ:
         if self.vae is None:
             raise ValueError("The pipeline has no `vae` to decode images with. Pass one, or `output_type='latent'`.")
+        return self.vae
+
+    @overload
+    def __call__(
+        self,
+        prompt: str | list[str],
+        *,
+        output_type: Literal["pil"] = "pil",
+        return_dict: Literal[True] = True,
+        **kwargs: Unpack[URSACallArguments],
+    ) -> URSAPipelineOutput[list[Image.Image]]: ...
+
+    @overload
+    def __call__(
+        self,
+        prompt: str | list[str],
+        *,
+        output_type: Literal["np"],
+        return_dict: Literal[True] = True,
+        **kwargs: Unpack[URSACallArguments],
+    ) -> URSAPipelineOutput[np.ndarray]: ...
+
+    @overload
+    def __call__(
+        self,
+        prompt: str | list[str],
+        *,
+        output_type: Literal["pt", "latent"],
+        return_dict: Literal[True] = True,
+        **kwargs: Unpack[URSACallArguments],
+    ) -> URSAPipelineOutput[torch.Tensor]: ...
+
+    @overload
+    def __call__(
+        self,
+        prompt: str | list[str],
+        *,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        return_dict: Literal[False],
+        **kwargs: Unpack[URSACallArguments],
+    ) -> tuple: ...
 
     @torch.no_grad()
     def __call__(
@@ -364,14 +433,11 @@ class URSAPipeline(UDMPipeline):
         guidance_trunc: float = 0.9,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.LongTensor | None = None,
-        output_type: str = "pil",
+        latents: torch.Tensor | None = None,
+        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_dict: bool = True,
         return_trajectory: bool = False,
-        callback_on_step_end: Callable[[Any, int, int, dict], dict]
-        | PipelineCallback
-        | MultiPipelineCallbacks
-        | None = None,
+        callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
     ) -> URSAPipelineOutput | tuple:
         """
@@ -422,8 +488,8 @@ class URSAPipeline(UDMPipeline):
         if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
             raise ValueError(f"`prompt` must be a string or a non-empty list of strings, got {prompt!r}.")
         negative_prompts = negative_prompt
-        if not isinstance(negative_prompt, list):
-            negative_prompts = [negative_prompt or ""] * len(prompts)
+        if not isinstance(negative_prompts, list):
+            negative_prompts = [negative_prompts or ""] * len(prompts)
         if not all(isinstance(text, str) for text in negative_prompts):
             raise ValueError(f"`negative_prompt` must be a string or a list of strings, got {negative_prompt!r}.")
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -446,7 +512,7 @@ class URSAPipeline(UDMPipeline):
             return_trajectory=return_trajectory,
         )
         if output_type == "latent":
-            images = output.clean_samples.view(-1, *latent_shape)
+            images: Any = output.clean_samples.view(-1, *latent_shape)
         else:
             images = self.decode(output.clean_samples, latent_shape, output_type=output_type)
         self.maybe_free_model_hooks()

@@ -14,7 +14,7 @@
 
 """What text families share: prompts padded on the left, and completions that end before the canvas does."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -28,31 +28,31 @@ class TextMixin:
     `_encode(text_or_messages, **chat_template_kwargs)`, which returns the ids of one prompt.
     """
 
-    modality = "text"
+    modality: Literal["image", "text"] = "text"
 
     @staticmethod
     def _as_list(prompt: str | list[Any]) -> list[Any]:
         """One prompt, a text or its messages, as a list of one. Lists of prompts are returned as they are."""
         return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], dict) else prompt
 
-    def encode_prompt(self, prompt: list[Any], **chat_template_kwargs: Any) -> tuple[torch.LongTensor, torch.Tensor]:
+    def encode_prompt(self, prompt: list[Any], **chat_template_kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """As in [`UDMPipeline`]. The chat template turns messages into text, with `chat_template_kwargs`."""
         ids = [torch.tensor(self._encode(one, **chat_template_kwargs), dtype=torch.long) for one in prompt]
-        padded = {"batch_first": True, "padding_side": "left"}
+        padded: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
         prompt_ids = pad_sequence(ids, padding_value=self.tokenizer.pad_token_id, **padded)  # (B, T)
         prompt_mask = pad_sequence([torch.ones_like(row) for row in ids], **padded)  # (B, T)
         return prompt_ids.to(self._execution_device), prompt_mask.to(self._execution_device)
 
-    def completion_mask(self, clean_samples: torch.LongTensor) -> torch.LongTensor:
+    def completion_mask(self, clean_samples: torch.Tensor) -> torch.Tensor:
         """As in [`UDMPipeline`]. The first token that ends the completion is the last one that counts."""
         is_end = self._is_end(clean_samples).long()
         return (is_end.cumsum(dim=1) - is_end == 0).long()
 
-    def decode(self, clean_samples: torch.LongTensor, latent_shape: tuple[int, ...]) -> list[str]:
+    def decode(self, clean_samples: torch.Tensor, latent_shape: tuple[int, ...]) -> list[str]:
         """As in [`UDMPipeline`]: the text before the token that ends the completion."""
         is_text = self.completion_mask(clean_samples).bool() & ~self._is_end(clean_samples)
         ids = [row[text].tolist() for row, text in zip(clean_samples.cpu(), is_text.cpu(), strict=True)]
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
-    def _is_end(self, clean_samples: torch.LongTensor) -> torch.BoolTensor:
+    def _is_end(self, clean_samples: torch.Tensor) -> torch.Tensor:
         return torch.isin(clean_samples, torch.tensor(self.end_token_ids, device=clean_samples.device))

@@ -32,7 +32,7 @@ from PIL import Image
 from torch.nn import functional
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from ..cut_prompts import CutPromptWarning
+from ..cut_prompts import PromptCutter
 from .images import as_pil_images
 
 
@@ -62,7 +62,8 @@ def load_clip(
     Raises:
         ValueError: If the weights lack a parameter, or the tokenizer belongs to another model.
     """
-    model, info = CLIPModel.from_pretrained(model_name_or_path, dtype=dtype, output_loading_info=True)
+    loaded: Any = CLIPModel.from_pretrained(model_name_or_path, dtype=dtype, output_loading_info=True)
+    model, info = loaded
     # transformers leaves missing parameters random, with a warning at most.
     missing = sorted(info["missing_keys"] & dict(model.named_parameters()).keys())
     if missing:
@@ -82,7 +83,7 @@ def load_clip(
     return model.eval().to(device if device is not None else PartialState().device), tokenizer, image_processor
 
 
-class CLIPReward:
+class CLIPReward(PromptCutter):
     """
     The cosine of an image and its prompt under any CLIP model of transformers, as a reward function for
     [`UDMGRPOTrainer`].
@@ -143,9 +144,8 @@ class CLIPReward:
         self.device = device
         self.dtype = dtype
         self.__name__ = "clip"
-        self._model = None
-        self._text_features = {}
-        self._cut_prompts = CutPromptWarning(type(self).__name__)
+        self._model: Any = None
+        self._text_features: dict[str, torch.Tensor] = {}
 
     @torch.inference_mode()
     def __call__(
@@ -208,8 +208,7 @@ class CLIPReward:
         if new_prompts:
             texts = [self.prefix + prompt for prompt in new_prompts]
             max_length = self._model.config.text_config.max_position_embeddings
-            num_tokens = [len(ids) for ids in self._tokenizer(texts, verbose=False)["input_ids"]]
-            self._cut_prompts.check(new_prompts, num_tokens, max_length)
+            self._warn_of_cut_prompts(new_prompts, self._tokenizer, max_length, type(self).__name__, self.prefix)
             inputs = self._tokenizer(
                 texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt"
             ).to(self._model.device)

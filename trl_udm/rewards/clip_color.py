@@ -14,6 +14,8 @@
 
 """GenEval's color classifier on transformers' CLIP (https://huggingface.co/papers/2103.00020)."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
@@ -67,8 +69,8 @@ class CLIPColorClassifier:
         self.model_name_or_path = model_name_or_path
         self.device = device
         self.dtype = dtype
-        self.model = None
-        self.text_embeddings = {}
+        self.model: Any = None
+        self.text_embeddings: dict[str, torch.Tensor] = {}
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image, detections: list[Detection], class_name: str) -> list[str]:

@@ -23,7 +23,7 @@ in the order in which they are applied: [`check_metadata`], [`keep_detections`],
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -88,15 +88,16 @@ class Detector(Protocol):
     selects.
     """
 
-    class_names: Sequence[str]
+    @property
+    def class_names(self) -> Sequence[str]: ...
 
-    def __call__(self, images: list[Image.Image]) -> list[dict[str, list[Detection]]]: ...
+    def __call__(self, images: list[Image.Image], /) -> list[dict[str, list[Detection]]]: ...
 
 
 class ColorClassifier(Protocol):
     """Names one of `COLORS` for each of an image's detections, all of one class."""
 
-    def __call__(self, image: Image.Image, detections: list[Detection], class_name: str) -> list[str]: ...
+    def __call__(self, image: Image.Image, detections: list[Detection], class_name: str, /) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,13 @@ class Verdict:
     reason: str
 
 
-def check_metadata(row: dict[str, Any], class_names: Sequence[str], index: int) -> None:
+def check_metadata(row: Mapping[str, Any], class_names: Sequence[str], index: int) -> None:
     """
     Refuse a row of metadata that does not follow GenEval's format. A key whose value is `None` counts as absent,
     because `datasets` fills missing keys with `None`.
 
     Args:
-        row (`dict[str, Any]`):
+        row (`Mapping[str, Any]`):
             A row with `"tag"`, `"include"` and optionally `"exclude"` and `"prompt"`.
         class_names (`Sequence[str]`):
             The classes that the detector knows.
@@ -138,6 +139,8 @@ def check_metadata(row: dict[str, Any], class_names: Sequence[str], index: int) 
     Example:
 
     ```python
+    >>> from trl_udm.rewards.geneval import check_metadata
+
     >>> row = {"tag": "counting", "include": [{"class": "clock", "count": 0}], "prompt": "a photo of no clocks"}
     >>> check_metadata(row, class_names=["bench", "clock"], index=7)
     Traceback (most recent call last):
@@ -149,16 +152,16 @@ def check_metadata(row: dict[str, Any], class_names: Sequence[str], index: int) 
         if not holds:
             raise ValueError(f"Row {index} ({row.get('prompt')!r}): `{field}` must be {rule}, got {value!r}.")
 
-    tag, include, exclude = row.get("tag"), row.get("include"), row.get("exclude")
+    tag, include, exclude = (row.get(key) for key in ("tag", "include", "exclude"))
     require(tag in TAGS, "tag", f"one of {TAGS}", tag)
     require(isinstance(include, list) and len(include) > 0, "include", "a list with at least one clause", include)
     require(exclude is None or isinstance(exclude, list), "exclude", "a list of clauses or `None`", exclude)
 
     for name, clauses, keys in (
         ("include", include, {"class", "count", "color", "position"}),
-        ("exclude", exclude or [], {"class", "count"}),
+        ("exclude", exclude, {"class", "count"}),
     ):
-        for number, clause in enumerate(clauses):
+        for number, clause in enumerate(clauses or []):
             field = f"{name}[{number}]"
             require(isinstance(clause, dict), field, f"a dict with keys among {sorted(keys)}", clause)
             unknown = sorted(key for key, value in clause.items() if value is not None and key not in keys)
@@ -227,7 +230,7 @@ def keep_detections(
         # Reversed, not `reverse=True`: of equal scores the benchmark puts the later detection first.
         by_falling_score = sorted(detections, key=lambda detection: detection.score)[::-1]
         candidates = [detection for detection in by_falling_score if detection.score > threshold][:MAX_OBJECTS]
-        group = []
+        group: list[Detection] = []
         for candidate in candidates:
             if nms_threshold == 1 or all(compute_iou(candidate.box, other.box) < nms_threshold for other in group):
                 group.append(candidate)
@@ -345,7 +348,7 @@ def _check_include(
     detections that count as found: all of the class (`exact`), or no more than the clause asks for.
     """
     scores, reasons = [], []
-    groups = []
+    groups: list[list[Detection] | None] = []
     for clause in include:
         found = objects.get(clause["class"], [])
         found = found if exact else found[: clause["count"]]
@@ -369,7 +372,8 @@ def _check_clause(
     Return the scores of one clause's requirements, up to the first that fails, and the reason for it. `groups` holds
     the detections of each earlier clause, or `None` where it failed.
     """
-    class_name, count, color, position = (clause.get(key) for key in ("class", "count", "color", "position"))
+    class_name, count = clause["class"], clause["count"]
+    color, position = clause.get("color"), clause.get("position")
 
     scores = [1 - abs(count - len(found)) / count]
     if len(found) != count:
@@ -378,6 +382,8 @@ def _check_clause(
         return scores, f"expected {class_name}{'==' if exact else '>='}{count}, found {len(found)}"
 
     if color is not None:
+        if color_classifier is None:
+            raise ValueError(f"`color_classifier` must be given for the color {color!r}, got None.")
         colors = color_classifier(image, found, class_name)
         if len(colors) != count:
             raise ValueError(f"`color_classifier` must return a color for each of {count} detections, got {colors!r}.")
@@ -511,7 +517,7 @@ class GenEvalReward:
         ):
             if row_include is None:
                 continue
-            row = {"prompt": prompt, "tag": row_tag, "include": row_include, "exclude": row_exclude}
+            row: dict[str, Any] = {"prompt": prompt, "tag": row_tag, "include": row_include, "exclude": row_exclude}
             check_metadata(row, self.detector.class_names, index)
             if self.color_classifier is None and any(clause.get("color") is not None for clause in row_include):
                 raise ValueError(
@@ -519,7 +525,7 @@ class GenEvalReward:
                 )
             applicable.append((index, image, row))
 
-        rewards = [None] * len(prompts)
+        rewards: list[float | None] = [None] * len(prompts)
         if not applicable:
             return rewards
 
@@ -546,6 +552,7 @@ class GenEvalReward:
             # Where the number of objects is right, both rules ask for the same ones
             key = (class_name, len(found))
             if key not in known_colors:
+                assert self.color_classifier is not None  # checked with the rows
                 known_colors[key] = self.color_classifier(image, found, class_name)
             return known_colors[key]
 

@@ -54,6 +54,8 @@ def load_reward(name: str, options: dict[str, Any] | None = None) -> Callable:
     Example:
 
     ```python
+    >>> from trl_udm.rewards.loading import load_reward
+
     >>> reward = load_reward("ocr", {"partial": True})
     >>> reward.__name__
     'ocr_partial_reward'

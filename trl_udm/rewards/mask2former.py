@@ -21,6 +21,8 @@ overlap, and its image processor stretches images to multiples of 32. So the pre
 as in mmdet.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -100,7 +102,7 @@ class Mask2FormerDetector:
         self.score_threshold = score_threshold
         self.shortest_edge = shortest_edge
         self.longest_edge = longest_edge
-        self.model = None
+        self.model: Any = None
 
     @torch.inference_mode()
     def __call__(self, images: list[Image.Image]) -> list[dict[str, list[Detection]]]:
@@ -123,11 +125,11 @@ class Mask2FormerDetector:
         if self.model is None:
             self._load_model()
 
-        by_padded_size = {}
+        by_padded_size: dict[tuple[int, int], list] = {}
         for index, image in enumerate(images):
             scale = min(self.shortest_edge / min(image.size), self.longest_edge / max(image.size))
             height, width = (int(side * scale + 0.5) for side in (image.height, image.width))
-            padded_size = tuple(-(-side // SIZE_DIVISOR) * SIZE_DIVISOR for side in (height, width))
+            padded_size = -(-height // SIZE_DIVISOR) * SIZE_DIVISOR, -(-width // SIZE_DIVISOR) * SIZE_DIVISOR
             by_padded_size.setdefault(padded_size, []).append((index, (height, width)))
         batches = [
             (padded_size, members[start : start + self.batch_size])
@@ -136,7 +138,7 @@ class Mask2FormerDetector:
         ]
 
         mean, std = (torch.tensor(value, device=self.model.device)[:, None, None] for value in (IMAGE_MEAN, IMAGE_STD))
-        detected = [{} for _ in images]
+        detected: list[dict[str, list[Detection]]] = [{} for _ in images]
         for padded_size, batch in batches:
             pixel_values = torch.zeros(len(batch), 3, *padded_size, device=self.model.device)
             for row, (index, (height, width)) in enumerate(batch):
@@ -165,9 +167,10 @@ class Mask2FormerDetector:
             import scipy  # noqa: F401
         except ImportError as error:
             raise ImportError("`Mask2FormerDetector` needs SciPy: `pip install trl-udm[geneval]`.") from error
-        model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
+        loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
             self.model_name_or_path, dtype=self.dtype, output_loading_info=True
         )
+        model, info = loaded
         # transformers leaves missing parameters random, with a warning at most.
         missing = sorted(info["missing_keys"] & dict(model.named_parameters()).keys())
         if missing:
@@ -225,7 +228,7 @@ def find_objects(
     class_probabilities = class_logits.float().softmax(dim=-1)[:, :-1].flatten()  # (Q * C,)
     class_probabilities, candidates = class_probabilities.topk(min(MAX_CANDIDATES, len(class_probabilities)))
 
-    detected = {}
+    detected: dict[str, list[Detection]] = {}
     for class_probability, candidate in zip(class_probabilities.tolist(), candidates.tolist(), strict=True):
         if class_probability < score_threshold:  # exact: neither the mean nor its product rounds to more than this
             break

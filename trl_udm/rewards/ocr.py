@@ -85,6 +85,8 @@ def extract_target(prompt: str) -> str:
     Example:
 
     ```python
+    >>> from trl_udm.rewards.ocr import extract_target
+
     >>> extract_target('A storefront sign that says "New York"')
     'New York'
     >>> extract_target('A 5" pipe under a sign that says "SALE"')
@@ -93,7 +95,7 @@ def extract_target(prompt: str) -> str:
     """
     matches = [match for pattern in _QUOTED_TEXTS for match in pattern.finditer(prompt)]
     for match in matches:
-        target = match[match.lastindex]
+        target = match[match.lastindex or 0]
         if normalize_text(target):
             return target
     if matches:
@@ -145,6 +147,8 @@ def ocr_score(recognized_text: str, target_text: str, partial: bool = False) -> 
     Example:
 
     ```python
+    >>> from trl_udm.rewards.ocr import ocr_score
+
     >>> ocr_score("HELL0", "Hello")
     0.8
     >>> ocr_score("OPEN HELL0 OPEN", "Hello"), ocr_score("OPEN HELL0 OPEN", "Hello", partial=True)
@@ -272,7 +276,7 @@ class OCRReward:
             "EngineConfig.onnxruntime.intra_op_num_threads": num_threads,
         }
         # The engines load their weights when they first read.
-        self._engines = queue.SimpleQueue()
+        self._engines: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(num_engines):
             self._engines.put(RapidOCR(params=params))
 
@@ -329,7 +333,9 @@ class OCRReward:
 
         rewards = []
         for recognized, target in zip(recognized_texts, target_text, strict=True):
-            rewards.append(None if target is None else ocr_score(recognized, target, self.partial))
+            rewards.append(
+                None if recognized is None or target is None else ocr_score(recognized, target, self.partial)
+            )
             if log_metric is not None and target is not None:
                 log_metric("ocr/exact", float(rewards[-1] == 1))
         if log_extra is not None:

@@ -15,7 +15,7 @@
 """The codes of a scheduler: weights of its own, which are saved, loaded and passed on to schedulers made from it."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import torch
 from diffusers.configuration_utils import FrozenDict
@@ -35,6 +35,10 @@ class CodebookConfig(FrozenDict):
     """
 
     codebook: torch.Tensor | None = None
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # a setting
 
 
 class CodebookMixin:
@@ -66,8 +70,8 @@ class CodebookMixin:
             ValueError: If the shape is not that of a codebook or differs from the config's, or an entry is not finite.
         """
         self._register_codebook(embeddings)
-        norms = self.codebook.norm(dim=-1, keepdim=True)
-        self.codebook = self.codebook / norms.clamp(min=self.config.eps)
+        codebook = embeddings.detach().float()
+        self.codebook = codebook / codebook.norm(dim=-1, keepdim=True).clamp(min=self.config.eps)
 
     def _register_codebook(self, codebook: torch.Tensor) -> None:
         if codebook.ndim != 2 or not codebook.isfinite().all():
@@ -88,6 +92,18 @@ class CodebookMixin:
         config = CodebookConfig(super().config)
         config.codebook = self.codebook
         return config
+
+    @overload
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], return_unused_kwargs: Literal[False] = False, **kwargs: Any
+    ) -> Self: ...
+
+    @overload
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], return_unused_kwargs: Literal[True], **kwargs: Any
+    ) -> tuple[Self, dict[str, Any]]: ...
 
     @classmethod
     def from_config(cls, config: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -112,6 +128,27 @@ class CodebookMixin:
         if isinstance(config, CodebookConfig) and config.codebook is not None:
             scheduler._register_codebook(config.codebook.clone())
         return (scheduler, unused_kwargs) if return_unused_kwargs else scheduler
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        subfolder: str | None = None,
+        return_unused_kwargs: Literal[False] = False,
+        **kwargs: Any,
+    ) -> Self: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        subfolder: str | None = None,
+        *,
+        return_unused_kwargs: Literal[True],
+        **kwargs: Any,
+    ) -> tuple[Self, dict[str, Any]]: ...
 
     @classmethod
     def from_pretrained(

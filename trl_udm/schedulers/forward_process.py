@@ -28,10 +28,10 @@ class ForwardProcessMixin:
     @torch.no_grad()
     def add_noise(
         self,
-        original_samples: torch.LongTensor,
+        original_samples: torch.Tensor,
         t: float | torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> torch.LongTensor:
+    ) -> torch.Tensor:
         """
         Draw noised samples x_t ~ p_t(· | x₁), each token by itself.
 
@@ -55,7 +55,7 @@ class ForwardProcessMixin:
         self._check_token_ids("original_samples", original_samples)
         return self._draw_noised_samples(original_samples, self._expand_t(t, original_samples), generator)
 
-    def _check_token_ids(self, name: str, token_ids: torch.LongTensor) -> None:
+    def _check_token_ids(self, name: str, token_ids: torch.Tensor) -> None:
         codebook_size = self.config.codebook_size
         if codebook_size is None:
             raise ValueError("The scheduler does not know its `codebook_size`: pass it, or call `set_codebook`.")
@@ -65,7 +65,7 @@ class ForwardProcessMixin:
         if smallest < 0 or largest >= codebook_size:
             raise ValueError(f"`{name}` must be in [0, {codebook_size}), got ids from {smallest} to {largest}.")
 
-    def _expand_t(self, t: float | torch.Tensor, samples: torch.LongTensor) -> torch.Tensor:
+    def _expand_t(self, t: float | torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
         t = torch.as_tensor(t, dtype=torch.float32, device=samples.device)
         if t.shape != samples.shape[: t.ndim]:
             raise ValueError(

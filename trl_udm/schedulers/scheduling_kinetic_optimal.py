@@ -17,10 +17,12 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.utils import BaseOutput
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.outputs import BaseOutput
 
 from ..random_tensor import rand_tensor, widest_dtype
 from .codebook import CodebookMixin
@@ -39,8 +41,8 @@ class KineticOptimalSchedulerOutput(BaseOutput):
             Clean token ids x₁ drawn from the model's logits at this step.
     """
 
-    prev_sample: torch.LongTensor
-    pred_original_sample: torch.LongTensor
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor
 
 
 class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin, ConfigMixin):
@@ -139,8 +141,8 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         self.register_to_config(
             alpha=alpha, c=c, shift=shift, eps=eps, codebook_size=codebook_size, codebook_dim=codebook_dim
         )
-        self.num_inference_steps = None
-        self.timesteps = None
+        self.num_inference_steps: Any = None  # a number then
+        self.timesteps: Any = None  # a tensor after `set_timesteps`
 
     @property
     def needs_codebook(self) -> bool:
@@ -193,7 +195,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
             )
         return step_index
 
-    def _sigma_to_t(self, sigma: float | torch.Tensor) -> float | torch.Tensor:
+    def _sigma_to_t(self, sigma: Any) -> Any:
         shift = self.config.shift
         return 1 - shift * sigma / (1 + (shift - 1) * sigma)
 
@@ -232,10 +234,10 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
 
     def _draw_noised_samples(
         self,
-        original_samples: torch.LongTensor,
+        original_samples: torch.Tensor,
         t: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None,
-    ) -> torch.LongTensor:
+    ) -> torch.Tensor:
         device = original_samples.device
         uniforms = rand_tensor((*original_samples.shape, 2), generator, device, widest_dtype(device))
         chunks = zip(
@@ -248,7 +250,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         _check_drawn(noised_samples)
         return noised_samples.view(original_samples.shape)
 
-    def probabilities(self, original_samples: torch.LongTensor, t: float | torch.Tensor) -> torch.Tensor:
+    def probabilities(self, original_samples: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
         """
         The probabilities p_t(k | x₁) that [`~KineticOptimalScheduler.add_noise`] draws from.
 
@@ -269,7 +271,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         return self._probabilities(original_samples.flatten(), t.flatten()).view(*original_samples.shape, -1)
 
     def _probabilities(
-        self, original_samples: torch.LongTensor, t: torch.Tensor, distances: torch.Tensor | None = None
+        self, original_samples: torch.Tensor, t: torch.Tensor, distances: torch.Tensor | None = None
     ) -> torch.Tensor:
         original_samples, t = original_samples.unsqueeze(-1), t.unsqueeze(-1)  # (T, 1), (T, 1)
         if self.config.alpha is None:
@@ -282,7 +284,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         logits = distances.mul_(-self.beta(t)).scatter_(-1, original_samples, 0.0)  # (T, V)
         return torch.softmax(logits, dim=-1)
 
-    def _distances(self, token_ids: torch.LongTensor) -> torch.Tensor:
+    def _distances(self, token_ids: torch.Tensor) -> torch.Tensor:
         if self.codebook is None:
             raise ValueError(
                 "The metric path needs a codebook: call `set_codebook`, load one with `from_pretrained`, or pass "
@@ -295,7 +297,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         return distances.add_(squared_norms[token_ids].unsqueeze(-1)).clamp_(min=torch.finfo(torch.float32).tiny)
 
     def velocity(
-        self, noised_samples: torch.LongTensor, original_samples: torch.LongTensor, t: float | torch.Tensor
+        self, noised_samples: torch.Tensor, original_samples: torch.Tensor, t: float | torch.Tensor
     ) -> torch.Tensor:
         """
         The rates u(k) at which a token jumps from x_t to every other code k, given x₁.
@@ -328,9 +330,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         velocity = self._velocity(noised_samples.flatten(), original_samples.flatten(), t.flatten())
         return velocity.view(*original_samples.shape, -1)
 
-    def _velocity(
-        self, noised_samples: torch.LongTensor, original_samples: torch.LongTensor, t: torch.Tensor
-    ) -> torch.Tensor:
+    def _velocity(self, noised_samples: torch.Tensor, original_samples: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         noised_samples = noised_samples.unsqueeze(-1)  # (T, 1)
         if self.config.alpha is None:
             velocity = t.new_zeros(len(t), self.config.codebook_size)
@@ -342,15 +342,36 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
             velocity.mul_(gains).mul_(self.beta_derivative(t).unsqueeze(-1))
         return velocity.scatter_(-1, noised_samples, 0.0)
 
+    @overload
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: Literal[True] = True,
+    ) -> KineticOptimalSchedulerOutput: ...
+
+    @overload
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        *,
+        return_dict: Literal[False],
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
     @torch.no_grad()
     def step(
         self,
         model_output: torch.Tensor,
         timestep: int | torch.Tensor,
-        sample: torch.LongTensor,
+        sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-    ) -> KineticOptimalSchedulerOutput | tuple[torch.LongTensor, torch.LongTensor]:
+    ) -> KineticOptimalSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """
         Take one step of the reverse process.
 
@@ -406,11 +427,11 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
 
     def _jump(
         self,
-        noised_samples: torch.LongTensor,
-        original_samples: torch.LongTensor,
+        noised_samples: torch.Tensor,
+        original_samples: torch.Tensor,
         step_index: int,
         uniforms: torch.Tensor,
-    ) -> torch.LongTensor:
+    ) -> torch.Tensor:
         t = self.timestep_to_t(step_index)
         step_size = self.timestep_to_t(step_index + 1) - t
         prev_samples = noised_samples.flatten().clone()  # (B * N,)
@@ -431,7 +452,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         return max(1, self.max_chunk_elements // self.config.codebook_size)
 
 
-def _draw(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.LongTensor:
+def _draw(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """
     Draw a code for each row of `probabilities` (T, V) with the uniforms (T, 2), by inverting the cumulative
     distribution: first that of blocks of about √V codes, then that of the codes in the block. Rows with a NaN or
@@ -451,13 +472,13 @@ def _draw(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.LongTens
     return codes.where(block_sums.isfinite().all(dim=-1), -1)
 
 
-def _check_drawn(codes: torch.LongTensor) -> None:
+def _check_drawn(codes: torch.Tensor) -> None:
     # Once for all chunks, since the host waits for the device here
     if (codes < 0).any():
         raise ValueError("Cannot draw tokens: the logits must be finite, got NaN or infinite values.")
 
 
-def _invert_cumulative(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.LongTensor:
+def _invert_cumulative(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     cumulative = weights.cumsum(dim=-1, dtype=widest_dtype(weights.device))
     # 1 − u is in (0, 1]: the first entry to reach the threshold always exists and never has weight 0.
     thresholds = (1 - uniforms).unsqueeze(-1) * cumulative[:, -1:]

@@ -13,11 +13,13 @@
 # limitations under the License.
 
 from dataclasses import dataclass
+from typing import Any, Literal, overload
 
 import torch
-from diffusers import DiscreteDDIMScheduler
-from diffusers import SchedulerMixin as SchedulerMixin  # diffusers looks a component's loader up by this name
-from diffusers.schedulers.scheduling_discrete_ddim import DiscreteDDIMSchedulerOutput
+from diffusers.schedulers.scheduling_discrete_ddim import DiscreteDDIMScheduler, DiscreteDDIMSchedulerOutput
+
+# diffusers looks a component's loader up by this name
+from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 
 from ..random_tensor import check_generators, rand_tensor, randint_tensor
 from .forward_process import ForwardProcessMixin
@@ -35,7 +37,7 @@ class UniformDDIMSchedulerOutput(DiscreteDDIMSchedulerOutput):
             Clean token ids x₁ drawn from the model's logits at this step.
     """
 
-    pred_original_sample: torch.LongTensor
+    pred_original_sample: torch.Tensor
 
 
 class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
@@ -75,6 +77,8 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
     ```
     """
 
+    config: Any  # with attributes, where diffusers says `dict`
+
     def __init__(self, codebook_size: int, num_inference_steps: int = 32):
         # The parent's `__init__` would register the settings of a corrector, which the sampler does not use.
         # Diffusers' decorator would mark arguments given by position as defaults, which `from_config` leaves out.
@@ -96,21 +100,45 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
 
     def _draw_noised_samples(
         self,
-        original_samples: torch.LongTensor,
+        original_samples: torch.Tensor,
         t: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None,
-    ) -> torch.LongTensor:
+    ) -> torch.Tensor:
         shape, device = original_samples.shape, original_samples.device
         survives = rand_tensor(shape, generator, device) < t
         noise = randint_tensor(self.config.codebook_size, shape, generator, device)
         return torch.where(survives, original_samples, noise)
+
+    @overload
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: Literal[True] = True,
+    ) -> UniformDDIMSchedulerOutput: ...
+
+    @overload
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        *,
+        temperature: float = 1.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: Literal[False],
+    ) -> tuple[torch.Tensor, ...]: ...
 
     @torch.no_grad()
     def step(
         self,
         model_output: torch.Tensor,
         timestep: int | torch.Tensor,
-        sample: torch.LongTensor,
+        sample: torch.Tensor,
         *,
         temperature: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -136,7 +164,7 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
         Returns:
             [`UniformDDIMSchedulerOutput`] or `tuple`: The next state, and the clean sample drawn on the way.
         """
-        settings = {"timestep": timestep, "temperature": temperature, "return_dict": False}
+        settings: dict[str, Any] = {"timestep": timestep, "temperature": temperature, "return_dict": False}
         if isinstance(generator, list):
             check_generators(generator, len(sample))
             batch = zip(model_output.split(1), sample.split(1), generator, strict=True)

@@ -49,7 +49,8 @@ class PolicyMixin:
     """
     Arrangements for the model that is trained and for its reference, and the context in which samples are drawn.
 
-    Needs `pipeline`, `args`, `model`, `model_wrapped`, `accelerator`, `beta`, and of [`~trl.GRPOTrainer`] `_dist`.
+    Needs `pipeline`, `args`, `model`, `model_wrapped`, `ref_model`, `accelerator`, `beta`, and `_dist` of
+    [`~trl.GRPOTrainer`].
     """
 
     def _prepare_policy(self, is_new_adapter: bool) -> None:
@@ -85,17 +86,20 @@ class PolicyMixin:
         return {weight: weight.detach().clone() for weight in trained.values()}
 
     @contextlib.contextmanager
-    def _reference_weights(self) -> Iterator[None]:
-        """A context in which a model with an adapter is the reference: the policy as it was before the first step."""
+    def _reference_weights(self) -> Iterator[nn.Module]:
+        """The reference: a copy, or the model without its adapter or with the weights from before the first step."""
+        if self.ref_model is not None:
+            yield self.ref_model
+            return
         if self.initial_weights is None:
             with self.accelerator.unwrap_model(self.model).disable_adapter():
-                yield
+                yield self.model
             return
         trained = {weight: weight.data for weight in self.initial_weights}
         try:
             for weight, initial in self.initial_weights.items():
                 weight.data = initial.to(weight.device, weight.dtype)
-            yield
+            yield self.model
         finally:
             for weight, value in trained.items():
                 weight.data = value
@@ -168,13 +172,9 @@ def prepare_model(
                 f"adapter already, got {adapter!r}. One adapter is trained: leave out the other."
             )
         pipeline.load_lora_weights(adapter)
-    if peft_config is None and has_adapters(pipeline.transformer):
+    transformer = pipeline.transformer
+    if peft_config is None and has_adapters(transformer):
         return unfreeze_adapter(pipeline.peft_model), None
-    return pipeline.transformer, prepare_peft_config(pipeline.transformer, peft_config)
-
-
-def prepare_peft_config(transformer: PreTrainedModel, peft_config: PeftConfig | None) -> PeftConfig | None:
-    """Checks that a transformer can be trained as asked. Returns the adapter's configuration for a denoiser."""
     if has_adapters(transformer):
         raise ValueError(
             f"The pipeline has adapters already ({sorted(transformer.peft_config)}): training would overwrite them. "
@@ -182,16 +182,15 @@ def prepare_peft_config(transformer: PreTrainedModel, peft_config: PeftConfig | 
         )
     if peft_config is not None or isinstance(transformer, PeftModel):
         check_peft_config(peft_config or transformer.active_peft_config, is_trained=True)
-    if peft_config is None:
-        if any(parameter.dtype != torch.float32 for parameter in transformer.parameters()):
-            logger.warning(
-                f"All weights are trained, in {transformer.dtype}, which rounds small steps to nothing. Load the "
-                "pipeline with `dtype=torch.float32`; `bf16=True` still computes in bfloat16."
-            )
-        return None
-    peft_config = copy.copy(peft_config)
-    peft_config.task_type = None  # PEFT's task classes wrap `generate`, which a denoiser does not have
-    return peft_config
+    if peft_config is not None:
+        peft_config = copy.copy(peft_config)
+        peft_config.task_type = None  # PEFT's task classes wrap `generate`, which a denoiser does not have
+    elif any(parameter.dtype != torch.float32 for parameter in transformer.parameters()):
+        logger.warning(
+            f"All weights are trained, in {transformer.dtype}, which rounds small steps to nothing. Load the pipeline "
+            "with `dtype=torch.float32`; `bf16=True` still computes in bfloat16."
+        )
+    return transformer, peft_config
 
 
 def copy_reference(transformer: PreTrainedModel) -> PreTrainedModel:

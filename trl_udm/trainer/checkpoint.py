@@ -40,6 +40,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl.trainer.utils import RepeatSampler
 
 from ..weights import check_state_dict, load_state_dict
+from .udm_grpo_config import UDMGRPOConfig
 
 
 logger = get_logger(__name__)
@@ -68,11 +69,17 @@ class CheckpointMixin:
     * A step whose gradient is not finite is skipped. More than `args.max_failed_steps` in a row stop the run.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, *, args: UDMGRPOConfig, **kwargs: Any):
+        # What a script will hand to `train`: a mistake is told before `Trainer` makes a folder, and anything computes
+        checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+        super().__init__(args=args, **kwargs)
         self._resumed_checkpoint = None
         self._is_terminated = False
         self._num_failures = Counter()  # in a row, by kind
+        if checkpoint is not None:
+            self._check_files(checkpoint)
+            if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which have formats of their own
+                self._read_weights(self._weights_folder(checkpoint))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """
@@ -89,39 +96,36 @@ class CheckpointMixin:
             ValueError: If there is no whole checkpoint, weights or files are missing in it, or its reference policy is
                 not that of this trainer.
         """
-        if str(resume_from_checkpoint).lower() == "true":  # a string from the command line
-            checkpoints = find_checkpoints(self.args.output_dir)
-            whole = [checkpoint for checkpoint in checkpoints if is_whole(checkpoint)]
-            if not whole:
-                raise ValueError(
-                    f"`resume_from_checkpoint` is True, but `output_dir` {self.args.output_dir!r} has no whole "
-                    f"checkpoint ({len(checkpoints)} torn ones). Start anew without it, or name a checkpoint."
-                )
-            resume_from_checkpoint = whole[-1]
+        checkpoint = self._resumed_checkpoint = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if checkpoint is not None:
+            self._check_files(checkpoint)
+        if is_last(resume_from_checkpoint):
             self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                for torn in set(checkpoints) - set(whole):
+            for torn in find_checkpoints(self.args.output_dir) if self.args.should_save else ():
+                if not is_whole(torn):
                     logger.warning(f"{torn} was not finished and is deleted.")
                     shutil.rmtree(torn)
-        elif resume_from_checkpoint and not is_whole(resume_from_checkpoint):
-            raise ValueError(
-                f"`resume_from_checkpoint` must be a whole checkpoint, got {resume_from_checkpoint!r}, which is "
-                "missing or was not finished. `True` takes the last whole one in `output_dir`."
-            )
 
-        self._resumed_checkpoint = resume_from_checkpoint or None
         self._is_terminated = False
 
         def on_sigterm(signum: int, frame: FrameType | None) -> None:
             self._is_terminated = True
 
         if threading.current_thread() is not threading.main_thread():  # where no handler can be set
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(checkpoint, *args, **kwargs)
         previous_handler = signal.signal(signal.SIGTERM, on_sigterm)
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(checkpoint, *args, **kwargs)
         finally:
             signal.signal(signal.SIGTERM, previous_handler)
+
+    # `Trainer` would begin with what it does not find, without a word
+    def _check_files(self, checkpoint: str) -> None:
+        names = ("optimizer*", SCHEDULER_NAME, "rng_state*.pth")
+        missing = [name for name in names if not any(Path(checkpoint).glob(name))]
+        is_own = any(Path(checkpoint).glob("rollout_state_*.pth"))
+        if missing and is_own and not self.is_deepspeed_enabled:  # which keeps them in files of its own
+            raise ValueError(f"A checkpoint must have all of its files, but {checkpoint} lacks {missing}.")
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # `Trainer` would train one step more where the checkpoint has had the last one
@@ -239,26 +243,22 @@ class CheckpointMixin:
 
     # `Trainer` would only warn of missing weights, and load each of an adapter's subfolders as a further adapter
     def _load_weights(self, folder: Path) -> None:
+        weights = self._read_weights(folder)
         if is_peft_model(self.model):
-            name = self.model.active_adapter
+            set_peft_model_state_dict(self.model, weights, adapter_name=self.model.active_adapter)
+        else:
+            self.model.load_state_dict(weights, strict=False)
+
+    def _read_weights(self, folder: Path) -> dict[str, torch.Tensor]:
+        if is_peft_model(self.model):
             weights = load_state_dict(folder, "adapter_model")
-            check_state_dict(weights, get_peft_model_state_dict(self.model, adapter_name=name), folder)
-            set_peft_model_state_dict(self.model, weights, adapter_name=name)
+            own = get_peft_model_state_dict(self.model, adapter_name=self.model.active_adapter)
         else:
             weights = load_state_dict(folder, "model")
             tied = self.model.all_tied_weights_keys.keys() - weights.keys()
             own = {name: weight for name, weight in self.model.state_dict().items() if name not in tied}
-            check_state_dict(weights, own, folder)
-            self.model.load_state_dict(weights, strict=False)
-
-    # `Trainer` would begin with what it does not find, without a word
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and not self.is_deepspeed_enabled:  # which keeps them in files of its own
-            names = ("optimizer*", SCHEDULER_NAME, "rng_state*.pth")
-            missing = [name for name in names if not any(Path(checkpoint).glob(name))]
-            if missing and any(Path(checkpoint).glob("rollout_state_*.pth")):
-                raise ValueError(f"A checkpoint must have all of its files, but {checkpoint} lacks {missing}.")
-        super()._load_optimizer_and_scheduler(checkpoint)
+        check_state_dict(weights, own, folder)
+        return weights
 
     # `Trainer` would look for the weights in the checkpoint's root, and keep the last ones if it found none
     def _load_best_model(self) -> None:
@@ -385,6 +385,30 @@ def is_whole(checkpoint: str | os.PathLike) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def is_last(resume_from_checkpoint: str | bool | None) -> bool:
+    """Whether the last checkpoint is asked for, with `True` or, from the command line, with a string."""
+    return str(resume_from_checkpoint).lower() == "true"
+
+
+def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str | os.PathLike) -> str | None:
+    """The whole checkpoint that is asked for, or `None` if none is. Raises a `ValueError` if there is no such one."""
+    if is_last(resume_from_checkpoint):
+        checkpoints = find_checkpoints(output_dir)
+        whole = [checkpoint for checkpoint in checkpoints if is_whole(checkpoint)]
+        if not whole:
+            raise ValueError(
+                f"`resume_from_checkpoint` is True, but `output_dir` {output_dir!r} has no whole checkpoint "
+                f"({len(checkpoints)} torn ones). Start anew without it, or name a checkpoint."
+            )
+        return whole[-1]
+    if resume_from_checkpoint and not is_whole(resume_from_checkpoint):
+        raise ValueError(
+            f"`resume_from_checkpoint` must be a whole checkpoint, got {resume_from_checkpoint!r}, which is missing "
+            "or was not finished. `True` takes the last whole one in `output_dir`."
+        )
+    return resume_from_checkpoint or None
 
 
 def find_checkpoints(output_dir: str | os.PathLike) -> list[str]:

@@ -16,6 +16,7 @@
 
 import math
 import os
+import random
 import statistics
 from collections import defaultdict
 from typing import Any
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from tqdm.auto import tqdm
 from transformers.integrations import TensorBoardCallback
 
 from ..image_grid import image_statistics, make_image_grid
@@ -124,22 +126,27 @@ class CompletionsMixin:
         if not self.model.training and prefix.startswith("eval_"):
             metrics = {prefix.removeprefix("eval_") + name: values for name, values in self._metrics["eval"].items()}
             self._metrics["eval"] = defaultdict(list, metrics)
+        random_state = random.getstate()  # `GRPOTrainer.log` picks the completions to print with it
         super().log(logs, start_time)
-        if self.accelerator.is_main_process and self.log_completions and self._logs["images"]:
+        random.setstate(random_state)
+        if not (self.accelerator.is_main_process and self.log_completions):
+            return
+        name = os.path.join(self.args.output_dir, "completions", f"completions_{self.state.global_step:05d}")
+        if self._logs["images"]:
             rewards = list(zip(*self._logs["rewards"].values(), strict=True))
             images = [image for (image,) in self._logs["images"]]
             grid = make_image_grid(images, list(self._logs["prompt"]), rewards)
-            grid.save(
-                os.path.join(self.args.output_dir, "completions", f"completions_{self.state.global_step:05d}.png")
-            )
+            grid.save(f"{name}.png")
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                     callback.tb_writer.add_image(
                         "completions", np.asarray(grid), self.state.global_step, dataformats="HWC"
                     )
+        images = f", with images in {name}.png" if self._logs["images"] else ""
+        tqdm.write(f"All {len(self._logs['prompt'])} completions are in {name}.parquet{images}")
 
 
-def mask_after_end(samples: torch.LongTensor, mask: torch.Tensor) -> torch.LongTensor:
+def mask_after_end(samples: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Samples with -1 for the tokens after the end of a text, where the mask is 0. No token is -1."""
     return samples.masked_fill(mask == 0, -1)
 

@@ -49,17 +49,18 @@ class EMAMixin:
     of step n is at most n / (9 + n).
     """
 
-    def __init__(self, *args: Any, callbacks: list[TrainerCallback] | None = None, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.ema: EMAModel | None = None
         self._ema_parameters: list[nn.Parameter] = []
         self._ema_hook = None
         self._evaluates_ema = True
-        super().__init__(*args, callbacks=callbacks, **kwargs)
-        for callback in callbacks or []:
-            self._accept_ema_callback(callback)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EMACallback):
+                self.args.ema_decay, self._evaluates_ema = callback.decay, callback.evaluate
         if self.args.ema_decay is None:
             return optimizer
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
@@ -130,15 +131,6 @@ class EMAMixin:
             self.ema.shadow_params = [parameter.detach().clone() for parameter in self._ema_parameters]
         finally:
             self.ema.restore(self._ema_parameters)
-
-    def add_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
-        super().add_callback(callback)
-        self._accept_ema_callback(callback)
-
-    def _accept_ema_callback(self, callback: type[TrainerCallback] | TrainerCallback) -> None:
-        if isinstance(callback, EMACallback):
-            self.args.ema_decay = callback.decay
-            self._evaluates_ema = callback.evaluate
 
 
 class EMACallback(TrainerCallback):

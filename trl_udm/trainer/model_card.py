@@ -37,25 +37,15 @@ _PIPELINE_TAGS = {"image": "text-to-image", "text": "text-generation"}
 
 # Shown in every card, whether changed or not
 _CENTRAL_ARGUMENTS = (
-    "learning_rate",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "num_generations",
-    "num_iterations",
-    "action",
-    "trajectory",
-    "num_train_timesteps",
-    "timestep_window",
-    "num_inference_steps",
-    "guidance_scale",
-    "beta",
-    "epsilon",
-    "loss_type",
-    "importance_sampling_level",
-    "seed",
-)
+    "learning_rate per_device_train_batch_size gradient_accumulation_steps num_generations num_iterations action "
+    "trajectory num_train_timesteps timestep_window num_inference_steps guidance_scale beta epsilon loss_type "
+    "importance_sampling_level seed"
+).split()
 # Shown in none: where and how the run was logged, saved and pushed, which may name folders, servers and accounts
-_UNTOLD_ARGUMENTS = ("adapter", "output_dir", "run_name", "report_to", "project", "resume_from_checkpoint")
+_UNTOLD_ARGUMENTS = (
+    "adapter output_dir run_name report_to project resume_from_checkpoint gradient_checkpointing "
+    "gradient_checkpointing_kwargs"
+).split()
 _UNTOLD_PREFIXES = ("hub_", "push_to_hub", "log", "save_", "dataloader_", "disable_tqdm", "trackio_", "ddp_", "vllm_")
 
 
@@ -90,57 +80,41 @@ def make_model_card(
         **(_find_license(base_model, args.hub_token) if base_model is not None else {}),
     )
 
-    model = f"[{base_model}](https://huggingface.co/{base_model})" if base_model is not None else "a model"
-    paper = f"[{trainer._name}](https://huggingface.co/papers/{trainer._paper['id']})"
     num_rewards = len(trainer.reward_funcs) - trainer._num_eval_reward_funcs
-    rewards = ", ".join(f"`{name}`" for name in trainer.reward_func_names[:num_rewards])
-    summary = f"{paper} of {model}" + (f", as a PEFT adapter ({adapter})" if is_adapter else "")
-    sections = [
-        f"# {model_name}",
-        f"{summary}, made with trl-udm. The reward was {rewards}.",
-        _show("samples.png", "Samples of the same prompts and seeds before and after training", output_dir),
-        f"## Use\n\n```python\n{_make_snippet(trainer, repo_id)}\n```",
-        _format_results(results) if results is not None else None,
-        _show("reward_curve.png", "Reward during training", output_dir),
-        f"## Training\n\n{_format_training(trainer)}",
-        f"## Citation\n\n```bibtex\n{trainer._paper['citation'].strip()}\n```",
-    ]
-    text = "\n\n".join(section for section in sections if section is not None)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
+    module = type(trainer.pipeline).__module__
+    packages = ("trl-udm", "trl", "transformers", "diffusers", "peft", "torch")
+    return ModelCard.from_template(
+        data,
+        template_path=Path(__file__).parents[1] / "templates" / "model_card.md",
+        model_name=model_name,
+        trainer_name=trainer._name,
+        paper_id=trainer._paper["id"],
+        base_model=base_model,
+        adapter=adapter,
+        rewards=trainer.reward_func_names[:num_rewards],
+        files=[name for name in CARD_FILES if (output_dir / name).exists()],
+        module="trl_udm" if module.startswith("trl_udm.") else module,
+        pipeline=type(trainer.pipeline).__name__,
+        repo_id=repo_id,
+        dtype=trainer.pipeline.transformer.dtype,
+        modality=trainer.pipeline.modality,
+        arguments=_format_call(trainer),
+        results=results,
+        config=type(args).__name__,
+        training=_describe_training(trainer),
+        versions=", ".join(f"{package} {version(package)}" for package in packages),
+        citation=trainer._paper["citation"].strip(),
+    )
 
 
-def _make_snippet(trainer: "UDMGRPOTrainer", repo_id: str) -> str:
-    """Code that loads the trainer's model from the Hub and draws one sample as its evaluation does."""
-    args, pipeline = trainer.args, trainer.pipeline
-    name, module = type(pipeline).__name__, type(pipeline).__module__
-    module = "trl_udm" if module.startswith("trl_udm.") else module
-    prompt = trainer.train_dataset[0]["prompt"]
-    options = {
-        "num_inference_steps": args.num_inference_steps_eval,
-        "guidance_scale": args.guidance_scale_eval,
-        **(args.pipeline_kwargs or {}),
-    }
-    if "guidance_scale" not in inspect.signature(type(pipeline).__call__).parameters:
+def _format_call(trainer: "UDMGRPOTrainer") -> str:
+    """The arguments with which a pipeline draws one sample as the trainer's evaluation does."""
+    args, call = trainer.args, inspect.signature(type(trainer.pipeline).__call__)
+    options = {"num_inference_steps": args.num_inference_steps_eval, "guidance_scale": args.guidance_scale_eval}
+    if "guidance_scale" not in call.parameters:
         del options["guidance_scale"]
-    arguments = "".join(f", {key}={value!r}" for key, value in options.items())
-    lines = ["import torch", f"from {module} import {name}", "", ""]
-    if is_peft_model(trainer.model):
-        base_model = pipeline.hub_id or "path/to/the/base/model"
-        lines += [
-            f'pipe = {name}.from_pretrained("{base_model}", dtype={pipeline.transformer.dtype})',
-            f'pipe.load_lora_weights("{repo_id}")',
-        ]
-    else:
-        lines.append(f'pipe = {name}.from_pretrained("{repo_id}", dtype={pipeline.transformer.dtype})')
-    lines += [
-        'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
-        "generator = torch.Generator(pipe.device).manual_seed(0)",
-    ]
-    if pipeline.modality == "image":
-        lines += [f"image = pipe({prompt!r}{arguments}, generator=generator).images[0]", 'image.save("image.png")']
-    else:
-        lines += [f"text = pipe({prompt!r}{arguments}, generator=generator).texts[0]", "print(text)"]
-    return "\n".join(lines)
+    options |= args.pipeline_kwargs or {}
+    return ", ".join([repr(trainer.train_dataset[0]["prompt"]), *(f"{k}={v!r}" for k, v in options.items())])
 
 
 def _read_results(path: Path) -> dict[str, Any] | None:
@@ -160,20 +134,7 @@ def _find_license(base_model: str, token: str | None) -> dict[str, str]:
     return {name: data.get(name) for name in names if data.get(name) is not None}
 
 
-def _show(name: str, title: str, output_dir: Path) -> str | None:
-    return f"![{title}]({name})" if (output_dir / name).exists() else None
-
-
-def _format_results(results: dict[str, Any]) -> str:
-    before, after = results["before"], results["after"]
-    tags = [tag for tag in before if tag != "all" or len(before) > 2]  # of rows without a tag
-    rows = [f"| {tag} | {before[tag]:.3f} | {after[tag]:.3f} |" for tag in tags]
-    table = "\n".join([f"| {results['metric']} | before | after |", "|---|---|---|", *rows])
-    explanation = "Means over prompts that were evaluated before and after training, with the same seeds."
-    return f"## Results\n\n{explanation}\n\n{table}"
-
-
-def _format_training(trainer: "UDMGRPOTrainer") -> str:
+def _describe_training(trainer: "UDMGRPOTrainer") -> dict[str, Any]:
     args = trainer.args
     rows = {"optimization steps": trainer.state.global_step, "processes": args.world_size}
     for field in dataclasses.fields(args):
@@ -182,11 +143,7 @@ def _format_training(trainer: "UDMGRPOTrainer") -> str:
         is_changed = value != default and bool(value or default)  # `None` becomes `False` or empty on the way
         if field.name in _CENTRAL_ARGUMENTS or (is_changed and _may_be_told(field.name, value)):
             rows[f"`{field.name}`"] = json.dumps(value, default=str)
-    table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
-    packages = ("trl-udm", "trl", "transformers", "diffusers", "peft", "torch")
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    explanation = f"Arguments of `{type(args).__name__}`: the central ones, and those that differ from its defaults."
-    return f"{explanation}\n\n{table}\n\nVersions: {versions}."
+    return rows
 
 
 def _may_be_told(name: str, value: Any) -> bool:

@@ -17,34 +17,22 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from datasets import Dataset, IterableDataset
 from trl import GRPOConfig
 
 
-_FOREIGN = "it belongs to autoregressive generation or to a moving reference policy, which UDM-GRPO does not have"
+_FOREIGN_OPTIONS = (
+    "use_transformers_continuous_batching use_transformers_paged transformers_continuous_batching_config top_p top_k "
+    "min_p repetition_penalty generation_kwargs cache_implementation pad_to_multiple_of max_tool_calling_iterations "
+    "mask_truncated_completions sync_ref_model ref_model_mixup_alpha ref_model_sync_steps"
+).split()
+_FOREIGN_OPTIONS += [name for name in GRPOConfig.__dataclass_fields__ if name.startswith(("use_vllm", "vllm_"))]
 REFUSED_OPTIONS = {
     **dict.fromkeys(
-        (
-            "use_transformers_continuous_batching",
-            "use_transformers_paged",
-            "transformers_continuous_batching_config",
-            *(name for name in GRPOConfig.__dataclass_fields__ if name.startswith(("use_vllm", "vllm_"))),
-            "top_p",
-            "top_k",
-            "min_p",
-            "repetition_penalty",
-            "generation_kwargs",
-            "cache_implementation",
-            "pad_to_multiple_of",
-            "max_tool_calling_iterations",
-            "mask_truncated_completions",
-            "sync_ref_model",
-            "ref_model_mixup_alpha",
-            "ref_model_sync_steps",
-        ),
-        _FOREIGN,
+        _FOREIGN_OPTIONS,
+        "it belongs to autoregressive generation or to a moving reference policy, which UDM-GRPO does not have",
     ),
     "temperature": "rollouts draw from the distribution that is scored, and a group needs its spread",
     "max_completion_length": "a sample has the number of tokens that `pipeline_kwargs` asks the pipeline for",
@@ -149,7 +137,7 @@ class UDMGRPOConfig(GRPOConfig):
     Changed defaults: `learning_rate` 1e-6, `adam_beta2` 0.95, `weight_decay` 0.01, `lr_scheduler_type` "constant",
     `beta` 0.05, `epsilon` 1e-4, `loss_type` "grpo", `importance_sampling_level` "sequence", `use_bias_correction_kl`
     False, `disable_dropout` True, `num_generations` 8, `num_generations_eval` 1, `per_device_train_batch_size` 24 (one
-    group of 8 samples, 3 timesteps).
+    group of 8 samples, 3 timesteps), `num_completions_to_print` 3.
 
     Raises:
         ValueError: If a value is out of its range, or the batch does not contain whole groups.
@@ -173,12 +161,19 @@ class UDMGRPOConfig(GRPOConfig):
     beta: float = field(default=0.05, metadata={"help": "Weight of the KL divergence to the reference policy."})
     epsilon: float = field(default=1e-4, metadata={"help": "Clip range of the probability ratio."})
     loss_type: str = field(default="grpo", metadata={"help": "Loss, as in `GRPOConfig`."})
-    importance_sampling_level: str = field(
+    importance_sampling_level: Literal["sequence", "token"] = field(
         default="sequence",
         metadata={"help": "'sequence': one mean log-probability per row. 'token': one log-probability per token."},
     )
     use_bias_correction_kl: bool = field(
         default=False, metadata={"help": "Whether to weight the KL divergence by the probability ratio."}
+    )
+
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "The former name of `activation_checkpointing`."}
+    )
+    num_completions_to_print: int | None = field(
+        default=3, metadata={"help": "Completions that a log prints with `log_completions`. `None` prints all."}
     )
 
     # Parameters that control what is trained
@@ -211,13 +206,11 @@ class UDMGRPOConfig(GRPOConfig):
     )
 
     # Parameters that control the trajectory
-    action: str = field(
-        default="clean",
-        metadata={"help": "Tokens whose probability is scored.", "choices": ["clean", "intermediate"]},
+    action: Literal["clean", "intermediate"] = field(
+        default="clean", metadata={"help": "Tokens whose probability is scored."}
     )
-    trajectory: str = field(
-        default="forward",
-        metadata={"help": "Source of the noised states.", "choices": ["forward", "backward"]},
+    trajectory: Literal["forward", "backward"] = field(
+        default="forward", metadata={"help": "Source of the noised states."}
     )
     num_train_timesteps: int = field(
         default=3, metadata={"help": "Consecutive steps (K) of the rollout's grid that a sample is trained on."}
@@ -246,12 +239,9 @@ class UDMGRPOConfig(GRPOConfig):
     reward_timeout: float | None = field(
         default=None, metadata={"help": "Seconds that a call of a reward function may take. By default no bound."}
     )
-    reward_error: str = field(
+    reward_error: Literal["raise", "none"] = field(
         default="raise",
-        metadata={
-            "help": "'raise': a reward function that fails stops the run. 'none': its samples are left out.",
-            "choices": ["raise", "none"],
-        },
+        metadata={"help": "'raise': a reward function that fails stops the run. 'none': its samples are left out."},
     )
     max_failed_steps: int = field(
         default=5,
@@ -263,12 +253,21 @@ class UDMGRPOConfig(GRPOConfig):
     __repr__ = GRPOConfig.__str__  # a dataclass would print `hub_token`
 
     def __post_init__(self):
+        # `GRPOConfig` has this default under the former name, of which `TrainingArguments` warns
+        if self.activation_checkpointing is None and self.gradient_checkpointing is None:
+            self.activation_checkpointing = True
         if self.num_generations < 2:
             raise ValueError(
                 f"`num_generations` must be >= 2, got {self.num_generations}: a sample's advantage is measured "
                 "against the others of its group."
             )
+        scales, aggregations = ("group", "batch", "none"), ("sum_then_normalize", "normalize_then_sum")
+        levels = ("sequence", "token")
+        is_aggregation = self.multi_objective_aggregation in aggregations
         for name, is_valid, rule in (
+            ("learning_rate", 0 <= self.learning_rate < math.inf, ">= 0"),
+            ("beta", 0 <= self.beta < math.inf, ">= 0"),
+            ("epsilon", 0 <= self.epsilon < math.inf, ">= 0"),
             ("num_inference_steps", self.num_inference_steps > 0, "> 0"),
             ("num_inference_steps_eval", self.num_inference_steps_eval > 0, "> 0"),
             ("num_train_timesteps", self.num_train_timesteps > 0, "> 0"),
@@ -276,12 +275,15 @@ class UDMGRPOConfig(GRPOConfig):
             ("decode_batch_size", self.decode_batch_size is None or self.decode_batch_size > 0, "> 0 or None"),
             ("action", self.action in ("clean", "intermediate"), "'clean' or 'intermediate'"),
             ("trajectory", self.trajectory in ("forward", "backward"), "'forward' or 'backward'"),
+            ("importance_sampling_level", self.importance_sampling_level in levels, f"one of {levels}"),
             ("guidance_trunc", 0 <= self.guidance_trunc <= 1, "in [0, 1]"),
             ("advantage_clip", self.advantage_clip is None or self.advantage_clip > 0, "> 0 or None"),
             ("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "in [0, 1) or None"),
             ("reward_timeout", self.reward_timeout is None or self.reward_timeout > 0, "> 0 or None"),
             ("reward_error", self.reward_error in ("raise", "none"), "'raise' or 'none'"),
             ("max_failed_steps", self.max_failed_steps >= 0, ">= 0"),
+            ("scale_rewards", self.scale_rewards in (*scales, True, False), f"one of {scales}"),
+            ("multi_objective_aggregation", is_aggregation, f"one of {aggregations}"),
         ):
             if not is_valid:
                 raise ValueError(f"`{name}` must be {rule}, got {getattr(self, name)!r}.")
@@ -292,12 +294,6 @@ class UDMGRPOConfig(GRPOConfig):
             if value not in (None, only):
                 raise ValueError(f"`{name}` must be {only}, got {value}: {reason}.")
         super().__post_init__()
-        for name, choices in (
-            ("scale_rewards", ("group", "batch", "none")),
-            ("multi_objective_aggregation", ("sum_then_normalize", "normalize_then_sum")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         if self.top_entropy_quantile < 1.0 and self.importance_sampling_level == "sequence":
             raise ValueError(
                 f"`top_entropy_quantile` must be 1.0 with `importance_sampling_level='sequence'`, got "
@@ -336,13 +332,12 @@ class UDMGRPOConfig(GRPOConfig):
 
     def _check_batch_geometry(self):
         # `self.world_size` is not known before `super().__post_init__`, whose own checks count samples, not rows
-        num_processes = int(os.environ.get("WORLD_SIZE", 1))
+        num_processes, batch_size = int(os.environ.get("WORLD_SIZE", 1)), self.per_device_train_batch_size
+        steps = self.steps_per_generation or self.gradient_accumulation_steps
         if self.generation_batch_size is not None:
-            if self.generation_batch_size % (self.per_device_train_batch_size * num_processes) != 0:
+            steps, rest = divmod(self.generation_batch_size, batch_size * num_processes)
+            if rest != 0:
                 return  # `GRPOConfig` names this one
-            steps = self.generation_batch_size // (self.per_device_train_batch_size * num_processes)
-        else:
-            steps = self.steps_per_generation or self.gradient_accumulation_steps
         group_rows = self.num_generations * self.num_train_timesteps
 
         def fits(batch_size: int, num_generations: int) -> bool:
@@ -350,7 +345,6 @@ class UDMGRPOConfig(GRPOConfig):
             whole_groups = local_rows * num_processes % (num_generations * self.num_train_timesteps) == 0
             return whole_groups and local_rows % self.num_train_timesteps == 0
 
-        batch_size = self.per_device_train_batch_size
         if fits(batch_size, self.num_generations):
             return
         period = math.lcm(group_rows, self.num_train_timesteps * num_processes)
@@ -375,8 +369,11 @@ RESERVED_COLUMNS = {"prompts", "completions", "completion_ids", "trainer_state",
 RESERVED_COLUMNS |= {"environments", "is_padding", "self"}
 
 
-def check_datasets(args: UDMGRPOConfig, train_dataset: Any, eval_dataset: Any) -> None:
-    """Raises a `TypeError` or `ValueError` if a dataset is not a `Dataset` with prompts, or has too few of them."""
+def check_datasets(args: UDMGRPOConfig, train_dataset: Any, eval_dataset: Any) -> list[Dataset]:
+    """
+    Returns all datasets. Raises a `TypeError` or `ValueError` if one is not a `Dataset` with prompts, or has too few
+    of them.
+    """
     datasets = {"train_dataset": train_dataset}
     if isinstance(eval_dataset, dict):
         datasets |= {f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()}
@@ -408,3 +405,4 @@ def check_datasets(args: UDMGRPOConfig, train_dataset: Any, eval_dataset: Any) -
             f"`num_train_timesteps` {args.num_train_timesteps})), got {len(train_dataset)}. Repeat its rows, or lower "
             "the batch."
         )
+    return list(datasets.values())

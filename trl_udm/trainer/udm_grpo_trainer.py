@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from trl import GRPOTrainer
 from trl.data_utils import is_conversational
 from trl.extras.profiling import profiling_context, profiling_decorator
 
+from ..cut_prompts import expect_prompts
 from ..models.layers import without_checkpointing
 from ..pipelines.bidirectional import check_bidirectional
 from ..pipelines.pipeline_output import UDMSamplerOutput
@@ -40,7 +41,7 @@ from .checkpoint import CheckpointMixin, EpochRepeatSampler
 from .completions import CompletionsMixin
 from .ema import EMAMixin
 from .hub import HubMixin
-from .reward_runner import RewardsMixin, check_modality
+from .reward_runner import RewardsMixin, check_rewards
 from .udm_grpo_config import UDMGRPOConfig, check_datasets
 
 
@@ -60,7 +61,7 @@ class Rollout:
             The decoded samples: B PIL images, or strings.
     """
 
-    prompt_ids: torch.LongTensor
+    prompt_ids: torch.Tensor
     prompt_mask: torch.Tensor
     output: UDMSamplerOutput
     completions: list[Any]
@@ -110,18 +111,26 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
     Example:
 
     ```python
+    >>> import numpy as np
+    >>> from datasets import Dataset
     >>> from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
+    >>> from trl_udm.worlds.shapes import CHECKPOINT_PATH
+
+    >>> def brightness(completions, **kwargs):
+    ...     return [float(np.asarray(image).mean()) / 255 for image in completions]
 
     >>> trainer = UDMGRPOTrainer(
-    ...     URSAPipeline.from_pretrained("BAAI/URSA-1.7B-IBQ512"),
-    ...     reward_funcs=my_reward,
-    ...     args=UDMGRPOConfig("URSA-UDM-GRPO", pipeline_kwargs={"height": 512, "width": 512}),
-    ...     train_dataset=my_prompts,
+    ...     URSAPipeline.from_pretrained(CHECKPOINT_PATH),
+    ...     reward_funcs=brightness,
+    ...     args=UDMGRPOConfig("bright-shapes", max_steps=1, bf16=False),
+    ...     train_dataset=Dataset.from_dict({"prompt": ["a photo of a circle"]}),
     ... )
     >>> trainer.train()
     ```
     """
 
+    args: UDMGRPOConfig
+    model: Any  # not `None`, as transformers says
     _tag_names = ["trl", "trl-udm", "udm-grpo"]
     _name = "UDM-GRPO"
     _paper = {
@@ -144,25 +153,26 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
     def __init__(
         self,
         pipeline: UDMPipeline,
-        reward_funcs: Callable | list[Callable],
+        reward_funcs: Callable | str | Sequence[Callable | str],
         args: UDMGRPOConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | None = None,
-        eval_reward_funcs: Callable | list[Callable] | None = None,
+        eval_reward_funcs: Callable | Sequence[Callable] | None = None,
     ):
         # Args
         if not isinstance(pipeline, UDMPipeline):
             raise TypeError(f"`pipeline` must be a `UDMPipeline`, got {type(pipeline).__name__}.")
+        pipeline.check_components()
         if args is None:
             args = UDMGRPOConfig(f"{type(pipeline).__name__}-UDM-GRPO")
         if not isinstance(args, UDMGRPOConfig):
             raise TypeError(f"`args` must be a `UDMGRPOConfig`, got {type(args).__name__}.")
         args = copy.copy(args)  # changed below
-        check_datasets(args, train_dataset, eval_dataset)
-        check_modality(pipeline, args, reward_funcs)
+        datasets = check_datasets(args, train_dataset, eval_dataset)
+        reward_funcs, eval_reward_funcs = check_rewards(pipeline, args, reward_funcs, eval_reward_funcs)
         self.pipeline = pipeline
         pipeline.forget_local_paths()
         self.latent_shape = pipeline.latent_shape(**(args.pipeline_kwargs or {}))
@@ -203,15 +213,17 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             self.aux_loss_enabled = False  # families do not return what routers computed
             self._prepare_policy(is_new_adapter=peft_config is not None)
         if args.async_rewards:
-            self._start_reward_threads()
+            for runner in self._reward_runners:
+                runner.start(self.async_loop if runner.is_async else None)
         if reference is not None:
             self.ref_model = self._prepare_reference(reference)
         for component in pipeline.components.values():
             if isinstance(component, nn.Module) and component is not transformer:
                 component.requires_grad_(False).eval().to(self.accelerator.device)
+        for dataset in datasets:
+            expect_prompts(dataset["prompt"], [pipeline, *(runner.reward_func for runner in self._reward_runners)])
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # whose weights are elsewhere, or split
-            prompt = train_dataset[0]["prompt"]
-            check_bidirectional(pipeline, prompt, self.latent_shape, **self.chat_template_kwargs)
+            check_bidirectional(pipeline, train_dataset[0]["prompt"], self.latent_shape, **self.chat_template_kwargs)
 
     # `GRPOTrainer` and `Trainer.train` write the tokenizer's tokens into the config of the model. Saved there, its
     # padding token would become one whose embedding has no gradient.
@@ -246,8 +258,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         prompts = [x["prompt"] for x in inputs]
 
         def submit(first: int, clean_samples: torch.Tensor, decoded: list[Any]) -> None:
-            part = inputs[first : first + len(decoded)]
-            self._submit_rewards(*self._reward_arguments(part, clean_samples, decoded))
+            self._submit_rewards(*self._reward_arguments(inputs[first : first + len(decoded)], clean_samples, decoded))
 
         for runner in self._reward_runners:
             runner.cancel()  # what an earlier batch left, after an error
@@ -265,12 +276,9 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             mode, prompts, rollout.completions, num_samples, rewards_per_func, rewards, std_rewards, advantages
         )
         self._log_diversity(mode, rollout.output.clean_samples, num_generations, len(rewards))
-        process_slice = slice(
-            self.accelerator.process_index * len(prompts),
-            (self.accelerator.process_index + 1) * len(prompts),
-        )
-        num_padded = len(prompts) * self.accelerator.num_processes - len(advantages)
-        advantages = nn.functional.pad(advantages, (0, num_padded))[process_slice].float()
+        num_processes = self.accelerator.num_processes
+        advantages = nn.functional.pad(advantages, (0, len(prompts) * num_processes - len(advantages)))
+        advantages = advantages.chunk(num_processes)[self.accelerator.process_index].float()  # (B,)
         batch["advantages"] = advantages.to(self.accelerator.device).repeat_interleave(num_timesteps)  # (B * K,)
         if mode == "eval":
             batch["num_samples"] = len(rewards)
@@ -429,11 +437,8 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             if self.args.gradient_accumulation_steps % generate_every != 0:
                 batch["old_per_token_logps"] = score(self.model)[0]
             if self.beta != 0.0:
-                if self.ref_model is not None:
-                    batch["ref_per_token_logps"] = score(self.ref_model)[0]
-                else:
-                    with self._reference_weights():
-                        batch["ref_per_token_logps"] = score(self.model)[0]
+                with self._reference_weights() as reference:
+                    batch["ref_per_token_logps"] = score(reference)[0]
         return batch
 
     @torch.no_grad()
@@ -461,14 +466,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
 
     @profiling_decorator
     def _get_per_token_logps_and_entropies(
-        self,
-        model,
-        input_ids,
-        attention_mask,
-        logits_to_keep,
-        batch_size=None,
-        compute_entropy=False,
-        **kwargs,
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         """
         Log-probabilities of the actions: (B, N), or their mean over the tokens that count (B, 1) at sequence level.

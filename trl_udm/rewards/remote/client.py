@@ -80,7 +80,7 @@ class RemoteReward:
     >>> from trl_udm.rewards.remote import RemoteReward
 
     >>> reward = RemoteReward(["http://gpu-1:8765", "http://gpu-2:8765"], name="geneval_reward")
-    >>> trainer = UDMGRPOTrainer(pipeline, reward_funcs=reward, args=args, train_dataset=dataset)
+    >>> # UDMGRPOTrainer(..., reward_funcs=reward)
     ```
     """
 

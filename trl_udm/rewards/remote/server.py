@@ -256,7 +256,7 @@ def serve(
             f"`host` must be a loopback address where there is no token, got {host!r}. Set `token`: on the command "
             "line, by the environment variable TRL_UDM_REWARD_TOKEN or by `--token_file`."
         )
-    loading = Future()
+    loading: Future[Callable] = Future()
     app = create_app(loading, token, **limits)
     config = uvicorn.Config(app, host, port, http="h11", ws="none", lifespan="off", proxy_headers=False)
     server = uvicorn.Server(config)

@@ -75,7 +75,7 @@ class ShapesDetector:
         pixels = np.asarray(image.convert("RGB"), dtype=np.int32)  # (H, W, 3)
         contrast = np.abs(pixels - np.asarray(BACKGROUND)).sum(axis=-1)
         labels = ndimage.label(contrast > self.threshold)[0]
-        detections = {name: [] for name in CLASS_NAMES}
+        detections: dict[str, list[Detection]] = {name: [] for name in CLASS_NAMES}
         for index, (rows, columns) in enumerate(ndimage.find_objects(labels), start=1):
             # Half the contrast is where the outline runs through a pixel
             mask = (labels == index) & (contrast > contrast[labels == index].max() / 2)
@@ -83,7 +83,7 @@ class ShapesDetector:
                 continue
             region = Image.fromarray(mask[rows, columns]).resize((24, 24), Image.Resampling.NEAREST)
             overlaps = {name: _overlap(np.asarray(region), class_mask(name, size=24) > 0.5) for name in CLASS_NAMES}
-            name = max(overlaps, key=overlaps.get)
+            name = max(overlaps, key=overlaps.__getitem__)
             height, width = rows.stop - rows.start, columns.stop - columns.start
             overlap = overlaps[name] * min(height, width) / max(height, width)
             box = (columns.start, rows.start, columns.stop, rows.stop)

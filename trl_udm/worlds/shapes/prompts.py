@@ -61,7 +61,7 @@ def all_metadata(tag: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: If there is no such kind.
     """
-    rows = []
+    rows: list[tuple[list[dict], list[dict], str]] = []
     if tag == "single_object":
         for name in CLASS_NAMES:
             rows.append(([{"class": name, "count": 1}], [], f"a {name}"))

@@ -20,7 +20,7 @@ from typing import Any
 from .problems import split_problems, sum_reward
 
 
-PROMPT_OPTIONS = {}
+PROMPT_OPTIONS: dict[str, Any] = {}
 
 
 def make_reward() -> Callable[..., list[float]]:

@@ -39,7 +39,7 @@ def work_out(first: int, second: int, slip_rate: float = 0.0, rng: random.Random
     """
 
     def write_down(number: int) -> int:
-        if slip_rate > 0 and rng.random() < slip_rate:
+        if rng is not None and slip_rate > 0 and rng.random() < slip_rate:
             number += rng.choice([slip for slip in (-10, -1, 1, 10) if number + slip >= 0])
         return number
 
@@ -75,7 +75,9 @@ def split_problems(
         )
     problems = [(first, second) for first in range(100) for second in range(100)]
     random.Random(seed).shuffle(problems)
-    rows = [{"prompt": f"{first}+{second}=", "answer": first + second} for first, second in problems]
+    rows: list[dict[str, str | int]] = [
+        {"prompt": f"{first}+{second}=", "answer": first + second} for first, second in problems
+    ]
     return rows[:num_train], rows[len(rows) - num_eval :]
 
 
