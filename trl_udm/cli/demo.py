@@ -73,7 +73,14 @@ class Arguments(SamplingArguments):
         compare (`str`, *optional*):
             Folder or Hub repository of a second pipeline, or of a PEFT adapter of the model.
 
-        The others as in [`SamplingArguments`]. Seed, steps and guidance are where the page starts.
+        > Parameters that control how images are drawn
+
+        num_images_per_prompt (`int`, *optional*, defaults to `4`):
+            Images, or completions, of a prompt.
+        batch_size (`int`, *optional*, defaults to `16`):
+            The most that the page offers.
+
+        The others as in [`SamplingArguments`]. Seed, steps, guidance and number are where the page starts.
     """
 
     model: str = field(
@@ -84,6 +91,8 @@ class Arguments(SamplingArguments):
         default=None,
         metadata={"help": "Folder or Hub repository of a second pipeline, or of a PEFT adapter of the model."},
     )
+    num_images_per_prompt: int = field(default=4, metadata={"help": "Images, or completions, of a prompt."})
+    batch_size: int = field(default=16, metadata={"help": "The most images of a prompt that the page offers."})
     host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on."})
     port: int = field(default=7860, metadata={"help": "Port to listen on. 0 takes a free one."})
 
@@ -250,13 +259,14 @@ def make_page(pipelines: dict[str, UDMPipeline], arguments: Arguments) -> "gr.Bl
             button = gr.Button("Draw", variant="primary")
         if prompts:
             gr.Examples(prompts, prompt, label="Examples")
-        max_steps = max(50, arguments.num_inference_steps)
+        noun = "Completions" if is_text else "Images"
+        num_samples, num_steps = arguments.num_images_per_prompt, arguments.num_inference_steps
         with gr.Row():
             inputs = [
                 prompt,
                 gr.Number(arguments.seed, label="Seed", precision=0, minimum=0),
-                gr.Slider(1, 16, 4, step=1, precision=0, label="Completions" if is_text else "Images"),
-                gr.Slider(1, max_steps, arguments.num_inference_steps, step=1, precision=0, label="Steps"),
+                gr.Slider(1, max(arguments.batch_size, num_samples), num_samples, step=1, precision=0, label=noun),
+                gr.Slider(1, max(50, num_steps), num_steps, step=1, precision=0, label="Steps"),
                 gr.Number(arguments.guidance_scale, label="Guidance scale (1 is none)", step=0.5),
             ]
         samples, strips = [], []
