@@ -146,12 +146,7 @@ def find_pipeline_class(name: str, path: Any) -> "type[UDMPipeline]":
 
 
 def draw_states(
-    pipeline: "UDMPipeline",
-    prompt: str,
-    seed: int,
-    num_samples: int,
-    size: dict[str, int] | None = None,
-    **kwargs: Any,
+    pipeline: Any, prompt: str, seed: int, num_samples: int, size: dict[str, int] | None = None, **kwargs: Any
 ) -> list[list[Any]]:
     """
     Draws samples of a prompt, and keeps what the sampler passed through.
