@@ -199,7 +199,7 @@ def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
 def test_models_of_two_families_are_not_compared(tmp_path, capsys):
     mistakes = {
         str(sums.CHECKPOINT_PATH): "`--compare` must be of the model's family, URSAPipeline, got TextUDMPipeline",
-        str(tmp_path): "`--compare` must be a pipeline of one of ['URSAPipeline', 'TextUDMPipeline'], got Other in",
+        str(tmp_path): "`--compare` must be a pipeline of one of ('URSAPipeline', 'TextUDMPipeline'), got Other in",
     }
     (tmp_path / "model_index.json").write_text('{"_class_name": "Other"}')
     for compare, mistake in mistakes.items():

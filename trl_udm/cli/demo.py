@@ -24,16 +24,8 @@ import socket
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-from diffusers.utils import make_image_grid
 from PIL import Image, ImageOps
 
-from ..pipelines.original_checkpoint import load_json
-from ..pipelines.pipeline_text import TextUDMPipeline
-from ..pipelines.pipeline_udm import UDMPipeline
-from ..pipelines.pipeline_ursa import URSAPipeline
-from ..random_tensor import randint_tensor
-from ..weights import find_file
 from ..worlds import WORLDS
 from .arguments import SamplingArguments, load_pipeline
 from .parser import check_range
@@ -42,8 +34,10 @@ from .parser import check_range
 if TYPE_CHECKING:
     import gradio as gr
 
+    from ..pipelines.pipeline_udm import UDMPipeline
 
-PIPELINE_CLASSES = {cls.__name__: cls for cls in (URSAPipeline, TextUDMPipeline)}
+
+PIPELINE_NAMES = ("URSAPipeline", "TextUDMPipeline")
 """The families that the page draws with, by the name in `model_index.json`."""
 
 TILE_SIZE = 96
@@ -101,7 +95,7 @@ class Arguments(SamplingArguments):
         return WORLDS[self.model].checkpoint_path if self.model in WORLDS else self.model
 
 
-def load_pipelines(arguments: Arguments) -> dict[str, UDMPipeline]:
+def load_pipelines(arguments: Arguments) -> dict[str, "UDMPipeline"]:
     """
     Loads the model and the one that it is compared with. Both are found before one is loaded.
 
@@ -116,6 +110,8 @@ def load_pipelines(arguments: Arguments) -> dict[str, UDMPipeline]:
         OSError: If there is no such model.
         ValueError: If a model is of another family, or the two do not fit each other.
     """
+    from ..weights import find_file
+
     model_class = find_pipeline_class("model", arguments.checkpoint_path)
     if model_class.modality == "text" and (arguments.height is not None or arguments.width is not None):
         raise ValueError("`--height` and `--width` must be left out for a model of text.")
@@ -136,17 +132,21 @@ def load_pipelines(arguments: Arguments) -> dict[str, UDMPipeline]:
     return {f"{arguments.model} (before)": before, f"{arguments.compare} (after)": after}
 
 
-def find_pipeline_class(name: str, path: Any) -> type[UDMPipeline]:
+def find_pipeline_class(name: str, path: Any) -> "type[UDMPipeline]":
     """Finds the class of a saved pipeline. `name` is the argument, for an error."""
+    import trl_udm
+
+    from ..pipelines.original_checkpoint import load_json
+    from ..weights import find_file
+
     class_name = load_json(find_file(path, ["model_index.json"])).get("_class_name")
-    if class_name not in PIPELINE_CLASSES:
-        raise ValueError(f"`--{name}` must be a pipeline of one of {[*PIPELINE_CLASSES]}, got {class_name} in {path}.")
-    return PIPELINE_CLASSES[class_name]
+    if class_name not in PIPELINE_NAMES:
+        raise ValueError(f"`--{name}` must be a pipeline of one of {PIPELINE_NAMES}, got {class_name} in {path}.")
+    return getattr(trl_udm, class_name)
 
 
-@torch.no_grad()
 def draw_states(
-    pipeline: UDMPipeline, prompt: str, seed: int, num_samples: int, size: dict[str, int] | None = None, **kwargs: Any
+    pipeline: Any, prompt: str, seed: int, num_samples: int, size: dict[str, int] | None = None, **kwargs: Any
 ) -> list[list[Any]]:
     """
     Draws samples of a prompt, and keeps what the sampler passed through.
@@ -169,13 +169,17 @@ def draw_states(
         `list[list]`: For each state, the decoded samples: uniform noise, then the state after each step. The last are
         those that the pipeline returns.
     """
+    import torch
+
+    from ..random_tensor import randint_tensor
+
     size = size or {}
     latent_shape, generator = pipeline.latent_shape(**size), torch.Generator().manual_seed(seed)
     # The pipeline would draw the same noise. Its callback does not tell it.
     shape = (num_samples, torch.Size(latent_shape).numel())
     states = [randint_tensor(pipeline.scheduler.config.codebook_size, shape, generator, pipeline.device)]
 
-    def keep_state(pipeline: UDMPipeline, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+    def keep_state(pipeline: "UDMPipeline", step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
         states.append(tensors["latents"])
         return tensors
 
@@ -188,7 +192,8 @@ def draw_states(
         **size,
         **kwargs,
     )
-    return [pipeline.decode(state, latent_shape) for state in states]
+    with torch.no_grad():
+        return [pipeline.decode(state, latent_shape) for state in states]
 
 
 def make_strip(states: list[list[Image.Image]]) -> Image.Image:
@@ -202,6 +207,8 @@ def make_strip(states: list[list[Image.Image]]) -> Image.Image:
     Returns:
         `PIL.Image.Image`: The strip.
     """
+    from diffusers.utils import make_image_grid
+
     tiles = [
         ImageOps.expand(ImageOps.contain(image, (TILE_SIZE, TILE_SIZE), Image.Resampling.NEAREST), 1, "white")
         for row in zip(*states, strict=True)
@@ -216,7 +223,7 @@ def make_table(states: list[list[str]]) -> dict[str, Any]:
     return {"headers": headers, "data": [[step, *texts] for step, texts in enumerate(states)]}
 
 
-def make_page(pipelines: dict[str, UDMPipeline], arguments: Arguments) -> "gr.Blocks":
+def make_page(pipelines: dict[str, "UDMPipeline"], arguments: Arguments) -> "gr.Blocks":
     """
     Makes the page.
 
