@@ -32,7 +32,7 @@ from ..pages import PAGES, ROOT, check_code, read_blocks, run_page
 # Pages with a test of their own, which runs them
 RUN_ELSEWHERE = {"add_a_loss.md", "add_a_model_family.md", "checkpoints.md", "resuming.md"}
 RUN_ELSEWHERE |= {"image_family.md", "logging.md", "lora.md", "own_reward.md"}
-SHORTER = {"README.md": ("max_steps=30", "max_steps=2")}
+SHORTER = {"README.md": ("max_steps=25", "max_steps=2")}
 NEEDS_GPU = {"URSAPipeline", "DiffusionGemmaUDMPipeline"}
 EXAMPLE = re.compile(r"Example:\n\n( *)```python\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 
