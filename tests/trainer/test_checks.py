@@ -195,7 +195,7 @@ def test_reward_models_are_refused_for_images(tmp_path, shapes, argument, reward
 
 
 @pytest.mark.parametrize("argument", ["reward_funcs", "eval_reward_funcs"])
-@pytest.mark.parametrize("reward", [0.5, (brightness,), [None]], ids=["number", "tuple", "none"])
+@pytest.mark.parametrize("reward", [0.5, {brightness}, [None]], ids=["number", "set", "none"])
 def test_what_cannot_be_called_is_refused_as_a_reward(tmp_path, argument, reward):
     with pytest.raises(TypeError, match=f"`{argument}` must be a function or a list of functions, got"):
         build_trainer(build_toy_text_pipeline(), tmp_path, **{argument: reward})

@@ -32,6 +32,7 @@ from trl_udm import (
     CLIPColorClassifier,
     CLIPReward,
     CLIPScoreReward,
+    CompactProgressCallback,
     DiagnosticsCallback,
     DiffusionGemmaUDMPipeline,
     EMACallback,
@@ -45,6 +46,7 @@ from trl_udm import (
     PickScoreReward,
     RemoteReward,
     TextUDMPipeline,
+    ThroughputCallback,
     UDMGRPOConfig,
     UDMGRPOTrainer,
     UDMPipeline,
@@ -273,6 +275,8 @@ trainer = UDMGRPOTrainer(
     eval_reward_funcs=PickScoreReward(),
 )
 trainer.add_callback(DiagnosticsCallback(trainer, ["a red car"]))
+trainer.add_callback(ThroughputCallback(trainer))
+trainer.add_callback(CompactProgressCallback)
 trainer.train(resume_from_checkpoint=True)
 trainer.save_model()
 trainer.push_to_hub()
