@@ -497,6 +497,13 @@ def test_a_checkpoint_without_some_weights_is_refused_by_their_names(tmp_path, f
         build_trainer(tmp_path, lora=lora, ema=True).train(resume_from_checkpoint=str(checkpoint))
 
 
+def test_a_checkpoint_of_an_adapter_needs_one_and_others_none(tmp_path, finished):
+    lora, checkpoint = finished
+    rule = "be given to resume from .*, which holds an adapter" if lora else "be None to resume .* holds all weights"
+    with pytest.raises(ValueError, match=f"`peft_config` must {rule}"):
+        build_trainer(tmp_path, lora=not lora, ema=True).train(resume_from_checkpoint=str(checkpoint))
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_without_one_of_its_files_is_refused(tmp_path, finished, name):
     lora, checkpoint = finished

@@ -34,6 +34,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model, send_to_device, set_seed
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from torch import nn
 from transformers.trainer import PREFIX_CHECKPOINT_DIR, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
@@ -126,6 +127,10 @@ class CheckpointMixin:
         is_own = any(Path(checkpoint).glob("rollout_state_*.pth"))
         if missing and is_own and not self.is_deepspeed_enabled:  # which keeps them in files of its own
             raise ValueError(f"A checkpoint must have all of its files, but {checkpoint} lacks {missing}.")
+        has_adapter = Path(checkpoint, ADAPTER_CONFIG_NAME).is_file()
+        if has_adapter != is_peft_model(self.model) and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            rule, held = ("be given", "an adapter") if has_adapter else ("be None", "all weights")
+            raise ValueError(f"`peft_config` must {rule} to resume from {checkpoint}, which holds {held}.")
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # `Trainer` would train one step more where the checkpoint has had the last one
