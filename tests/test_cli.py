@@ -112,6 +112,7 @@ MISTAKES = {
     # Adapters that are none
     "generate ring --model shapes --adapter nameless": "has no `adapter_config.json` and no weights of a LoRA",
     "generate ring --model shapes --adapter foreign": "adapter_config.json is not a configuration that PEFT knows",
+    "memory --model shapes --lora_r 100000000000": "`--lora_r` must be in [0, 2147483648], got 100000000000",
     # The page
     "demo --port 99999": "`--port` must be in [0, 65535], got 99999",
     "demo --port 0 --host 192.0.2.1": "Cannot assign requested address",
@@ -155,7 +156,7 @@ MISTAKES = {
     "memory --model ./no/such": "These need no network: BAAI/URSA-0.6B-IBQ1024, BAAI/URSA-1.7B-IBQ512, BAAI/",
     "memory --model folder": "There is no `model_index.json` in folder",
     "memory --model shapes --gpu_memory -4": "`--gpu_memory` must be >= 0, got -4.0",
-    "memory --model shapes --lora_r -1": "`--lora_r` must be >= 0, got -1",
+    "memory --model shapes --lora_r -1": "`--lora_r` must be in [0, 2147483648], got -1",
     "memory --model shapes --every_n_layers 0": "`--every_n_layers` must be >= 1, got 0",
     "memory --model shapes --per_device_train_batch_size 0": "`--per_device_train_batch_size` must be >= 1, got 0",
     "memory --model shapes --beta nan": "`--beta` must be >= 0, got nan",
@@ -217,7 +218,7 @@ def test_a_mistake_ends_with_one_line_before_anything_is_written(command, tmp_pa
 
 def test_debug_shows_the_traceback_of_a_mistake(monkeypatch):
     monkeypatch.setenv(DEBUG_VARIABLE, "")
-    with pytest.raises(ValueError, match="`--lora_r` must be >= 0, got -1"):
+    with pytest.raises(ValueError, match="`--lora_r` must be in [0, 2147483648], got -1"):
         main(["memory", "--model", "shapes", "--lora_r", "-1", "--debug"])
 
 

@@ -382,7 +382,10 @@ def test_color_without_a_classifier_is_refused_before_detection():
     assert detector.num_calls == 0
 
 
-def test_unknown_mode_is_refused():
+def test_an_unknown_mode_and_what_is_no_detector_are_refused():
+    for detector in (3, len):
+        with pytest.raises(TypeError, match="`detector` must be callable and have `class_names`"):
+            GenEvalReward(detector)
     with pytest.raises(ValueError, match="`mode` must be 'official' or 'dense', got 'strict'."):
         GenEvalReward(GivenDetector(), mode="strict")
 

@@ -155,7 +155,7 @@ def run(arguments: Arguments) -> None:
     from ..memory import estimate_memory
     from ..trainer.udm_grpo_config import UDMGRPOConfig
 
-    check_range(arguments, lora_r=(0, math.inf), every_n_layers=(1, math.inf), gpu_memory=(0, math.inf))
+    check_range(arguments, lora_r=(0, 2**31), every_n_layers=(1, math.inf), gpu_memory=(0, math.inf))
     check_range(arguments, per_device_train_batch_size=(1, math.inf), gradient_accumulation_steps=(1, math.inf))
     check_range(arguments, num_generations=(2, math.inf), num_train_timesteps=(1, math.inf))
     check_range(arguments, beta=(0, math.inf), guidance_scale=(-sys.float_info.max, sys.float_info.max))

@@ -429,6 +429,7 @@ class GenEvalReward:
             a reward below 0: -14.0 if one object is asked for and `MAX_OBJECTS` are found.
 
     Raises:
+        TypeError: If `detector` is no [`Detector`].
         ValueError: If `mode` is neither of the two.
 
     Example:
@@ -465,6 +466,10 @@ class GenEvalReward:
     ):
         if mode not in ("official", "dense"):
             raise ValueError(f"`mode` must be 'official' or 'dense', got {mode!r}.")
+        if not callable(detector) or not hasattr(detector, "class_names"):
+            raise TypeError(
+                f"`detector` must be callable and have `class_names`, as `Detector` says, got {detector!r}."
+            )
         self.detector = detector
         self.color_classifier = color_classifier
         self.mode = mode
