@@ -115,8 +115,7 @@ def parse_arguments(
 
 
 def silence_libraries() -> None:
-    """Leaves out what libraries tell of each other, and of the tokens that the trainer restores, and small bars."""
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # read by TRL
+    """Leaves out what libraries tell of the tokens that the trainer restores, and small bars."""
     logging.getLogger("transformers.trainer_utils").addFilter(
         lambda record: not record.getMessage().startswith("The tokenizer has new PAD/BOS/EOS tokens")
     )
@@ -125,6 +124,7 @@ def silence_libraries() -> None:
 
 def show_progress(trainer: UDMGRPOTrainer) -> None:
     """Prints short lines of metrics, with throughput. With `--disable_tqdm True` they stay dictionaries."""
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # read by TRL
     trainer.add_callback(ThroughputCallback(trainer))
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(CompactProgressCallback)

@@ -28,7 +28,7 @@ SMALL += ["--per_device_train_batch_size", "24", "--num_generations_eval", "1", 
 
 
 @pytest.mark.parametrize("extra", [[], ["--use_peft", "--lora_r", "4"]])
-def test_the_example_trains_on_sums_and_leaves_its_results(tmp_path, capsys, extra):
+def test_the_example_trains_on_sums_and_leaves_its_results(tmp_path, capsys, recwarn, extra):
     results = load_example("train_text").main(["--output_dir", str(tmp_path), *SMALL, *extra])
     assert 0.4 < results["before"] < 0.65 and 0 <= results["after"] <= 1
     assert json.loads((tmp_path / "results.json").read_text()) == results
@@ -40,6 +40,7 @@ def test_the_example_trains_on_sums_and_leaves_its_results(tmp_path, capsys, ext
     else:
         assert TextUDMPipeline.from_pretrained(str(tmp_path)).latent_shape() == (12,)
     assert f"{results['before']:.3f} before" in capsys.readouterr().out
+    assert not [warning for warning in recwarn if "is_gradient_checkpointing" in str(warning.message)]
 
 
 def test_another_model_trains_on_messages_with_a_reward_of_trl(tmp_path):
