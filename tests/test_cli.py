@@ -218,7 +218,7 @@ def test_a_mistake_ends_with_one_line_before_anything_is_written(command, tmp_pa
 
 def test_debug_shows_the_traceback_of_a_mistake(monkeypatch):
     monkeypatch.setenv(DEBUG_VARIABLE, "")
-    with pytest.raises(ValueError, match="`--lora_r` must be in [0, 2147483648], got -1"):
+    with pytest.raises(ValueError, match=r"`--lora_r` must be in \[0, 2147483648\], got -1"):
         main(["memory", "--model", "shapes", "--lora_r", "-1", "--debug"])
 
 
