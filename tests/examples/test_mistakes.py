@@ -12,8 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import sys
+
 import pytest
-from trl.import_utils import is_math_verify_available
 
 from trl_udm.worlds import shapes
 
@@ -106,8 +107,8 @@ def test_a_checkpoint_that_is_none_is_told_before_anything_is_computed(checkpoin
     assert not list(tmp_path.glob("out/*"))
 
 
-@pytest.mark.skipif(is_math_verify_available(), reason="the extra `math` is installed")
-def test_checked_answers_ask_for_their_package(tmp_path, capsys):
+def test_checked_answers_ask_for_their_package(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "math_verify", None)  # as where the extra `math` is not installed
     with pytest.raises(SystemExit, match="2"):
         load_example("train_diffusion_gemma").main([*MODEL, "--bf16", "False", "--output_dir", str(tmp_path)])
     assert "`--reward_funcs trl.rewards.accuracy_reward` needs the package `math_verify`" in capsys.readouterr().err
