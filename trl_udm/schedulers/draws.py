@@ -127,9 +127,12 @@ def draw_tiled_codes(compute: Compute, codebook_size: int, uniforms: torch.Tenso
     Returns:
         `torch.LongTensor` of shape `(T,)`: The codes, and -1 for tokens with a NaN or infinity among their logits.
     """
-    size = block_size(codebook_size)
-    tiles = (compute(slice(None), codes) for codes in split_codes(len(uniforms), codebook_size, max_elements))
-    block_logits = torch.cat([tile.unflatten(-1, (-1, size)).logsumexp(dim=-1) for tile in tiles], dim=-1)
+    size, device = block_size(codebook_size), uniforms.device
+    # Not a list: small tensors that stay between large ones that go would fragment the memory
+    block_logits = torch.empty(len(uniforms), codebook_size // size, dtype=torch.float32, device=device)
+    for codes, blocks in split_codes(len(uniforms), codebook_size, max_elements):
+        logits = compute(slice(None), codes).unflatten(-1, (-1, size))  # (T, W / size, size)
+        block_logits[:, blocks] = logits.logsumexp(dim=-1)
     probabilities = block_logits.softmax(dim=-1)  # (T, V / size)
     block = invert_cumulative(probabilities, uniforms[:, 0])
     logits = compute_blocks(compute, block, codebook_size)  # (T, size)
@@ -175,12 +178,13 @@ def chunk_length(codebook_size: int, max_elements: int) -> int:
     return max(1, max_elements // max(min(TILE_WIDTH, codebook_size), num_blocks))
 
 
-def split_codes(num_tokens: int, codebook_size: int, max_elements: int) -> Iterator[slice]:
-    """Tiles of whole blocks of codes, for a chunk of that many tokens."""
+def split_codes(num_tokens: int, codebook_size: int, max_elements: int) -> Iterator[tuple[slice, slice]]:
+    """Tiles of whole blocks, for a chunk of that many tokens: slices of the codes and of the blocks."""
     size = block_size(codebook_size)
-    width = max(1, max_elements // max(num_tokens, 1) // size) * size
-    for start in range(0, codebook_size, width):
-        yield slice(start, min(start + width, codebook_size))
+    length = max(1, max_elements // max(num_tokens, 1) // size)
+    for start in range(0, codebook_size // size, length):
+        stop = min(start + length, codebook_size // size)
+        yield slice(start * size, stop * size), slice(start, stop)
 
 
 def invert_cumulative(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

@@ -330,7 +330,9 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
             )
         self.codebook = self.codebook.to(device)
         if self._normed is not self.codebook:
-            self._normed, self._squared_norms = self.codebook, self.codebook.square().sum(dim=-1)
+            # In parts, whose squares need little memory
+            norms = [codes.square().sum(dim=-1) for codes in self.codebook.split(2**12)]
+            self._normed, self._squared_norms = self.codebook, torch.cat(norms)
         return self.codebook, self._squared_norms
 
     def _distances(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -510,8 +512,14 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         prev_samples = noised_samples.flatten().clone()  # (B * N,)
         original_samples, uniforms = original_samples.flatten(), uniforms.flatten(0, 1)  # (B * N,), (B * N, 3)
         # A token at x₁ never leaves it, and needs no pass over V
-        moving = (prev_samples != original_samples).nonzero().squeeze(1)
-        for rows in moving.split(self._chunk_length(moving.device)):
+        is_moving = prev_samples != original_samples
+        if self._is_tiled:
+            codebook, _ = self._codes(prev_samples.device)
+            gains = (codebook[prev_samples] - codebook[original_samples]).square().sum(dim=-1)
+            # No gain is larger than d(x_t, x₁), here without what rounding may take from it
+            rates = self.beta_derivative(t).to(gains.device) * (1e-5 + 1.0001 * gains)
+            is_moving &= _is_jumping(rates, step_size, uniforms[:, 0])
+        for rows in is_moving.nonzero().squeeze(1).split(self._chunk_length(is_moving.device)):
             jump = self._jump_in_tiles if self._is_tiled else self._jump_at_once
             prev_samples[rows] = jump(prev_samples[rows], original_samples[rows], t, step_size, uniforms[rows])
         _check_drawn(prev_samples)
@@ -521,7 +529,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         self, x_t: torch.Tensor, x_1: torch.Tensor, t: float, step_size: float, uniforms: torch.Tensor
     ) -> torch.Tensor:
         velocity = self._velocity(x_t, x_1, torch.full_like(x_t, t, dtype=torch.float32))  # (T, V)
-        jumping = _find_jumping(velocity.sum(dim=-1), step_size, uniforms[:, 0])
+        jumping = _is_jumping(velocity.sum(dim=-1), step_size, uniforms[:, 0]).nonzero().squeeze(1)
         x_t[jumping] = draw_codes(velocity[jumping], uniforms[jumping, 1:])
         return x_t
 
@@ -530,7 +538,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
     ) -> torch.Tensor:
         """As `_jump_at_once`, from one pass over tiles of codes. x₁'s own logit is 0, so no exponential overflows."""
         codebook_size, device = self.config.codebook_size, x_t.device
-        codebook, squared_norms = self._codes(device)
+        codebook, _ = self._codes(device)
         beta = self.beta(t).to(device)
         logits = self._path_logits(x_1, beta)
         logits_of_state = -beta * (codebook[x_t] - codebook[x_1]).square().sum(dim=-1, keepdim=True)  # (T, 1)
@@ -541,14 +549,14 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
             return probabilities, gains.mul_(probabilities)
 
         size = block_size(codebook_size)
-        total, block_sums = 0.0, []
-        for codes in split_codes(len(x_t), codebook_size, self._chunk_elements(device)):
+        total = torch.zeros(len(x_t), dtype=torch.float32, device=device)
+        block_sums = torch.empty(len(x_t), codebook_size // size, dtype=torch.float32, device=device)
+        for codes, blocks in split_codes(len(x_t), codebook_size, self._chunk_elements(device)):
             probabilities, weights = weigh(logits(slice(None), codes), slice(None))
-            total = total + probabilities.sum(dim=-1)
-            block_sums.append(weights.unflatten(-1, (-1, size)).sum(dim=-1))
-        block_sums = torch.cat(block_sums, dim=-1)  # (T, V / size)
+            total += probabilities.sum(dim=-1)
+            block_sums[:, blocks] = weights.unflatten(-1, (-1, size)).sum(dim=-1)
         rates = block_sums.sum(dim=-1) / total * (self.beta_derivative(t).to(device) / beta)
-        jumping = _find_jumping(rates, step_size, uniforms[:, 0])
+        jumping = _is_jumping(rates, step_size, uniforms[:, 0]).nonzero().squeeze(1)
         block = invert_cumulative(block_sums[jumping], uniforms[jumping, 1])
         weights = compute_blocks(
             lambda rows, codes: weigh(logits(jumping[rows], codes), jumping[rows])[1], block, codebook_size
@@ -572,9 +580,9 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         return chunk_length(codebook_size, elements) if self._is_tiled else max(1, elements // codebook_size)
 
 
-def _find_jumping(rates: torch.Tensor, step_size: float, uniforms: torch.Tensor) -> torch.Tensor:
-    """Tokens that jump within a step: each with the probability 1 − exp(−h · λ)."""
-    return (1 - uniforms <= -torch.expm1(-step_size * rates)).nonzero().squeeze(1)
+def _is_jumping(rates: torch.Tensor, step_size: float, uniforms: torch.Tensor) -> torch.Tensor:
+    """Whether tokens jump within a step: each with the probability 1 − exp(−h · λ)."""
+    return 1 - uniforms <= -torch.expm1(-step_size * rates)
 
 
 def _check_drawn(codes: torch.Tensor) -> None:
