@@ -198,9 +198,9 @@ def main() -> None:
         stages += [
             ("LoRA step", stage("train", ours, lora, "--lora"), "LoRA"),
             ("LoRA step, resumed", stage("train", ours, lora, "--lora", "--resume", "--max_steps", 2), "LoRA"),
-            ("LoRA step, the original layout", stage("train", original, folder / "lora_original", "--lora"), "LoRA"),
             ("merge the adapter", [*merge, "--dtype", "bfloat16"], "weights"),
             ("evaluate a prompt", stage("evaluate", merged, folder / "evaluation"), "image"),
+            ("LoRA step, the original layout", stage("train", original, folder / "lora_original", "--lora"), "LoRA"),
             ("step of all weights", stage("train", ours, folder / "all"), "all"),
         ]
     print("| stage | seconds | peak GiB | private GiB | beyond imports | estimated | error |\n" + "|---" * 7 + "|")
