@@ -141,7 +141,7 @@ def compare(size: URSASize, args: argparse.Namespace) -> dict[str, dict[str, flo
     results = {}
     for stage in args.stages:
         row = {"estimated": extra_mib(estimated, stage)}
-        row["process"] = measure_in_a_process(stage, False, size, args)["extra_mib"]
+        row["process"] = measure_in_a_process(stage, "ours", size, args)["extra_mib"]
         row["allocated"] = row["process"]
         if not torch.cuda.is_available():
             context = multiprocessing.get_context("spawn")

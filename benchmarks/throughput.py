@@ -13,7 +13,7 @@
 # limitations under the License.
 
 """
-Time, peak memory and arithmetic of each stage of a training step, and of a naive version of the same stage.
+Time and peak memory of each stage of a training step, between a limit and a naive version of the same stage.
 
     python benchmarks/throughput.py --size mid --batch_size 4
     python benchmarks/throughput.py --size head --batch_size 1
@@ -21,12 +21,21 @@ Time, peak memory and arithmetic of each stage of a training step, and of a naiv
     python benchmarks/throughput.py --size mid --batch_size 1 --grow
     python benchmarks/throughput.py --size ursa-1.7b-ibq512 --activation_checkpointing --flops
 
-The model has random weights and a named size. Each stage and version runs in a process of its own. "Naive" is what one
-would write first: eager attention, logits of all positions in float32, a softmax over all of them,
-`torch.multinomial`, velocities of all tokens, nothing in chunks, adapters never merged. Peak memory is the memory of
-the GPU, or of the process, that the stage adds. FLOPs are counted from the shapes. The model FLOPs utilization (MFU)
-is their rate relative to that of a matrix product in the same process. `--grow` measures the library's versions while
-one of batch, tokens, codes and training timesteps grows, and the exponent of each.
+The model has random weights and a named size. Each stage and version runs in a process of its own.
+
+The limit is what no version of a stage can leave out, in plain transformers code: a Qwen3 of the same shapes with
+bidirectional SDPA attention, and logits at the image tokens only. A rollout is ten of its forward passes, scoring is K
+of them, and an update is K forward and backward passes and a step of AdamW. Nothing is drawn, no probability or loss
+is computed, and the backward pass begins at a given gradient. Logits are whole, so less memory is possible. So is less
+time, with `--torch_compile`, which the limit ignores. With `--lora`, only the limit's update has the adapter.
+
+"Naive" is what one would write first: eager attention, logits of all positions in float32, a softmax over all of them,
+`torch.multinomial`, velocities of all tokens, nothing in chunks, adapters never merged.
+
+Peak memory is the memory of the GPU, or of the process, that the stage adds. FLOPs of the library's version are
+counted from the shapes. The model FLOPs utilization (MFU) is their rate relative to that of a matrix product in the
+same process. `--grow` measures the library's version while one of batch, tokens, codes and training timesteps grows,
+and the exponent of each.
 """
 
 import argparse
@@ -36,13 +45,17 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import Qwen3ForCausalLM
 
 from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
 from trl_udm.drawing import open_figure
@@ -52,6 +65,8 @@ from trl_udm.pipelines.ursa_sizes import PUBLISHED_SIZES, URSASize
 
 MIB = 2**20
 STAGES = ("rollout", "decode", "scoring", "update")
+VERSIONS = ("limit", "ours", "naive")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 AXES = {
     "batch_size": "samples",
     "tokens": "tokens per sample",
@@ -129,7 +144,7 @@ def build_pipeline(size: URSASize, args: argparse.Namespace, naive: bool, device
     """A pipeline with random weights or, on PyTorch's device `"meta"`, without any."""
     pipeline = size.build_pipeline(torch.bfloat16 if args.bf16 and args.lora else torch.float32, device)
     if args.bf16:
-        torch.nn.Module.to(pipeline.vae, torch.bfloat16)  # that of diffusers warns of a cast
+        nn.Module.to(pipeline.vae, torch.bfloat16)  # that of diffusers warns of a cast
     pipeline.transformer.set_attn_implementation("eager" if naive else "sdpa")
     return NaivePipeline(**pipeline.components, max_prompt_length=size.num_text_tokens) if naive else pipeline
 
@@ -146,7 +161,7 @@ def build_config(args: argparse.Namespace, naive: bool) -> UDMGRPOConfig:
         generation_batch_size=2 * num_rows,
         per_device_train_batch_size=args.micro_batch_size or num_rows,
         bf16=args.bf16,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=DEVICE == "cpu",
         activation_checkpointing=args.activation_checkpointing,
         torch_compile=args.torch_compile and not naive,
         merge_adapter=False if naive else None,
@@ -163,7 +178,7 @@ def build_trainer(size: URSASize, args: argparse.Namespace, naive: bool) -> UDMG
     """A trainer of a model with random weights."""
     torch.manual_seed(0)
     return (NaiveTrainer if naive else UDMGRPOTrainer)(
-        build_pipeline(size, args, naive, "cuda" if torch.cuda.is_available() else "cpu"),
+        build_pipeline(size, args, naive, DEVICE),
         zero_reward,
         build_config(args, naive),
         train_dataset=Dataset.from_dict({"prompt": ["a"] * max(2, args.batch_size)}),
@@ -228,6 +243,43 @@ def build_stage(trainer: UDMGRPOTrainer, stage: str, size: URSASize, args: argpa
     return update
 
 
+def build_limit(stage: str, size: URSASize, args: argparse.Namespace) -> Callable[[], None]:
+    """What `build_stage` returns, of the limit."""
+    is_update, num_passes = stage == "update", NUM_STEPS if stage == "rollout" else 1
+    num_rows = args.batch_size * (1 if stage == "rollout" else args.num_train_timesteps)
+    batch_size = num_rows if stage == "rollout" else args.micro_batch_size or num_rows
+    first, length = size.num_text_tokens, size.num_text_tokens + 1 + size.num_tokens
+    ours = build_pipeline(size, args, False, "meta").transformer
+    with torch.device(DEVICE):
+        batches = torch.randint(ours.config.vocab_size, (num_rows, length)).split(batch_size) * num_passes
+        predicting = torch.arange(first, length - 1)
+        model: Any = Qwen3ForCausalLM(ours.config)
+        model.set_output_embeddings(nn.Linear(size.hidden_size, size.codebook_size, bias=False))
+    model.to(ours.dtype)
+    if args.lora and is_update:
+        model = get_peft_model(model, build_adapter(args))
+    if args.activation_checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train(is_update)
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], fused=True)
+
+    @torch.set_grad_enabled(is_update)
+    def run() -> None:
+        for ids in batches:
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=args.bf16):
+                logits = model(
+                    ids, {"full_attention": None}, is_causal=False, use_cache=False, logits_to_keep=predicting
+                ).logits  # (B, N, V)
+            if is_update:
+                logits.backward(logits.detach())
+            del logits  # they would stay in memory during the next pass
+        if is_update:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return run
+
+
 def count_flops(stage: str, size: URSASize, args: argparse.Namespace) -> float:
     """FLOPs of the library's version for `args.batch_size` samples, by the shapes. The decoder is not counted."""
     length = size.num_text_tokens + 1 + size.num_tokens
@@ -250,20 +302,20 @@ def count_flops(stage: str, size: URSASize, args: argparse.Namespace) -> float:
     return num_rows * ((1 + backward + args.activation_checkpointing) * layers + (2 + backward) * head)
 
 
-def matmul_rate(device: torch.device, args: argparse.Namespace) -> float:
+def matmul_rate(args: argparse.Namespace) -> float:
     """FLOPs per second of a large square product."""
-    side = 8192 if device.type == "cuda" else 2048
-    factor = torch.randn(side, side, device=device, dtype=torch.bfloat16 if args.bf16 else torch.float32)
+    side = 8192 if DEVICE == "cuda" else 2048
+    factor = torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16 if args.bf16 else torch.float32)
     seconds = []
     for _ in range(6):
-        started = read_clock(device, args)
+        started = read_clock(args)
         torch.mm(factor, factor)
-        seconds.append(read_clock(device, args) - started)
+        seconds.append(read_clock(args) - started)
     return 2 * side**3 / statistics.median(seconds[1:])
 
 
-def read_clock(device: torch.device, args: argparse.Namespace) -> float:
-    if device.type == "cuda":
+def read_clock(args: argparse.Namespace) -> float:
+    if DEVICE == "cuda":
         torch.cuda.synchronize()
     return time.process_time() if args.cpu_time else time.perf_counter()
 
@@ -273,12 +325,13 @@ def resident_memory(name: str) -> int:
     return int(status[name].split()[0]) * 1024
 
 
-def measure(stage: str, naive: bool, size: URSASize, args: argparse.Namespace, results: multiprocessing.Queue) -> None:
+def measure(stage: str, version: str, size: URSASize, args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.num_threads)
-    trainer = build_trainer(size, args, naive)
-    device = trainer.accelerator.device
-    run = build_stage(trainer, stage, size, args)
-    if device.type == "cuda":
+    if version == "limit":
+        run = build_limit(stage, size, args)
+    else:
+        run = build_stage(build_trainer(size, args, version == "naive"), stage, size, args)
+    if DEVICE == "cuda":
         run()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -288,61 +341,46 @@ def measure(stage: str, naive: bool, size: URSASize, args: argparse.Namespace, r
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     seconds = []
     for _ in range(args.num_repeats):
-        started = read_clock(device, args)
+        started = read_clock(args)
         run()
-        seconds.append(read_clock(device, args) - started)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resident_memory("VmHWM")
-    results.put(
-        {
-            "seconds": statistics.median(seconds),
-            "extra_mib": (peak - before) / MIB,
-            "rate": matmul_rate(device, args),
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {args.num_threads} threads",
-        }
-    )
-
-
-def measure_in_a_process(stage: str, naive: bool, size: URSASize, args: argparse.Namespace) -> dict[str, Any]:
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    process = context.Process(target=measure, args=(stage, naive, size, args, results))
-    process.start()
-    while True:
-        try:
-            result = results.get(timeout=1)
-            break
-        except Exception:
-            if not process.is_alive():
-                raise RuntimeError(f"{stage} ({'naive' if naive else 'ours'}) died with {process.exitcode}.") from None
-    process.join()
-    result["flops"] = count_flops(stage, size, args)
-    result["mfu"] = result["flops"] / result["seconds"] / result["rate"]
+        seconds.append(read_clock(args) - started)
+    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else resident_memory("VmHWM")
+    result = {
+        "seconds": statistics.median(seconds),
+        "extra_mib": (peak - before) / MIB,
+        "rate": matmul_rate(args),
+        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {args.num_threads} threads",
+    }
+    if version == "ours":
+        result["flops"] = count_flops(stage, size, args)
+        result["mfu"] = result["flops"] / result["seconds"] / result["rate"]
     return result
 
 
+def measure_in_a_process(stage: str, version: str, size: URSASize, args: argparse.Namespace) -> dict[str, Any]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(measure, stage, version, size, args).result()
+        except BrokenProcessPool:
+            raise RuntimeError(f"The process of {stage} ({version}) died. Was there enough memory?") from None
+
+
 def compare(size: URSASize, args: argparse.Namespace) -> dict[str, Any]:
-    """Measures each stage in both versions."""
+    """Measures each stage in all versions."""
     print(f"{args.size}, {args.batch_size} samples, K = {args.num_train_timesteps}")
-    print("| stage | s a sample, naive | ours | ratio | peak MiB, naive | ours | ratio | GFLOPs a sample | MFU |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    versions = " | ".join([*VERSIONS, "ours / limit"])
+    print(f"| stage | s a sample: {versions} | peak MiB: {versions} | MFU |")
+    print("|---" * (2 * len(VERSIONS) + 4) + "|")
     results = {}
     for stage in args.stages:
-        ours = measure_in_a_process(stage, False, size, args)
-        naive = None if stage == "decode" or args.skip_naive else measure_in_a_process(stage, True, size, args)
-        results[stage] = {"ours": ours, "naive": naive}
-        cells = [f"{ours['seconds'] / args.batch_size:.3f}", f"{ours['extra_mib']:.0f}"]
-        for i, key in ((0, "seconds"), (1, "extra_mib")):
-            scale = args.batch_size if key == "seconds" else 1
-            digits = 3 if key == "seconds" else 0
-            cells[i] = (
-                f" | {cells[i]} | "
-                if naive is None
-                else f"{naive[key] / scale:.{digits}f} | {cells[i]} | {naive[key] / ours[key]:.1f}"
-            )
-        print(
-            f"| {stage} | {cells[0]} | {cells[1]} | {ours['flops'] / args.batch_size / 1e9:.0f} | {ours['mfu']:.0%} |",
-            flush=True,
-        )
+        versions = ("ours",) if stage == "decode" else VERSIONS[: 2 if args.skip_naive else 3]
+        results[stage] = result = {version: measure_in_a_process(stage, version, size, args) for version in versions}
+        cells = [stage]
+        for key, divisor, digits in (("seconds", args.batch_size, 3), ("extra_mib", 1, 0)):
+            cells += [f"{result[name][key] / divisor:.{digits}f}" if name in result else "" for name in VERSIONS]
+            cells.append(f"{result['ours'][key] / result['limit'][key]:.2f}" if "limit" in result else "")
+        cells.append("" if stage == "decode" else f"{result['ours']['mfu']:.0%}")
+        print(f"| {' | '.join(cells)} |", flush=True)
     return results
 
 
@@ -367,7 +405,7 @@ def grow(size: URSASize, args: argparse.Namespace) -> dict[str, Any]:
                     grown = replace(size, codebook_size=value)
                 else:
                     setattr(grown_args, axis, value)
-                points.append(measure_in_a_process(stage, False, grown, grown_args))
+                points.append(measure_in_a_process(stage, "ours", grown, grown_args))
             curves = {key: [point[key] for point in points] for key in ("seconds", "extra_mib")}
             results[axis]["stages"][stage] = curves
             for key, heights in curves.items():

@@ -210,7 +210,7 @@ def estimate_memory(
                 prompt_ids,
                 torch.ones_like(prompt_ids),
                 latent_shape,
-                num_inference_steps=2,  # tokens do not jump in the last one
+                num_inference_steps=3,  # all are taken for the second one, in which tokens jump
                 guidance_scale=args.guidance_scale,
                 guidance_trunc=args.guidance_trunc,
                 negative_prompt_ids=prompt_ids,
@@ -362,8 +362,8 @@ class _Tracker(TorchDispatchMode):
         try:
             output = func(*args, **(kwargs or {}))
         except DataDependentOutputException:
-            # Checks find nothing wrong: `all` holds, and `any` does not. Numbers are 0
-            return self._is_all.get(args[0], 0)
+            # Checks find nothing wrong: `all` holds, and `any` does not. Numbers are 1, such as that of a step
+            return self._is_all.get(args[0], int(args[0].dtype != torch.bool))
         except DynamicOutputShapeException:
             if func is torch.ops.aten.nonzero.default:  # tokens that jump: all
                 output = torch.empty(args[0].numel(), args[0].ndim, dtype=torch.long)

@@ -106,6 +106,23 @@ def test_flops_are_those_that_pytorch_counts(tmp_path, module):
     assert estimated < counted < estimated * 1.05
 
 
+@pytest.mark.parametrize(("stage", "num_passes"), [("rollout", 10), ("scoring", 3), ("update", 3 * 3)])
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_limit_is_passes_of_the_same_network(tmp_path, module, stage, num_passes, lora):
+    """By FLOPs: a backward pass is two forward passes. With an adapter it is one, and the adapter's own, 6 % here."""
+    size, args = module["SIZES"]["tiny"], settings(tmp_path, batch_size=1, lora=lora)
+    run = module["build_limit"](stage, size, args)
+    with FlopCounterMode(display=False) as counter:
+        run()
+    forward = module["count_flops"]("scoring", size, args) / 3
+    # PyTorch does not count its own attention kernel on a CPU
+    forward -= size.num_layers * 4 * (size.num_text_tokens + 1 + size.num_tokens) ** 2 * size.num_heads * size.head_dim
+    if not (lora and stage == "update"):
+        assert counter.get_total_flops() == pytest.approx(num_passes * forward, rel=0.01)
+    else:
+        assert 2 * 3 * forward < counter.get_total_flops() < num_passes * forward
+
+
 def test_the_exponent_is_the_slope_of_the_logarithms(module):
     assert module["exponent"]([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
 
@@ -134,7 +151,10 @@ def test_the_program_writes_what_it_measured(tmp_path):
     command = [sys.executable, THROUGHPUT, "--size", "tiny", "--batch_size", "2", "--output_dir", tmp_path]
     command += ["--stages", "update", "--skip_naive", "--num_threads", "1", "--num_repeats", "1"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    result = json.loads((tmp_path / "stages_tiny_full.json").read_text())["results"]["update"]["ours"]
+    results = json.loads((tmp_path / "stages_tiny_full.json").read_text())["results"]["update"]
+    result, limit = results["ours"], results["limit"]
     assert 0 < result["seconds"] < 60 and result["extra_mib"] > 0 and 0 < result["mfu"] < 1
     assert math.isclose(result["mfu"], result["flops"] / result["seconds"] / result["rate"])
-    assert "| update |" in output
+    cells = [f"{results[name]['seconds'] / 2:.3f}" for name in ("limit", "ours")]
+    ratio = f"{result['seconds'] / limit['seconds']:.2f}"
+    assert f"| update | {cells[0]} | {cells[1]} |  | {ratio} | {limit['extra_mib']:.0f} |" in output

@@ -56,9 +56,7 @@ def score_tokens(
 def _score_tokens(
     head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    # Sharded and quantized weights are wrappers around others
-    is_matrix = type(head) is nn.Linear and head.bias is None and not is_traceable_wrapper_subclass(head.weight)
-    if is_matrix and head.weight.shape == (head.out_features, head.in_features):  # DeepSpeed empties a sharded weight
+    if is_matrix(head):
         device_type = hidden_states.device.type
         is_autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if is_autocast else head.weight.dtype
@@ -67,6 +65,22 @@ def _score_tokens(
     scores = [checkpoint(_score_chunk, head, *chunk, use_reentrant=False) for chunk in chunks]
     log_probs, entropies = zip(*scores, strict=True)
     return torch.cat(log_probs), torch.cat(entropies)
+
+
+def is_matrix(head: nn.Module) -> bool:
+    """
+    Whether the logits of a head are products with its weight.
+
+    Args:
+        head (`nn.Module`):
+            The head.
+
+    Returns:
+        `bool`: It is not where the head has an adapter or a bias, or a weight that is sharded or quantized.
+    """
+    # Sharded and quantized weights are wrappers around others. DeepSpeed empties a sharded weight.
+    is_plain = type(head) is nn.Linear and head.bias is None and not is_traceable_wrapper_subclass(head.weight)
+    return is_plain and head.weight.shape == (head.out_features, head.in_features)
 
 
 def _score_chunk(
