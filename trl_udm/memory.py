@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from diffusers.training_utils import EMAModel
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -178,6 +179,8 @@ def estimate_memory(
             initial_weights = [parameter.detach().clone() for parameter in trained.values()]
         for network in {transformer, reference}:
             add_fused_lm_head(network, outputs=("entropy",), cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
+        if not is_peft and not is_float32:  # as Accelerate does; under an adapter, rollouts call the network inside
+            transformer.forward = convert_outputs_to_fp32(transformer.forward)
         if args.disable_dropout:
             disable_dropout_in_model(model)
         pipeline = _copy_pipeline(pipeline, transformer)
