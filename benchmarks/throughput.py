@@ -59,6 +59,7 @@ from transformers import Qwen3ForCausalLM
 
 from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
 from trl_udm.drawing import open_figure
+from trl_udm.models.token_scores import MAX_KEPT_LOGITS
 from trl_udm.pipelines.pipeline_output import UDMSamplerOutput
 from trl_udm.pipelines.ursa_sizes import PUBLISHED_SIZES, URSASize
 
@@ -289,17 +290,18 @@ def count_flops(stage: str, size: URSASize, args: argparse.Namespace) -> float:
     layers = size.num_layers * (2 * weights * length + 4 * length**2 * attention_width)
     head = 2 * size.hidden_size * size.codebook_size * size.num_tokens
     if stage == "rollout":
-        # Distances between the codes, for the tokens that differ from the prediction, at most all
-        jump = 2 * size.codebook_dim * size.codebook_size * size.num_tokens
-        return args.batch_size * (NUM_STEPS * (layers + head) + (NUM_STEPS - 1) * jump)
+        # The first step moves no token. Distances between codes are no part of the network.
+        return args.batch_size * (NUM_STEPS - 1) * (layers + head)
     if stage == "decode":
         return math.nan
     num_rows = args.batch_size * args.num_train_timesteps
     if stage == "scoring":
         return num_rows * (layers + head)
-    # Backward is twice the forward, or once with frozen weights. The head computes its logits again.
+    # Backward is twice the forward, or once with frozen weights. Many logits are computed again.
     backward = 1 if args.lora else 2
-    return num_rows * ((1 + backward + args.activation_checkpointing) * layers + (2 + backward) * head)
+    keeps_logits = (args.micro_batch_size or num_rows) * size.num_tokens * size.codebook_size <= MAX_KEPT_LOGITS
+    head_passes = (1 if DEVICE == "cpu" and keeps_logits else 2) + backward
+    return num_rows * ((1 + backward + args.activation_checkpointing) * layers + head_passes * head)
 
 
 def matmul_rate(args: argparse.Namespace) -> float:

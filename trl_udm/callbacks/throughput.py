@@ -34,9 +34,10 @@ class ThroughputCallback(TrainerCallback):
         F = 2 P L + 4 D W L² + 2 H N,
 
     where P are the weights of the D layers, W is the width of their attention (heads × head dimension), and H are the
-    weights of the head. A step draws S samples in I forward passes each (twice as many with guidance), scores their R
-    rows once for the reference and once for the old policy where these are needed, and trains the R rows, whose
-    backward pass counts as two forward passes, or as one with an adapter, since frozen weights have no gradient:
+    weights of the head. A step draws S samples in I forward passes each (twice as many with guidance), one for each
+    inference step except a first one that moves no token. It scores their R rows once for the reference and once for
+    the old policy where these are needed, and trains the R rows, whose backward pass counts as two forward passes, or
+    as one with an adapter, since frozen weights have no gradient:
 
         FLOPs = F (S I + R / num_iterations · (number of scorings) + R (1 + 2)).
 
@@ -111,7 +112,10 @@ class ThroughputCallback(TrainerCallback):
         length, num_tokens = rows["prompt_ids"].size(1), rows["completion_ids"].size(1)
         forward = count_forward_flops(self.model, self.num_weights, length, num_tokens)
         num_scorings = ("old_per_token_logps" in rows) + ("ref_per_token_logps" in rows)
-        num_passes = args.num_inference_steps * (1 if args.guidance_scale == 1.0 else 2) / args.num_train_timesteps
+        num_steps, scheduler = args.num_inference_steps, self.trainer.pipeline.scheduler
+        if args.action == "clean" and args.trajectory == "forward" and hasattr(scheduler, "needs_model_output"):
+            num_steps -= not scheduler.needs_model_output(0)
+        num_passes = num_steps * (1 if args.guidance_scale == 1.0 else 2) / args.num_train_timesteps
         backward = 1 if is_peft_model(self.trainer.model) else 2
         return forward * self.num_rows * ((num_passes + num_scorings) / args.num_iterations + 1 + backward)
 
