@@ -37,7 +37,7 @@ from peft import LoraConfig
 from shapes_runs import build_trainer
 
 from trl_udm import GenEvalReward
-from trl_udm.trainer.checkpoint import find_checkpoints, is_whole
+from trl_udm.checkpoint_folders import find_checkpoints, is_whole
 from trl_udm.worlds.shapes.detector import ShapesColorClassifier, ShapesDetector
 from trl_udm.worlds.shapes.prompts import split_metadata
 

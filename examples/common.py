@@ -41,10 +41,10 @@ import transformers
 from transformers import ProgressCallback
 from trl import ModelConfig
 
+from trl_udm.checkpoint_folders import find_checkpoint
 from trl_udm.cli.parser import Parser, check_range
 from trl_udm.evaluation.comparison import train_and_compare, train_and_compare_texts
 from trl_udm.evaluation.report import format_table
-from trl_udm.trainer.checkpoint import find_checkpoint
 
 
 CONFIGS_DIR = Path(__file__).parent / "configs"

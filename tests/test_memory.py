@@ -167,7 +167,8 @@ def test_rollout_and_decoding_are_what_the_allocator_hands_out(benchmark, tmp_pa
         assert estimate.stages["decode"] - estimate.resident == pytest.approx(measured, rel=0.05)
 
 
-def test_a_rollout_in_chunks_is_what_the_allocator_hands_out(benchmark, tmp_path, tokenizer):
+@pytest.mark.parametrize(("bf16", "lora"), [(False, False), (True, False), (True, True)])
+def test_a_rollout_in_chunks_is_what_the_allocator_hands_out(benchmark, tmp_path, tokenizer, bf16, lora):
     """Where logits are most of it, and the scheduler's steps take four chunks of 32 tokens."""
 
     def build():
@@ -175,14 +176,16 @@ def test_a_rollout_in_chunks_is_what_the_allocator_hands_out(benchmark, tmp_path
         pipeline.scheduler.max_chunk_elements = 32 * 8192
         return pipeline
 
-    args = build_config(tmp_path, rollout_batch_size=2)
-    estimate = estimate_memory(build(), args, device="cpu")
+    args, peft_config = build_config(tmp_path, rollout_batch_size=2, bf16=bf16), build_adapter() if lora else None
+    estimate = estimate_memory(build(), args, peft_config, device="cpu")
     trainer = UDMGRPOTrainer(
         build(),
         lambda prompts, **kwargs: [0.0] * len(prompts),
         args,
         train_dataset=Dataset.from_dict({"prompt": ["a"] * 8}),
+        peft_config=peft_config,
     )
+    trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)  # as `train` does
     measured = benchmark.peak_allocated(lambda: trainer._rollout(["a", "a"], "train"))
     assert estimate.stages["rollout"] - estimate.resident == pytest.approx(measured, rel=0.02)
 

@@ -18,9 +18,11 @@ import pytest
 import torch
 from diffusers import VQModel
 from safetensors.torch import load_file, save_file
+from torch.profiler import ProfilerActivity, profile
 
 from trl_udm.weights import (
     check_state_dict,
+    compute_checksum,
     find_file,
     load_every_weight,
     load_state_dict,
@@ -49,6 +51,19 @@ def test_a_pickle_of_tensors_loads(tmp_path):
     assert_equal(load_tensors(tmp_path / "x.bin", names=["a", "b"]), TENSORS)
     with pytest.raises(ValueError, match=r"x\.bin must hold a dictionary of tensors and nothing else"):
         load_tensors(tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_checksum_tells_weights_apart_and_copies_none_of_them(dtype):
+    weights = [torch.randn(3000, 1001, generator=torch.manual_seed(0)).to(dtype), torch.ones((), dtype=dtype)]
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        checksum = compute_checksum(weights)
+    # The sum of a whole weight, which PyTorch copies into int64 for it
+    assert checksum == sum(i * int(x.view(integers).sum(dtype=torch.int64)) for i, x in enumerate(weights, start=1))
+    assert checksum not in (compute_checksum(weights[::-1]), compute_checksum([weights[0], -weights[1]]))
+    allocations = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert max(allocations, default=0) <= 8 * 2**20
 
 
 @pytest.mark.parametrize("content", [TENSORS, TENSORS["a"], [1], {"c": 1.0}])

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import convert_outputs_to_fp32
 from diffusers.training_utils import EMAModel
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -178,6 +179,8 @@ def estimate_memory(
             initial_weights = [parameter.detach().clone() for parameter in trained.values()]
         for network in {transformer, reference}:
             add_fused_lm_head(network, outputs=("entropy",), cast_lm_head_to_fp32=args.cast_lm_head_to_fp32)
+        if not is_peft and not is_float32:  # as Accelerate does; under an adapter, rollouts call the network inside
+            transformer.forward = convert_outputs_to_fp32(transformer.forward)
         if args.disable_dropout:
             disable_dropout_in_model(model)
         pipeline = _copy_pipeline(pipeline, transformer)
@@ -207,7 +210,7 @@ def estimate_memory(
                 prompt_ids,
                 torch.ones_like(prompt_ids),
                 latent_shape,
-                num_inference_steps=2,  # tokens do not jump in the last one
+                num_inference_steps=3,  # all are taken for the second one, in which tokens jump
                 guidance_scale=args.guidance_scale,
                 guidance_trunc=args.guidance_trunc,
                 negative_prompt_ids=prompt_ids,
@@ -359,8 +362,8 @@ class _Tracker(TorchDispatchMode):
         try:
             output = func(*args, **(kwargs or {}))
         except DataDependentOutputException:
-            # Checks find nothing wrong: `all` holds, and `any` does not. Numbers are 0
-            return self._is_all.get(args[0], 0)
+            # Checks find nothing wrong: `all` holds, and `any` does not. Numbers are 1, such as that of a step
+            return self._is_all.get(args[0], int(args[0].dtype != torch.bool))
         except DynamicOutputShapeException:
             if func is torch.ops.aten.nonzero.default:  # tokens that jump: all
                 output = torch.empty(args[0].numel(), args[0].ndim, dtype=torch.long)

@@ -182,6 +182,27 @@ def check_state_dict(
             )
 
 
+def compute_checksum(weights: Iterable[torch.Tensor]) -> int:
+    """
+    Computes a number by which weights are known again.
+
+    Args:
+        weights (`Iterable[torch.Tensor]`):
+            The weights, in an order that matters.
+
+    Returns:
+        `int`: The same for the same values in the same dtypes.
+    """
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    checksum = 0
+    for place, weight in enumerate(weights, start=1):
+        values = weight.detach().view(integers[weight.element_size()]).flatten()
+        # Part by part: PyTorch copies what it sums into int64, four times the size of bfloat16
+        sums = torch.stack([part.sum(dtype=torch.int64) for part in values.split(2**20)])
+        checksum += place * int(sums.sum())
+    return checksum
+
+
 def load_every_weight(
     from_pretrained: Callable, pretrained_model_name_or_path: str | os.PathLike | None, *args: Any, **kwargs: Any
 ) -> Any:

@@ -86,8 +86,10 @@ def assert_close(actual, expected):
 
 
 @pytest.mark.parametrize("is_bf16", [False, True])
-@pytest.mark.parametrize("has_lora", [False, True])
-def test_scores_and_gradients_are_those_of_a_softmax_over_all_logits(has_lora, is_bf16):
+@pytest.mark.parametrize(("has_lora", "keeps_logits"), [(False, False), (False, True), (True, False)])
+def test_scores_and_gradients_are_those_of_a_softmax_over_all_logits(monkeypatch, has_lora, keeps_logits, is_bf16):
+    num_logits = 2 * 7 * CODEBOOK_SIZE
+    monkeypatch.setattr(token_scores, "MAX_KEPT_LOGITS", num_logits if keeps_logits else num_logits - 1)
     model = add_lora_to_the_head(build_model()) if has_lora else build_model()
     outcomes = []
     for score in (model, lambda **inputs: score_plainly(model, **inputs)):

@@ -232,10 +232,50 @@ def test_time_of_truncation_is_itself_without_guidance(pipe):
         lambda module, args, kwargs: batch_sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     draw(pipe, num_inference_steps=10, guidance_scale=2.0, guidance_trunc=0.25)  # the fifth step is at t = 0.25
-    assert batch_sizes == [2] * 4 + [1] * 6
+    assert batch_sizes == [2] * 3 + [1] * 6  # the first step moves no token
     batch_sizes.clear()
     draw(pipe, num_inference_steps=10, guidance_scale=1.0, guidance_trunc=1.0)
-    assert batch_sizes == [1] * 10
+    assert batch_sizes == [1] * 9
+
+
+def test_samples_do_not_depend_on_what_else_is_asked_for(pipe):
+    num_passes, steps = [], []
+    pipe.transformer.register_forward_pre_hook(lambda *args: num_passes.append(1))
+
+    def record(pipe, step, timestep, tensors):
+        steps.append((step, *tensors))
+        return {}
+
+    settings = [
+        {},
+        {"callback_on_step_end": record},
+        {"callback_on_step_end": record, "callback_on_step_end_tensor_inputs": ["logits"]},
+        {"return_trajectory": True},
+    ]
+    samples, counts = [], []
+    for kwargs in settings:
+        num_passes.clear()
+        samples.append(draw(pipe, num_inference_steps=4, generator=seeded(), **kwargs))
+        counts.append(len(num_passes))
+    assert all(torch.equal(sample, samples[0]) for sample in samples)
+    assert counts == [3, 3, 4, 4]
+    assert steps == [(step, name) for name in ("latents", "logits") for step in range(4)]
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_logits_that_never_exist_whole_give_the_same_samples(pipe, guidance_scale):
+    head_calls, samples = [], []
+    pipe.transformer.lm_head.register_forward_hook(lambda *args: head_calls.append(1))
+    pipe.scheduler.max_chunk_elements = 40 * 256
+    for max_untiled_codes, num_calls in ((256, 5), (0, 0)):
+        pipe.scheduler.max_untiled_codes = max_untiled_codes
+        head_calls.clear()
+        samples.append(draw(pipe, PROMPTS, num_inference_steps=6, guidance_scale=guidance_scale))
+        assert len(head_calls) == num_calls
+    assert torch.equal(*samples)
+    # A head with an adapter is called as a module
+    pipe.transformer.add_adapter(LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
+    assert not torch.equal(draw(pipe, PROMPTS, num_inference_steps=6, guidance_scale=guidance_scale), samples[0])
 
 
 def test_negative_prompt_is_empty_by_default_and_may_differ_by_prompt(pipe):

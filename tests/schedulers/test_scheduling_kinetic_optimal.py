@@ -28,11 +28,8 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import chisquare
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trl_udm.schedulers.scheduling_kinetic_optimal import (
-    KineticOptimalScheduler,
-    KineticOptimalSchedulerOutput,
-    _draw,
-)
+from trl_udm.schedulers.draws import TiledLogits, draw_codes, draw_uniform_codes
+from trl_udm.schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler, KineticOptimalSchedulerOutput
 from trl_udm.schedulers.scheduling_uniform_ddim import UniformDDIMScheduler
 
 
@@ -294,7 +291,7 @@ def test_the_clean_sample_and_the_jump_are_drawn_apart(alpha):
 def test_a_code_of_no_probability_is_never_drawn(uniform):
     probabilities = torch.zeros(16, 16).scatter_(-1, torch.arange(16).unsqueeze(-1), 0.3)
     uniforms = torch.full((16, 2), uniform, dtype=torch.float64)
-    assert torch.equal(_draw(probabilities, uniforms), torch.arange(16))
+    assert torch.equal(draw_codes(probabilities, uniforms), torch.arange(16))
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -374,6 +371,88 @@ def test_chunks_do_not_change_the_draws(path, tokens_per_chunk):
     assert (results[0] == results[1]).float().mean() > 0.99
 
 
+def tile(logits):
+    """Logits (B, N, V) as a network gives them that computes them tile by tile."""
+    return TiledLogits(logits.shape, lambda rows, codes: logits.flatten(0, 1)[rows, codes].float())
+
+
+def make_large_scheduler(**kwargs):
+    """With 6,000 codes, whose rows are computed in parts, of which two are equal and one is zero."""
+    scheduler = KineticOptimalScheduler(**kwargs)
+    codebook = torch.randn(6000, 4, generator=generator(0))
+    codebook[1], codebook[2] = codebook[0], 0
+    scheduler.set_codebook(codebook)
+    scheduler.set_timesteps(10)
+    return scheduler
+
+
+@pytest.mark.parametrize("max_chunk_elements", [1000, 2**17, 2**24])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_computed_in_parts_give_the_same_draws(max_chunk_elements, dtype):
+    tiled, whole = make_large_scheduler(), make_large_scheduler()
+    tiled.max_chunk_elements, whole.max_untiled_codes = max_chunk_elements, 6000
+    sample = torch.randint(6000, (2, 60), generator=generator(0))
+    sample[0, :3] = torch.arange(3)
+    logits = 4 * torch.randn(2, 60, 6000, generator=generator(1)).to(dtype)
+    logits[:, :, 100:400] = -torch.inf
+    for timestep in (0, 1, 5, 8, 9):
+        expected = whole.step(logits, timestep, sample, generator(2), return_dict=False)
+        assert (expected[0] != sample).any() or timestep == 0
+        for output in (tile(logits), logits):
+            for tokens, expected_tokens in zip(
+                tiled.step(output, timestep, sample, generator(2), return_dict=False), expected, strict=True
+            ):
+                assert torch.equal(tokens, expected_tokens)
+    for t in (0.0, 0.3, 0.9, 0.999999, 1.0, torch.tensor([0.2, 1.0]), torch.rand(2, 60, generator=generator(3))):
+        assert torch.equal(tiled.add_noise(sample, t, generator(4)), whole.add_noise(sample, t, generator(4)))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_rows_that_are_computed_in_parts_refuse_what_is_not_finite(value):
+    scheduler = make_large_scheduler()
+    logits = torch.zeros(1, 3, 6000)
+    logits[0, 1, 4000] = value
+    for output in (logits, tile(logits), tile(torch.full_like(logits, -torch.inf))):
+        with pytest.raises(ValueError, match="logits must be finite"):
+            scheduler.step(output, 9, torch.zeros(1, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("codebook_size", [5, 128, 6000, 131_072, 997])
+def test_the_noise_at_time_0_is_what_equal_probabilities_give(codebook_size):
+    uniforms = torch.rand(200, 2, generator=generator(0), dtype=torch.float64)
+    uniforms[:2] = torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64)
+    scheduler = KineticOptimalScheduler(alpha=None, codebook_size=codebook_size)
+    noise = scheduler.add_noise(torch.zeros(200, dtype=torch.long), 0.0, generator(0))
+    expected = draw_codes(torch.full((200, codebook_size), 1 / codebook_size), uniforms)
+    assert torch.equal(draw_uniform_codes(codebook_size, uniforms), expected)
+    assert torch.equal(noise[2:], expected[2:])
+
+
+@pytest.mark.parametrize("shift", [0.1, 0.3, 1.0, 3.3])
+def test_the_first_step_of_the_metric_path_moves_nothing_and_needs_no_logits(shift):
+    scheduler = make_scheduler(shift=shift)
+    scheduler.set_timesteps(3)
+    sample = torch.randint(6, (2, 50), generator=generator(0))
+    assert [scheduler.needs_model_output(timestep) for timestep in range(3)] == [False, True, True]
+    logits = torch.randn(2, 50, 6, generator=generator(1))
+    states = []
+    for output in (None, logits):
+        used = generator(2)
+        result = scheduler.step(output, 0, sample, generator=used)
+        assert torch.equal(result.prev_sample, sample)
+        assert (result.pred_original_sample is None) == (output is None)
+        states.append(used.get_state())
+    assert torch.equal(*states)
+    with pytest.raises(ValueError, match="`model_output` must be given at timestep 1, got None"):
+        scheduler.step(None, 1, sample)
+    scheduler.set_timesteps(1)
+    assert scheduler.needs_model_output(0)
+    assert UniformDDIMScheduler(6).needs_model_output(0)
+    mixture = make_scheduler(alpha=None)
+    mixture.set_timesteps(3)
+    assert mixture.needs_model_output(0)
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the number of elements of the largest tensor that any operation makes, views left out."""
 
@@ -397,6 +476,18 @@ def test_no_tensor_is_larger_than_a_chunk(path):
         scheduler.step(logits, 7, sample)
         scheduler.add_noise(sample, 0.5)
     assert largest.num_elements <= 16 * 256
+
+
+def test_no_tensor_has_all_tokens_and_all_codes():
+    scheduler = make_large_scheduler()
+    scheduler.max_chunk_elements = 2**15
+    sample = torch.randint(6000, (2, 100), generator=generator(0))
+    inputs, weight = torch.randn(200, 4, generator=generator(1)), torch.randn(6000, 4, generator=generator(2))
+    logits = TiledLogits((2, 100, 6000), lambda rows, codes: inputs[rows] @ weight[codes].T)
+    with LargestTensor() as largest:
+        scheduler.step(logits, 7, sample)
+        scheduler.add_noise(sample, 0.5)
+    assert largest.num_elements <= 2**15
 
 
 class HostReads(TorchDispatchMode):

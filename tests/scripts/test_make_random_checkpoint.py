@@ -46,6 +46,10 @@ def test_both_layouts_hold_the_same_model_in_shards(tmp_path, run, capsys):
     assert "201,536 weights of the network" in capsys.readouterr().out
     ours, original = (pipe("a ring", num_inference_steps=2, generator=torch.manual_seed(0)) for pipe in pipelines)
     np.testing.assert_array_equal(np.asarray(ours.images[0]), np.asarray(original.images[0]))
+    assert np.asarray(ours.images[0]).std() > 10
+    pipe, tokens = pipelines[0], torch.arange(16).unsqueeze(0)
+    logits = pipe.denoise(*pipe.encode_prompt(["a ring"]), tokens, pipe.latent_shape())  # in bfloat16
+    assert logits.isfinite().all() and 0.1 < logits.float().std() < 1
     assert len(pipelines[0].tokenizer) == pipelines[0].transformer.config.text_vocab_size
     assert {weight.dtype for weight in pipelines[1].transformer.state_dict().values()} == {torch.bfloat16}
 

@@ -31,7 +31,8 @@ from transformers.trainer_callback import ExportableState
 from trl.trainer.utils import RepeatSampler
 
 from trl_udm import EMACallback, KineticOptimalScheduler, TextUDMPipeline
-from trl_udm.trainer.checkpoint import EpochRepeatSampler, find_checkpoints, is_whole
+from trl_udm.checkpoint_folders import find_checkpoints, is_whole
+from trl_udm.trainer.checkpoint import EpochRepeatSampler
 
 from ..pipelines.text_families import build_text_pipeline
 from .resume_worker import PROMPTS, build_trainer, run

@@ -218,8 +218,9 @@ class URSAForImageGeneration(URSAPreTrainedModel):
         labels: torch.Tensor | None = None,
         logits_to_keep: int = 0,
         shift_labels: torch.Tensor | None = None,
+        skip_logits: bool = False,
         **kwargs,
-    ) -> MaskedLMOutput | URSAScoreOutput:
+    ) -> MaskedLMOutput | URSAScoreOutput | BaseModelOutput:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
@@ -238,10 +239,13 @@ class URSAForImageGeneration(URSAPreTrainedModel):
             shift_labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Image codes to score, at the positions that predict them, and -100 elsewhere. With labels no logits are
                 returned.
+            skip_logits (`bool`, *optional*, defaults to `False`):
+                Whether to return the inputs of the head instead of logits, as `last_hidden_state`.
 
         Returns:
             [`~transformers.modeling_outputs.MaskedLMOutput`]: With `logits` of shape `(batch_size, sequence_length,
-            codebook_size)`, and with `labels` the `loss`. With `shift_labels` a [`URSAScoreOutput`] instead.
+            codebook_size)`, and with `labels` the `loss`. With `shift_labels` a [`URSAScoreOutput`] instead, and with
+            `skip_logits` a [`~transformers.modeling_outputs.BaseModelOutput`].
 
         Raises:
             ValueError: If inputs are missing or have another shape, or a label is no image code.
@@ -268,6 +272,9 @@ class URSAForImageGeneration(URSAPreTrainedModel):
                 hidden_states=outputs.hidden_states,
                 attentions=outputs.attentions,
             )
+        if skip_logits:
+            outputs.last_hidden_state = outputs.last_hidden_state[:, -logits_to_keep:]
+            return outputs
         logits, loss = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:]), None
         if labels is not None:
             labels = labels[:, -logits_to_keep:]

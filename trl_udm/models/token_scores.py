@@ -14,6 +14,8 @@
 
 """Log-probabilities of tokens under a head with many codes, where TRL's fused head has no Triton kernel."""
 
+import itertools
+
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -22,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 TILE_WIDTH = 512
 """Number of codes in a tile. With 4,096 tokens a tile is 8 MiB of float32 logits, which caches hold."""
+MAX_KEPT_LOGITS = 2**27
+"""Number of logits that are kept for the backward pass at most: 512 MiB in float32. More are computed again."""
 CHUNK_LENGTH = 256
 """Number of tokens in a chunk, for heads that are more than a matrix."""
 
@@ -33,8 +37,9 @@ def score_tokens(
     Log-probabilities of tokens and entropies of their distributions. No tensor of all tokens and all codes is made.
 
     A head that is one matrix is split into tiles of codes. All operations on a tile are done while a cache holds it.
-    Any other head, such as one with an adapter or with a sharded weight, is called as a module on chunks of tokens.
-    The backward pass computes the logits again.
+    For the backward pass, the tiles are kept if there are at most `MAX_KEPT_LOGITS` logits, or else computed again.
+    Any other head, such as one with an adapter or with a sharded weight, is called as a module on chunks of tokens,
+    and its logits are computed again.
 
     Args:
         head (`nn.Module`):
@@ -56,17 +61,32 @@ def score_tokens(
 def _score_tokens(
     head: nn.Module, hidden_states: torch.Tensor, labels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    # Sharded and quantized weights are wrappers around others
-    is_matrix = type(head) is nn.Linear and head.bias is None and not is_traceable_wrapper_subclass(head.weight)
-    if is_matrix and head.weight.shape == (head.out_features, head.in_features):  # DeepSpeed empties a sharded weight
+    if is_matrix(head):
         device_type = hidden_states.device.type
         is_autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if is_autocast else head.weight.dtype
-        return _TileScores.apply(hidden_states, head.weight, labels, dtype)
+        keeps_logits = torch.is_grad_enabled() and len(labels) * head.out_features <= MAX_KEPT_LOGITS
+        return _TileScores.apply(hidden_states, head.weight, labels, dtype, keeps_logits)
     chunks = zip(hidden_states.split(CHUNK_LENGTH), labels.split(CHUNK_LENGTH), strict=True)
     scores = [checkpoint(_score_chunk, head, *chunk, use_reentrant=False) for chunk in chunks]
     log_probs, entropies = zip(*scores, strict=True)
     return torch.cat(log_probs), torch.cat(entropies)
+
+
+def is_matrix(head: nn.Module) -> bool:
+    """
+    Whether the logits of a head are products with its weight.
+
+    Args:
+        head (`nn.Module`):
+            The head.
+
+    Returns:
+        `bool`: It is not where the head has an adapter or a bias, or a weight that is sharded or quantized.
+    """
+    # Sharded and quantized weights are wrappers around others. DeepSpeed empties a sharded weight.
+    is_plain = type(head) is nn.Linear and head.bias is None and not is_traceable_wrapper_subclass(head.weight)
+    return is_plain and head.weight.shape == (head.out_features, head.in_features)
 
 
 def _score_chunk(
@@ -89,9 +109,14 @@ class _TileScores(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden_states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
+        ctx,
+        hidden_states: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        dtype: torch.dtype,
+        keeps_logits: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        tiles, inputs = _tiles(weight), hidden_states.to(dtype)
+        tiles, inputs, kept = _tiles(weight), hidden_states.to(dtype), []
         label_logits = torch.empty(len(labels), device=labels.device)  # (T,)
         # Not lists: small tensors that stay between large ones that go would fragment the memory
         normalizers, means = label_logits.new_empty(2, len(tiles), len(labels))  # (V / W, T), (V / W, T)
@@ -99,11 +124,13 @@ class _TileScores(torch.autograd.Function):
             logits = (inputs @ tile.to(dtype).T).float()  # (T, W)
             tokens, columns = _find_labels(labels, start)
             label_logits[tokens] = logits[tokens, columns]
+            if keeps_logits:
+                kept.append(logits)
             tile_normalizer.copy_(logits.logsumexp(dim=-1))
             tile_mean.copy_(logits.softmax(dim=-1).mul_(logits).sum(dim=-1))
         normalizer = normalizers.logsumexp(dim=0)  # (T,)
         entropies = normalizer - (normalizers.softmax(dim=0) * means).sum(dim=0)
-        ctx.save_for_backward(hidden_states, weight, labels, normalizer, entropies)
+        ctx.save_for_backward(hidden_states, weight, labels, normalizer, entropies, *kept)
         ctx.dtype = dtype
         ctx.set_materialize_grads(False)
         return label_logits - normalizer, entropies
@@ -111,15 +138,16 @@ class _TileScores(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx, grad_log_probs: torch.Tensor | None, grad_entropies: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        hidden_states, weight, labels, normalizer, entropies = ctx.saved_tensors
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
+        hidden_states, weight, labels, normalizer, entropies, *kept = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         inputs, float_inputs = hidden_states.to(ctx.dtype), hidden_states.float()
         grad_hidden = torch.zeros_like(hidden_states, dtype=torch.float32) if needs_hidden else None
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs_weight else None
-        for start, tile in _tiles(weight):
-            logits = (inputs @ tile.to(ctx.dtype).T).float()  # (T, W)
-            logits.sub_(normalizer.unsqueeze(-1))
+        for (start, tile), logits in itertools.zip_longest(_tiles(weight), kept):
+            if logits is None:
+                logits = (inputs @ tile.to(ctx.dtype).T).float()  # (T, W)
+            logits = logits - normalizer.unsqueeze(-1)
             factors: float | torch.Tensor = 0.0
             if grad_entropies is not None:
                 factors = -grad_entropies.unsqueeze(-1) * (logits + entropies.unsqueeze(-1))
@@ -134,7 +162,7 @@ class _TileScores(torch.autograd.Function):
             if grad_weight is not None:
                 torch.mm(grad_logits.T, float_inputs, out=grad_weight[start : start + len(tile)])
         grad_hidden = None if grad_hidden is None else grad_hidden.to(hidden_states.dtype)
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None
 
 
 def _tiles(weight: torch.Tensor) -> list[tuple[int, torch.Tensor]]:

@@ -635,7 +635,7 @@ def unmerge(model: PeftModel, originals: dict[nn.Parameter, torch.Tensor]) -> No
 def starts_at_zero(model: PeftModel, trained: dict[str, nn.Parameter]) -> bool:
     """Whether the policy with a new adapter off is the policy as it is, whatever the trained weights become."""
     return model.peft_type == PeftType.LORA and all(
-        not weight.count_nonzero() if "lora_B" in name or "lora_embedding_B" in name else "lora_" in name
+        not weight.any() if "lora_B" in name or "lora_embedding_B" in name else "lora_" in name
         for name, weight in trained.items()
         if "modules_to_save" not in name  # copies of the modules that are used where the adapter is off
     )

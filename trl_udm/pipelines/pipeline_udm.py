@@ -12,9 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import functools
 import numbers
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Self, TypeAlias, TypedDict
 
 import torch
@@ -27,6 +28,7 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..random_tensor import check_generators, randint_tensor
+from ..schedulers.draws import TiledLogits
 from ..weights import load_every_weight
 from .lora import LoraMixin
 from .pipeline_output import UDMSamplerOutput, UDMTrajectory
@@ -61,7 +63,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
 
     * `transformer`, a [`~transformers.PreTrainedModel`] whose output embeddings are the head over its codebook;
     * `scheduler`, which offers `config.codebook_size`, `set_timesteps`, `timesteps`, `timestep_to_t`, `step` and
-      `add_noise`, such as [`KineticOptimalScheduler`];
+      `add_noise`, such as [`KineticOptimalScheduler`], and may offer its `needs_model_output`;
     * `tokenizer`, and a decoder if it has one.
 
     It implements the five methods below that raise `NotImplementedError`. It also implements `__call__`, which takes a
@@ -258,6 +260,26 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         """
         raise NotImplementedError
 
+    def _predict(
+        self,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        noised_samples: torch.Tensor,
+        latent_shape: tuple[int, ...],
+        t: torch.Tensor,
+        guidance_scale: float | None,
+        **denoise_kwargs,
+    ) -> torch.Tensor | TiledLogits:
+        """
+        The logits that the sampler draws from. With a `guidance_scale`, the second half of the batch is that of the
+        negative prompts. A family of many codes may return [`TiledLogits`].
+        """
+        logits = self.denoise(prompt_ids, prompt_mask, noised_samples, latent_shape, t=t, **denoise_kwargs)
+        if guidance_scale is None:
+            return logits
+        logits, negative_logits = logits.chunk(2)
+        return torch.lerp(negative_logits, logits, guidance_scale)
+
     def score(
         self,
         model: nn.Module,
@@ -362,6 +384,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_trajectory: bool = False,
         callback: Callable[[int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
+        callback_tensor_inputs: Sequence[str] = ("latents", "logits"),
         **denoise_kwargs,
     ) -> UDMSamplerOutput:
         """
@@ -394,9 +417,12 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
             return_trajectory (`bool`, *optional*, defaults to `False`):
                 Whether to return the states that the sampler passed through.
             callback (`Callable`, *optional*):
-                Called after each step with the step's number, its timestep and a dictionary of `latents` and `logits`.
-                The `latents` in the dictionary that it returns replace the state. It may also set `_guidance_scale`
-                and `_interrupt` of the pipeline.
+                Called after each step with the step's number, its timestep and a dictionary of tensors. The `latents`
+                in the dictionary that it returns replace the state. It may also set `_guidance_scale` and `_interrupt`
+                of the pipeline.
+            callback_tensor_inputs (`list[str]`, *optional*, defaults to `["latents", "logits"]`):
+                The tensors in that dictionary. Without `"logits"` these need not exist whole, and the network is not
+                called for a first step that moves no token.
             denoise_kwargs:
                 Further arguments of the family's `denoise`, such as a cache.
 
@@ -427,37 +453,36 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._guidance_scale, self._interrupt = guidance_scale, False
         self._num_timesteps = len(self.scheduler.timesteps)
+        needs_logits = callback is not None and "logits" in callback_tensor_inputs
+        # Those of a family may not exist whole
+        predict = functools.partial(UDMPipeline._predict, self) if needs_logits else self._predict
+        needs_model_output = getattr(self.scheduler, "needs_model_output", lambda timestep: True)
         noised_samples, pred_original_samples = [], []
         for i, timestep in enumerate(self.scheduler.timesteps.tolist()):
             if self.interrupt:
                 break
             t = torch.full((batch_size,), self.scheduler.timestep_to_t(timestep), device=device)
+            inputs, guidance_scale = (prompt_ids, prompt_mask, latents), None
             if self.do_classifier_free_guidance and self.scheduler.timestep_to_t(timestep) < guidance_trunc:
                 if negative_prompt_ids is None or negative_prompt_mask is None:
                     raise ValueError(
                         f"`guidance_scale` must be 1.0 without `negative_prompt_ids`, got {self.guidance_scale}."
                     )
-                logits, negative_logits = self.denoise(
-                    torch.cat([prompt_ids, negative_prompt_ids]),
-                    torch.cat([prompt_mask, negative_prompt_mask]),
-                    torch.cat([latents, latents]),
-                    latent_shape,
-                    t=torch.cat([t, t]),
-                    **denoise_kwargs,
-                ).chunk(2)
-                logits = torch.lerp(negative_logits, logits, self.guidance_scale)
-                del negative_logits  # a view, which would keep both halves in memory
-            else:
-                logits = self.denoise(
-                    prompt_ids, prompt_mask, latents, latent_shape, t=t, **denoise_kwargs
-                )  # (B, N, V)
+                negative_inputs = (negative_prompt_ids, negative_prompt_mask, latents)
+                inputs = tuple(torch.cat(pair) for pair in zip(inputs, negative_inputs, strict=True))
+                t, guidance_scale = torch.cat([t, t]), self.guidance_scale
+            logits = None
+            if needs_logits or return_trajectory or needs_model_output(timestep):
+                logits = predict(*inputs, latent_shape, t, guidance_scale, **denoise_kwargs)  # (B, N, V)
             output = self.scheduler.step(logits, timestep, latents, generator=generator)
             if return_trajectory:
                 noised_samples.append(latents)
                 pred_original_samples.append(output.pred_original_sample)
             latents = output.prev_sample
             if callback is not None:
-                latents = callback(i, timestep, {"latents": latents, "logits": logits}).pop("latents", latents)
+                tensors = {"latents": latents, "logits": logits}
+                tensors = {name: tensors[name] for name in callback_tensor_inputs}
+                latents = callback(i, timestep, tensors).pop("latents", latents)
             del logits  # they would stay in memory while the next ones are computed
         trajectory = None
         if return_trajectory:
@@ -516,8 +541,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 progress_bar.update()
                 if callback_on_step_end is None:
                     return {}
-                callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                returned = callback_on_step_end(self, step, timestep, callback_kwargs)
+                returned = callback_on_step_end(self, step, timestep, tensors)
                 if not isinstance(returned, dict):
                     raise TypeError(
                         f"`callback_on_step_end` must return a dictionary, like its last argument, got {returned!r}."
@@ -533,6 +557,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 negative_prompt_ids=negative_prompt_ids,
                 negative_prompt_mask=negative_prompt_mask,
                 callback=callback,
+                callback_tensor_inputs=callback_on_step_end_tensor_inputs,
                 **kwargs,
             )
 

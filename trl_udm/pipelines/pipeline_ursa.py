@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack, overload
@@ -22,13 +23,15 @@ from diffusers.image_processor import VaeImageProcessor
 from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..cut_prompts import PromptCutter
 from ..models.autoencoder_vq import AutoencoderVQ
 from ..models.configuration_ursa import URSAConfig
 from ..models.modeling_ursa import URSAForImageGeneration
-from ..models.token_scores import TILE_WIDTH
+from ..models.token_scores import TILE_WIDTH, is_matrix
+from ..schedulers.draws import TiledLogits
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
 from .original_checkpoint import check_configs, is_original_checkpoint, load_json, load_original_components
 from .pipeline_output import URSAPipelineOutput
@@ -315,6 +318,33 @@ class URSAPipeline(PromptCutter, UDMPipeline):
     ) -> torch.Tensor:
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape)
         return self.transformer(**inputs, logits_to_keep=noised_samples.size(1) + 1).logits[:, :-1]
+
+    def _predict(
+        self,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        noised_samples: torch.Tensor,
+        latent_shape: tuple[int, ...],
+        t: torch.Tensor,
+        guidance_scale: float | None,
+    ) -> torch.Tensor | TiledLogits:
+        head, codebook_size = self.transformer.get_output_embeddings(), self.scheduler.config.codebook_size
+        is_tiled = codebook_size > getattr(self.scheduler, "max_untiled_codes", math.inf)
+        # Hooks that move weights, or cast the head, replace its `forward`
+        if not is_tiled or not is_matrix(head) or "forward" in vars(head):
+            return super()._predict(prompt_ids, prompt_mask, noised_samples, latent_shape, t, guidance_scale)
+        inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape)
+        outputs = self.transformer(**inputs, logits_to_keep=noised_samples.size(1) + 1, skip_logits=True)
+        hidden_states = outputs.last_hidden_state[:, :-1]  # (B, N, D), with guidance (2 * B, N, D)
+        num_parts = 1 if guidance_scale is None else 2
+        shape = (len(hidden_states) // num_parts, noised_samples.size(1), codebook_size)
+        parts = hidden_states.reshape(num_parts, shape[0] * shape[1], -1)
+
+        def compute(rows: slice | torch.Tensor, codes: slice) -> torch.Tensor:
+            logits, *negative_logits = F.linear(parts[:, rows], head.weight[codes])
+            return (torch.lerp(*negative_logits, logits, guidance_scale) if negative_logits else logits).float()
+
+        return TiledLogits(shape, compute)
 
     def score(
         self,

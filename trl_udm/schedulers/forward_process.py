@@ -55,6 +55,10 @@ class ForwardProcessMixin:
         self._check_token_ids("original_samples", original_samples)
         return self._draw_noised_samples(original_samples, self._expand_t(t, original_samples), generator)
 
+    def needs_model_output(self, timestep: int | torch.Tensor) -> bool:
+        """Whether the next state depends on the model's output."""
+        return True
+
     def _check_token_ids(self, name: str, token_ids: torch.Tensor) -> None:
         codebook_size = self.config.codebook_size
         if codebook_size is None:

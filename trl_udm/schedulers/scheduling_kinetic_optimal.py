@@ -26,6 +26,18 @@ from diffusers.utils.outputs import BaseOutput
 
 from ..random_tensor import rand_tensor, widest_dtype
 from .codebook import CodebookMixin
+from .draws import (
+    Compute,
+    TiledLogits,
+    block_size,
+    chunk_length,
+    compute_blocks,
+    draw_codes,
+    draw_tiled_codes,
+    draw_uniform_codes,
+    invert_cumulative,
+    split_codes,
+)
 from .forward_process import ForwardProcessMixin
 
 
@@ -37,12 +49,12 @@ class KineticOptimalSchedulerOutput(BaseOutput):
     Args:
         prev_sample (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
             Token ids of the next state, one step closer to the clean sample.
-        pred_original_sample (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
-            Clean token ids x₁ drawn from the model's logits at this step.
+        pred_original_sample (`torch.LongTensor` of shape `(batch_size, num_tokens)`, *optional*):
+            Clean token ids x₁ drawn from the model's logits at this step, if it got any.
     """
 
     prev_sample: torch.Tensor
-    pred_original_sample: torch.Tensor
+    pred_original_sample: torch.Tensor | None = None
 
 
 class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin, ConfigMixin):
@@ -74,11 +86,12 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
     the token jumps to k ~ u / λ with probability `1 − exp(−h · λ)`, and otherwise stays. The last step returns x₁
     itself.
 
-    **Memory and precision.** `step` and `add_noise` work in chunks of tokens of at most `max_chunk_elements`
-    probabilities. At most three float32 tensors of that size exist at once, which is 192 MiB for every batch size.
-    Codes, distances and probabilities are float32 for every dtype of the logits, also under autocast. Leave TF32
-    matrix products off, as PyTorch does by default: they round codes to 10 bits, which changes p_t by up to about 1e-3
-    in total variation.
+    **Memory and precision.** `step` and `add_noise` work on at most `max_chunk_elements` pairs of a token and a code
+    at a time, and on a CPU on at most 2²⁰, which its caches hold. A few float32 tensors of that size exist at once,
+    for every batch size. With more than `max_untiled_codes` codes, even a token's own row of probabilities is computed
+    in parts. Codes, distances and probabilities are float32 for every dtype of the logits, also under autocast. Leave
+    TF32 matrix products off, as PyTorch does by default: they round codes to 10 bits, which changes p_t by up to about
+    1e-3 in total variation.
 
     **Codes** are the scheduler's own weights. They are saved and loaded with it, and a scheduler that `from_config`
     makes from `other.config` has a copy of the other's.
@@ -122,6 +135,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
 
     order = 1
     max_chunk_elements = 2**24
+    max_untiled_codes = 4096
 
     def __init__(
         self,
@@ -143,6 +157,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         )
         self.num_inference_steps: Any = None  # a number then
         self.timesteps: Any = None  # a tensor after `set_timesteps`
+        self._normed: torch.Tensor | None = None  # the codebook that `_squared_norms` is of
 
     @property
     def needs_codebook(self) -> bool:
@@ -183,7 +198,24 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         Raises:
             ValueError: If `set_timesteps` was not called, or the grid has no such step.
         """
-        return self._sigma_to_t(1 - self._step_index(timestep) / self.num_inference_steps)
+        step_index = self._step_index(timestep)
+        # For some shifts the formula gives ±1e-16 at the first step
+        return 0.0 if step_index == 0 else self._sigma_to_t(1 - step_index / self.num_inference_steps)
+
+    def needs_model_output(self, timestep: int | torch.Tensor) -> bool:
+        """
+        Whether the next state depends on the model's output. It does not at t = 0 of the metric path, where no token
+        jumps because `beta'_0` is 0.
+
+        Args:
+            timestep (`int` or `torch.Tensor`):
+                Step index, in `[0, num_inference_steps - 1]`.
+
+        Returns:
+            `bool`: If it is `False`, `step` takes `None` for the output.
+        """
+        is_last = self._step_index(timestep) == self.num_inference_steps - 1
+        return is_last or self.config.alpha is None or self.timestep_to_t(timestep) > 0
 
     def _step_index(self, timestep: int | torch.Tensor) -> int:
         if self.num_inference_steps is None:
@@ -239,16 +271,21 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         generator: torch.Generator | list[torch.Generator] | None,
     ) -> torch.Tensor:
         device = original_samples.device
-        uniforms = rand_tensor((*original_samples.shape, 2), generator, device, widest_dtype(device))
-        chunks = zip(
-            original_samples.flatten().split(self._chunk_length),
-            t.flatten().split(self._chunk_length),
-            uniforms.view(-1, 2).split(self._chunk_length),
-            strict=True,
-        )
-        noised_samples = torch.cat([_draw(self._probabilities(x_1, t), uniforms) for x_1, t, uniforms in chunks])
+        uniforms = rand_tensor((*original_samples.shape, 2), generator, device, widest_dtype(device)).view(-1, 2)
+        x_1, t = original_samples.flatten(), t.flatten()
+        # Without a pass over the codes: all of them are as likely at t = 0, and x₁ is certain at t = 1
+        noised_samples = torch.where(t == 1, x_1, draw_uniform_codes(self.config.codebook_size, uniforms))
+        between = ((t > 0) & (t < 1)).nonzero().squeeze(1)
+        for rows in between.split(self._chunk_length(device)):
+            noised_samples[rows] = self._draw_noise(x_1[rows], t[rows], uniforms[rows])
         _check_drawn(noised_samples)
         return noised_samples.view(original_samples.shape)
+
+    def _draw_noise(self, original_samples: torch.Tensor, t: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+        if not self._is_tiled:
+            return draw_codes(self._probabilities(original_samples, t), uniforms)
+        logits = self._path_logits(original_samples, self.beta(t))
+        return draw_tiled_codes(logits, self.config.codebook_size, uniforms, self._chunk_elements(uniforms.device))
 
     def probabilities(self, original_samples: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
         """
@@ -284,17 +321,40 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         logits = distances.mul_(-self.beta(t)).scatter_(-1, original_samples, 0.0)  # (T, V)
         return torch.softmax(logits, dim=-1)
 
-    def _distances(self, token_ids: torch.Tensor) -> torch.Tensor:
+    def _codes(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The codes on a device, and their squared norms."""
         if self.codebook is None:
             raise ValueError(
                 "The metric path needs a codebook: call `set_codebook`, load one with `from_pretrained`, or pass "
                 "`from_config` the `config` of a scheduler that has one. A plain dictionary of settings has no codes."
             )
-        self.codebook = self.codebook.to(token_ids.device)
-        squared_norms = self.codebook.square().sum(dim=-1)
+        self.codebook = self.codebook.to(device)
+        if self._normed is not self.codebook:
+            # In parts, whose squares need little memory
+            norms = [codes.square().sum(dim=-1) for codes in self.codebook.split(2**12)]
+            self._normed, self._squared_norms = self.codebook, torch.cat(norms)
+        return self.codebook, self._squared_norms
+
+    def _distances(self, token_ids: torch.Tensor) -> torch.Tensor:
+        codebook, squared_norms = self._codes(token_ids.device)
         with torch.autocast(token_ids.device.type, enabled=False):
-            distances = torch.addmm(squared_norms, self.codebook[token_ids], self.codebook.T, alpha=-2)  # (T, V)
+            distances = torch.addmm(squared_norms, codebook[token_ids], codebook.T, alpha=-2)  # (T, V)
         return distances.add_(squared_norms[token_ids].unsqueeze(-1)).clamp_(min=torch.finfo(torch.float32).tiny)
+
+    def _path_logits(self, original_samples: torch.Tensor, beta: torch.Tensor) -> Compute:
+        """The metric path's logits −beta_t · d(x₁, k) of T tokens, tile by tile. `beta` has shape `(T,)` or none."""
+        codebook, squared_norms = self._codes(original_samples.device)
+        norms = squared_norms[original_samples].unsqueeze(-1)
+        # d = ‖x₁‖² + ‖k‖² − 2 x₁ · k is a product of two rows
+        rows_of_tokens = torch.cat([2 * codebook[original_samples], -norms, -torch.ones_like(norms)], dim=-1)
+        rows_of_tokens *= beta.unsqueeze(-1)  # (T, D + 2)
+
+        def compute(rows: slice | torch.Tensor, codes: slice) -> torch.Tensor:
+            norms = squared_norms[codes].unsqueeze(-1)
+            with torch.autocast(norms.device.type, enabled=False):
+                return rows_of_tokens[rows] @ torch.cat([codebook[codes], torch.ones_like(norms), norms], dim=-1).T
+
+        return compute
 
     def velocity(
         self, noised_samples: torch.Tensor, original_samples: torch.Tensor, t: float | torch.Tensor
@@ -345,7 +405,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
     @overload
     def step(
         self,
-        model_output: torch.Tensor,
+        model_output: torch.Tensor | TiledLogits | None,
         timestep: int | torch.Tensor,
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -355,7 +415,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
     @overload
     def step(
         self,
-        model_output: torch.Tensor,
+        model_output: torch.Tensor | TiledLogits | None,
         timestep: int | torch.Tensor,
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -366,7 +426,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
     @torch.no_grad()
     def step(
         self,
-        model_output: torch.Tensor,
+        model_output: torch.Tensor | TiledLogits | None,
         timestep: int | torch.Tensor,
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -376,8 +436,9 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         Take one step of the reverse process.
 
         Args:
-            model_output (`torch.Tensor` of shape `(batch_size, num_tokens, codebook_size)`):
-                Logits of x₁, of any floating dtype.
+            model_output (`torch.Tensor` or [`TiledLogits`], of shape `(batch_size, num_tokens, codebook_size)`):
+                Logits of x₁, of any floating dtype. It may be `None` where `needs_model_output` is `False`: the same
+                random numbers are consumed, and `pred_original_sample` is `None`.
             timestep (`int` or `torch.Tensor`):
                 Step index, in `[0, num_inference_steps - 1]`.
             sample (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
@@ -395,35 +456,49 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         """
         step_index = self._step_index(timestep)
         self._check_token_ids("sample", sample)
+        if model_output is None and self.needs_model_output(timestep):
+            raise ValueError(f"`model_output` must be given at timestep {step_index}, got None: tokens move there.")
         expected_shape = (*sample.shape, self.config.codebook_size)
-        if sample.ndim != 2 or model_output.shape != expected_shape:
+        if sample.ndim != 2 or (model_output is not None and model_output.shape != expected_shape):
             raise ValueError(
                 "`model_output` must have shape (batch_size, num_tokens, codebook_size) and `sample` its first two "
-                f"dimensions, with `codebook_size` {self.config.codebook_size}, got {tuple(model_output.shape)} and "
-                f"{tuple(sample.shape)}."
+                f"dimensions, with `codebook_size` {self.config.codebook_size}, got "
+                f"{None if model_output is None else tuple(model_output.shape)} and {tuple(sample.shape)}."
             )
         # Drawn at once, so that no draw depends on the size of the chunks or on other tokens
         uniforms = rand_tensor((*sample.shape, 5), generator, sample.device, widest_dtype(sample.device))
-        pred_original_sample = torch.empty_like(sample)
-        # Logits are often a slice of the model's output. Slices of both dimensions do not copy it, as `flatten` would.
-        num_tokens = self._chunk_length
-        num_samples = max(1, num_tokens // sample.shape[1])
-        for i, j in itertools.product(range(0, sample.shape[0], num_samples), range(0, sample.shape[1], num_tokens)):
-            chunk = (slice(i, i + num_samples), slice(j, j + num_tokens))
-            x_1 = _draw(
-                torch.softmax(model_output[chunk], dim=-1, dtype=torch.float32).flatten(0, 1),
-                uniforms[chunk][..., :2].flatten(0, 1),
-            )  # (T,)
-            pred_original_sample[chunk] = x_1.view_as(sample[chunk])
-        _check_drawn(pred_original_sample)
+        pred_original_sample = None
+        if model_output is not None:
+            pred_original_sample = self._draw_original_sample(model_output, sample, uniforms[..., :2])
         if step_index == self.num_inference_steps - 1:
             prev_sample = pred_original_sample.clone()
+        elif not self.needs_model_output(timestep):
+            prev_sample = sample.clone()
         else:
             prev_sample = self._jump(sample, pred_original_sample, step_index, uniforms[..., 2:])
 
         if not return_dict:
             return prev_sample, pred_original_sample
         return KineticOptimalSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+
+    def _draw_original_sample(
+        self, logits: torch.Tensor | TiledLogits, sample: torch.Tensor, uniforms: torch.Tensor
+    ) -> torch.Tensor:
+        if isinstance(logits, TiledLogits):
+            codes = logits.draw(uniforms, self._chunk_elements(sample.device))
+        else:
+            codes = torch.empty_like(sample)
+            # Logits are often a slice of the model's output. Slices of both dimensions do not copy it, as `flatten`
+            # would.
+            num_tokens = max(1, self._chunk_elements(sample.device) // self.config.codebook_size)
+            num_samples = max(1, num_tokens // sample.shape[1])
+            starts = itertools.product(range(0, sample.shape[0], num_samples), range(0, sample.shape[1], num_tokens))
+            for i, j in starts:
+                chunk = (slice(i, i + num_samples), slice(j, j + num_tokens))
+                probabilities = torch.softmax(logits[chunk], dim=-1, dtype=torch.float32).flatten(0, 1)
+                codes[chunk] = draw_codes(probabilities, uniforms[chunk].flatten(0, 1)).view_as(sample[chunk])
+        _check_drawn(codes)
+        return codes
 
     def _jump(
         self,
@@ -437,50 +512,80 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         prev_samples = noised_samples.flatten().clone()  # (B * N,)
         original_samples, uniforms = original_samples.flatten(), uniforms.flatten(0, 1)  # (B * N,), (B * N, 3)
         # A token at x₁ never leaves it, and needs no pass over V
-        moving = (prev_samples != original_samples).nonzero().squeeze(1)
-        for rows in moving.split(self._chunk_length):
-            x_t, x_1 = prev_samples[rows], original_samples[rows]  # (T,), (T,)
-            velocity = self._velocity(x_t, x_1, torch.full_like(x_t, t, dtype=torch.float32))  # (T, V)
-            jumps = 1 - uniforms[rows, 0] <= -torch.expm1(-step_size * velocity.sum(dim=-1))
-            jumping = jumps.nonzero().squeeze(1)
-            prev_samples[rows[jumping]] = _draw(velocity[jumping], uniforms[rows[jumping], 1:])
+        is_moving = prev_samples != original_samples
+        if self._is_tiled:
+            codebook, _ = self._codes(prev_samples.device)
+            gains = (codebook[prev_samples] - codebook[original_samples]).square().sum(dim=-1)
+            # No gain is larger than d(x_t, x₁), here without what rounding may take from it
+            rates = self.beta_derivative(t).to(gains.device) * (1e-5 + 1.0001 * gains)
+            is_moving &= _is_jumping(rates, step_size, uniforms[:, 0])
+        for rows in is_moving.nonzero().squeeze(1).split(self._chunk_length(is_moving.device)):
+            jump = self._jump_in_tiles if self._is_tiled else self._jump_at_once
+            prev_samples[rows] = jump(prev_samples[rows], original_samples[rows], t, step_size, uniforms[rows])
         _check_drawn(prev_samples)
         return prev_samples.view_as(noised_samples)
 
+    def _jump_at_once(
+        self, x_t: torch.Tensor, x_1: torch.Tensor, t: float, step_size: float, uniforms: torch.Tensor
+    ) -> torch.Tensor:
+        velocity = self._velocity(x_t, x_1, torch.full_like(x_t, t, dtype=torch.float32))  # (T, V)
+        jumping = _is_jumping(velocity.sum(dim=-1), step_size, uniforms[:, 0]).nonzero().squeeze(1)
+        x_t[jumping] = draw_codes(velocity[jumping], uniforms[jumping, 1:])
+        return x_t
+
+    def _jump_in_tiles(
+        self, x_t: torch.Tensor, x_1: torch.Tensor, t: float, step_size: float, uniforms: torch.Tensor
+    ) -> torch.Tensor:
+        """As `_jump_at_once`, from one pass over tiles of codes. x₁'s own logit is 0, so no exponential overflows."""
+        codebook_size, device = self.config.codebook_size, x_t.device
+        codebook, _ = self._codes(device)
+        beta = self.beta(t).to(device)
+        logits = self._path_logits(x_1, beta)
+        logits_of_state = -beta * (codebook[x_t] - codebook[x_1]).square().sum(dim=-1, keepdim=True)  # (T, 1)
+
+        def weigh(logits: torch.Tensor, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            probabilities = logits.exp()  # not normalized
+            gains = logits.sub_(logits_of_state[rows]).clamp_(min=0)  # beta_t times those of the velocity
+            return probabilities, gains.mul_(probabilities)
+
+        size = block_size(codebook_size)
+        total = torch.zeros(len(x_t), dtype=torch.float32, device=device)
+        block_sums = torch.empty(len(x_t), codebook_size // size, dtype=torch.float32, device=device)
+        for codes, blocks in split_codes(len(x_t), codebook_size, self._chunk_elements(device)):
+            probabilities, weights = weigh(logits(slice(None), codes), slice(None))
+            total += probabilities.sum(dim=-1)
+            block_sums[:, blocks] = weights.unflatten(-1, (-1, size)).sum(dim=-1)
+        rates = block_sums.sum(dim=-1) / total * (self.beta_derivative(t).to(device) / beta)
+        jumping = _is_jumping(rates, step_size, uniforms[:, 0]).nonzero().squeeze(1)
+        block = invert_cumulative(block_sums[jumping], uniforms[jumping, 1])
+        weights = compute_blocks(
+            lambda rows, codes: weigh(logits(jumping[rows], codes), jumping[rows])[1], block, codebook_size
+        )
+        code = block * size + invert_cumulative(weights, uniforms[jumping, 2])
+        # A block whose weight was nothing but rounding may have none when it is computed again
+        x_t[jumping] = code.where(weights.sum(dim=-1) > 0, x_t[jumping])
+        return x_t
+
     @property
-    def _chunk_length(self) -> int:
-        return max(1, self.max_chunk_elements // self.config.codebook_size)
+    def _is_tiled(self) -> bool:
+        """Whether even a token's own row of probabilities is computed in parts."""
+        return self.needs_codebook and self.config.codebook_size > self.max_untiled_codes
+
+    def _chunk_elements(self, device: torch.device) -> int:
+        return min(self.max_chunk_elements, 2**20) if device.type == "cpu" else self.max_chunk_elements
+
+    def _chunk_length(self, device: torch.device) -> int:
+        """Number of tokens that are worked on at a time."""
+        elements, codebook_size = self._chunk_elements(device), self.config.codebook_size
+        return chunk_length(codebook_size, elements) if self._is_tiled else max(1, elements // codebook_size)
 
 
-def _draw(probabilities: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """
-    Draw a code for each row of `probabilities` (T, V) with the uniforms (T, 2), by inverting the cumulative
-    distribution: first that of blocks of about √V codes, then that of the codes in the block. Rows with a NaN or
-    infinity return -1.
-
-    For every V this takes one pass over the row and two random numbers. `torch.multinomial` would draw V numbers. One
-    cumulative sum over the row would be a second copy of it, in float64: in float32 its last digit is 6e-8, 1 % of
-    the mean probability at V = 131,072.
-    """
-    codebook_size = probabilities.shape[-1]
-    block_size = max(size for size in range(1, math.isqrt(codebook_size) + 1) if codebook_size % size == 0)
-    blocks = probabilities.unflatten(-1, (-1, block_size))  # (T, V / block_size, block_size)
-    block_sums = blocks.sum(dim=-1)
-    block = _invert_cumulative(block_sums, uniforms[:, 0])  # (T,)
-    rows = torch.arange(len(blocks), device=blocks.device)
-    codes = block * block_size + _invert_cumulative(blocks[rows, block], uniforms[:, 1])
-    return codes.where(block_sums.isfinite().all(dim=-1), -1)
+def _is_jumping(rates: torch.Tensor, step_size: float, uniforms: torch.Tensor) -> torch.Tensor:
+    """Whether tokens jump within a step: each with the probability 1 − exp(−h · λ)."""
+    return 1 - uniforms <= -torch.expm1(-step_size * rates)
 
 
 def _check_drawn(codes: torch.Tensor) -> None:
     # Once for all chunks, since the host waits for the device here
     if (codes < 0).any():
         raise ValueError("Cannot draw tokens: the logits must be finite, got NaN or infinite values.")
-
-
-def _invert_cumulative(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    cumulative = weights.cumsum(dim=-1, dtype=widest_dtype(weights.device))
-    # 1 − u is in (0, 1]: the first entry to reach the threshold always exists and never has weight 0.
-    thresholds = (1 - uniforms).unsqueeze(-1) * cumulative[:, -1:]
-    # Only a row with NaN has no such entry. Its index stays in bounds, and `_draw` returns -1 for it.
-    return torch.searchsorted(cumulative, thresholds).squeeze(-1).clamp_(max=weights.shape[-1] - 1)

@@ -16,7 +16,6 @@
 
 import copy
 import functools
-import json
 import math
 import os
 import re
@@ -40,7 +39,8 @@ from transformers.trainer import PREFIX_CHECKPOINT_DIR, SCHEDULER_NAME, TRAINER_
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from trl.trainer.utils import RepeatSampler
 
-from ..weights import check_state_dict, load_state_dict
+from ..checkpoint_folders import find_checkpoint, find_checkpoints, is_last, is_whole
+from ..weights import check_state_dict, compute_checksum, load_state_dict
 from .udm_grpo_config import UDMGRPOConfig
 
 
@@ -74,8 +74,6 @@ class CheckpointMixin:
         # What a script will hand to `train`: a mistake is told before `Trainer` makes a folder, and anything computes
         checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
         super().__init__(args=args, **kwargs)
-        self._resumed_checkpoint = None
-        self._is_terminated = False
         self._num_failures = Counter()  # in a row, by kind
         if checkpoint is not None:
             self._check_files(checkpoint)
@@ -205,10 +203,9 @@ class CheckpointMixin:
                 shutil.rmtree(checkpoint, ignore_errors=True)
             if not re.search(DISK_ERRORS, str(error)):
                 raise
-            folder = next(folder for folder in checkpoint.parents if folder.exists())
-            gigabytes = shutil.disk_usage(folder).free / 1e9
+            free = shutil.disk_usage(next(folder for folder in checkpoint.parents if folder.exists())).free
             raise RuntimeError(
-                f"{checkpoint} could not be written ({error}). The disk has {gigabytes:.1f} GB left. Older "
+                f"{checkpoint} could not be written ({error}). The disk has {free / 1e9:.1f} GB left. Older "
                 "checkpoints are untouched: free space, and continue with `resume_from_checkpoint=True`."
             ) from error
 
@@ -356,11 +353,8 @@ class CheckpointMixin:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # each process has only a part of them
             return None
         model = self.model if self.ref_model is None else self.ref_model
-        integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        frozen = [parameter.detach() for parameter in model.parameters() if not parameter.requires_grad]
-        frozen += (self.initial_weights or {}).values()
-        sums = [weights.view(integers[weights.element_size()]).sum(dtype=torch.int64).item() for weights in frozen]
-        return sum(place * total for place, total in enumerate(sums, start=1))
+        frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+        return compute_checksum([*frozen, *(self.initial_weights or {}).values()])
 
 
 class EpochRepeatSampler(RepeatSampler):
@@ -381,43 +375,3 @@ class EpochRepeatSampler(RepeatSampler):
             for _ in range(self.get_epoch()):
                 torch.randperm(self.num_samples, generator=self.generator)
         return super().__iter__()
-
-
-def is_whole(checkpoint: str | os.PathLike) -> bool:
-    """Whether a checkpoint has a complete `trainer_state.json`, which is written last."""
-    try:
-        json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def is_last(resume_from_checkpoint: str | bool | None) -> bool:
-    """Whether the last checkpoint is asked for, with `True` or, from the command line, with a string."""
-    return str(resume_from_checkpoint).lower() == "true"
-
-
-def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str | os.PathLike) -> str | None:
-    """The whole checkpoint that is asked for, or `None` if none is. Raises a `ValueError` if there is no such one."""
-    if is_last(resume_from_checkpoint):
-        checkpoints = find_checkpoints(output_dir)
-        whole = [checkpoint for checkpoint in checkpoints if is_whole(checkpoint)]
-        if not whole:
-            raise ValueError(
-                f"`resume_from_checkpoint` is True, but `output_dir` {output_dir!r} has no whole checkpoint "
-                f"({len(checkpoints)} torn ones). Start anew without it, or name a checkpoint."
-            )
-        return whole[-1]
-    if resume_from_checkpoint and not is_whole(resume_from_checkpoint):
-        raise ValueError(
-            f"`resume_from_checkpoint` must be a whole checkpoint, got {resume_from_checkpoint!r}, which is missing "
-            "or was not finished. `True` takes the last whole one in `output_dir`."
-        )
-    return resume_from_checkpoint or None
-
-
-def find_checkpoints(output_dir: str | os.PathLike) -> list[str]:
-    """The checkpoint folders of a run, whole or not, in the order of their steps."""
-    names = [path.name.rpartition("-") for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
-    steps = sorted(int(step) for prefix, _, step in names if prefix == PREFIX_CHECKPOINT_DIR and step.isdecimal())
-    return [str(Path(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")) for step in steps]
