@@ -19,6 +19,7 @@ Each argument of `UDMGRPOConfig`, of TRL's `ModelConfig` (LoRA among them) and o
 a key of a YAML file, which `--config` names. Flags override the file.
 """
 
+import gc
 import logging
 import math
 import os
@@ -30,12 +31,16 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
+from trl_udm import CompactProgressCallback, ThroughputCallback, UDMGRPOConfig, UDMGRPOTrainer, UDMPipeline
+
+
+# isort: split
+# After trl_udm, which imports them without looking for garbage
 import torch
 import transformers
 from transformers import ProgressCallback
 from trl import ModelConfig
 
-from trl_udm import CompactProgressCallback, ThroughputCallback, UDMGRPOConfig, UDMGRPOTrainer, UDMPipeline
 from trl_udm.checkpoint_folders import find_checkpoint
 from trl_udm.cli.parser import Parser, check_range
 from trl_udm.evaluation.comparison import train_and_compare, train_and_compare_texts
@@ -44,6 +49,7 @@ from trl_udm.evaluation.report import format_table
 
 CONFIGS_DIR = Path(__file__).parent / "configs"
 
+gc.freeze()  # what is imported stays: to look for garbage in it before the first step would take half a second
 sys.path.append(os.getcwd())  # for `module:attribute` of a module of yours; a script's own folder is there already
 
 

@@ -31,7 +31,28 @@ IMPORT_AND_LIST = """
 import sys
 import trl_udm
 dir(trl_udm)
-print(*sorted({"torch", "trl", "transformers", "diffusers"} & set(sys.modules)))
+heavy = {"torch", "trl", "transformers", "diffusers", "peft", "accelerate", "datasets", "numpy", "PIL", "matplotlib"}
+print(*sorted(heavy & set(sys.modules)))
+"""
+
+# What the classes that trl_udm extends import themselves is no choice of its own
+IMPORT_EXAMPLE = """
+import sys
+from diffusers.models.autoencoders.vq_model import VQModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from transformers.models.qwen3 import modeling_qwen3
+from trl import GRPOTrainer
+
+theirs = set(sys.modules)
+sys.path.append("examples")
+import train_geneval
+
+new = set(sys.modules) - theirs
+packages = {name.partition(".")[0] for name in new} - theirs - sys.stdlib_module_names
+models = {name for name in new if name.startswith("transformers.models.")}
+unused = {"memory", "rewards.clip", "rewards.mask2former", "rewards.remote", "worlds.words", "worlds.sums"}
+unused |= {"pipelines.pipeline_diffusion_gemma", "pipelines.pipeline_text", "callbacks.guardrails"}
+print(*sorted(packages | models | {name for name in new if name.removeprefix("trl_udm.") in unused}))
 """
 
 
@@ -40,6 +61,35 @@ def test_import_loads_no_heavy_package():
         [sys.executable, "-c", IMPORT_AND_LIST], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
     )
     assert run.stdout.split() == []
+
+
+def test_an_example_loads_no_package_that_it_does_not_use():
+    """Neither Matplotlib before a picture is drawn, nor reward models and clients, nor other families and worlds."""
+    run = subprocess.run(
+        [sys.executable, "-c", IMPORT_EXAMPLE], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == ["common", "train_geneval", "trl_udm"]
+
+
+IMPORT_PROBE = """
+import gc
+import sys
+import trl_udm
+
+if sys.argv[1] == "False":
+    gc.disable()
+trl_udm._MODULES |= {"was_enabled": "probe", "missing": "probe"}
+print(trl_udm.was_enabled, gc.isenabled(), hasattr(trl_udm, "missing"), gc.isenabled())
+"""
+
+
+@pytest.mark.parametrize("is_enabled", ["True", "False"])
+def test_no_garbage_is_looked_for_during_an_import(is_enabled, tmp_path):
+    """The collector is then as it was, also after an import that fails."""
+    (tmp_path / "probe.py").write_text("import gc\nwas_enabled = gc.isenabled()")
+    command = [sys.executable, "-c", f"import sys\nsys.path.append({str(tmp_path)!r})\n{IMPORT_PROBE}", is_enabled]
+    run = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["False", is_enabled, "False", is_enabled]
 
 
 def test_neither_the_package_nor_an_extra_brings_torchvision():

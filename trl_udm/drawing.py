@@ -27,16 +27,14 @@ import unicodedata
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import matplotlib.style
-from matplotlib import font_manager
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ft2font import FT2Font
-from matplotlib.rcsetup import cycler
-from matplotlib.text import Text
 from PIL import ImageDraw, ImageFont
+
+
+# Matplotlib is imported where it is used: a run that draws nothing starts faster
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 logger = logging.getLogger(__name__)
@@ -48,7 +46,7 @@ BLUE, _, GREEN, RED = PALETTE[:4]
 # A page shows a picture about 830 pixels wide, which are 8.65 inches. So a figure of this width keeps its font size.
 PAGE_WIDTH = 8.65
 STYLE: dict[str, Any] = {
-    "axes.prop_cycle": cycler(color=PALETTE),
+    "axes.prop_cycle": f"cycler(color={PALETTE})",
     "axes.grid": True,
     "grid.alpha": 0.3,
     "font.size": 10,
@@ -68,6 +66,9 @@ class Font(NamedTuple):
 
 @functools.cache
 def _list_fonts() -> list[Font]:
+    import matplotlib
+    from matplotlib import font_manager
+
     bundled = Path(matplotlib.get_data_path(), "fonts", "ttf")
     fonts = [Font("DejaVu Sans", str(bundled / "DejaVuSans.ttf"))]
     installed = font_manager.fontManager.ttflist
@@ -86,6 +87,8 @@ def _list_fonts() -> list[Font]:
 
 @functools.cache
 def _read_letters(font: Font) -> frozenset[int]:
+    from matplotlib.ft2font import FT2Font
+
     try:
         return frozenset(FT2Font(font.path, face_index=font.face_index).get_charmap())
     except (OSError, RuntimeError):  # removed since Matplotlib listed it, or damaged
@@ -190,7 +193,7 @@ def wrap_text(text: str, size: int, width: float, max_lines: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def open_figure(path: str | Path, height: float) -> Iterator[Figure]:
+def open_figure(path: str | Path, height: float) -> "Iterator[Figure]":
     """
     Gives a figure that is as wide as a page, and writes it to a file at the end. It has this module's style and fonts,
     whatever Matplotlib's settings are. They are the same again afterwards.
@@ -204,6 +207,11 @@ def open_figure(path: str | Path, height: float) -> Iterator[Figure]:
     Returns:
         `Iterator[Figure]`: The figure, in a context.
     """
+    import matplotlib.style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
     with matplotlib.style.context(STYLE, after_reset=True):
         figure = Figure(figsize=(PAGE_WIDTH, height), layout="constrained")
         FigureCanvasAgg(figure)
