@@ -184,6 +184,8 @@ def estimate_memory(
         if args.disable_dropout:
             disable_dropout_in_model(model)
         pipeline = _copy_pipeline(pipeline, transformer)
+        if device == "cuda":
+            pipeline.scheduler.max_chunk_elements_on_cpu = math.inf  # fake tensors are on a CPU
         trained = list(trained.values())
         ema = None if args.ema_decay is None else EMAModel(trained, decay=args.ema_decay, foreach=True)
         all_weights = tracker.live
