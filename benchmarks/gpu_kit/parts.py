@@ -265,7 +265,7 @@ def list_parts(stage: str) -> dict[str, tuple[Callable[..., dict[str, Any]], tup
     """For each part the function that measures it, its arguments, and the seconds that it may take."""
     first, *others = BATCH_SIZES
     if stage == "tests":
-        seconds = {"test_numbers": 150, "test_runs": 280, "test_on_a_cpu": 80}
+        seconds = {"test_numbers": 150, "test_runs": 280, "test_on_a_cpu": 90}
         return {name: (run_tests, (f"{name}.py",), limit) for name, limit in seconds.items()}
     if stage == "learn":
         return {"learn": (run_learning, (), 500)}
@@ -273,7 +273,7 @@ def list_parts(stage: str) -> dict[str, tuple[Callable[..., dict[str, Any]], tup
         return {name: (run_reward, (name,), 170) for name in ("pickscore", "mask2former", "hpsv2")}
     kinds = ("lora", "full")
     if stage == "estimates":
-        return {f"estimate-{kind}-{size}": (estimate, (kind, size), 120) for size in BATCH_SIZES for kind in kinds}
+        return {f"estimate-{kind}-{size}": (estimate, (kind, size), 500) for size in BATCH_SIZES for kind in kinds}
     parts: dict[str, Any] = {f"step-{kind}-{first}": (run_step, (kind, first), 120) for kind in kinds}
     settings = [(kind, first, False) for kind in kinds] + [("lora", first, True)]
     settings += [(kind, size, False) for size in others for kind in kinds] + [("full", first, True)]
@@ -342,6 +342,10 @@ def main() -> None:
     stages = STAGES if args.stage == "all" else (args.stage,)
     end = time.monotonic() + float(os.environ.get("KIT_SECONDS", len(stages) * STAGE_SECONDS))
     num_left = sum(run_stage(stage, args.output_dir, min(end, time.monotonic() + STAGE_SECONDS)) for stage in stages)
+    results = [args.output_dir / f"{name}.json" for name in list_parts("tests") if "tests" in stages]
+    failed = [test for path in results if path.exists() for test in json.loads(path.read_text())["failed"]]
+    if failed:
+        raise SystemExit(f"Tests failed: {', '.join(failed)}. Delete the JSON files of their parts to run them again.")
     if num_left > 0:
         raise SystemExit(f"{num_left} parts have no result. The same command runs them again.")
 

@@ -11,7 +11,8 @@ stage=${1:?usage: run.sh tests|speed|learn|rewards|estimates|all [OUT]}
 out=${2:-outputs/gpu_kit}
 python=${PYTHON:-python3}
 wheels=benchmarks/gpu_kit/wheels
-site=${KIT_SITE:-${TMPDIR:-/tmp}/trl-udm-gpu-kit}
+# dill, by which datasets hashes, pickles modules by their content unless they are in a folder of this name.
+site=${KIT_SITE:-${TMPDIR:-/tmp}/trl-udm-gpu-kit}/site-packages
 
 # Beside PyTorch, which stays as it is: what the folder of wheels has goes before what the machine has.
 if [ -e "$wheels/requirements.txt" ] && [ ! -e "$site/done" ]; then
