@@ -21,6 +21,7 @@ beside it. The most important parts come first.
 import argparse
 import json
 import os
+import signal
 import string
 import subprocess
 import sys
@@ -39,7 +40,7 @@ SIZE = "tiny" if IS_REHEARSAL else "ursa-1.7b-ibq512"
 BATCH_SIZES = (2,) if IS_REHEARSAL else (16, 64, 4)  # in the order of their importance
 NUM_STEPS = 3 if IS_REHEARSAL else 60  # of learning
 NUM_IMAGES = 4 if IS_REHEARSAL else 64  # of a call of a reward
-STAGE_SECONDS = 520
+STAGE_SECONDS = 3600 if IS_REHEARSAL else 520
 MAX_ROWS = 24  # that are scored or trained on at a time
 
 
@@ -293,21 +294,26 @@ def run_stage(stage: str, output_dir: Path, deadline: float) -> int:
         path, left = output_dir / f"{name}.json", deadline - time.monotonic()
         if path.exists():
             continue
-        outcome, started = "out of time", time.monotonic()
+        outcome, started = "not started", time.monotonic()
         if left > 20:
-            command = [sys.executable, __file__, stage, str(output_dir), "--part", name]
-            with open(path.with_suffix(".log"), "w") as log:
-                # A group of its own, so that the processes that it started end with it
-                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, process_group=0)
-                try:
-                    outcome = "done" if process.wait(min(limit, left)) == 0 else f"failed, see {log.name}"
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, 9)
-                    process.wait()
-                    outcome = f"stopped after {time.monotonic() - started:.0f} s, see {log.name}"
+            outcome = start_part(stage, name, path, min(left, 5 * limit if IS_REHEARSAL else limit))
         num_left += outcome != "done"
         print(f"{stage}: {name}: {outcome} ({time.monotonic() - started:.0f} s)", flush=True)
     return num_left
+
+
+def start_part(stage: str, name: str, path: Path, num_seconds: float) -> str:
+    """Runs a part in a process of its own. Returns what became of it."""
+    command = [sys.executable, __file__, stage, str(path.parent), "--part", name]
+    with open(path.with_suffix(".log"), "w") as log:
+        # A group of its own, so that the processes that it started end with it
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, process_group=0)
+        try:
+            return "done" if process.wait(num_seconds) == 0 else f"failed, see {log.name}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return f"stopped, see {log.name}"
 
 
 def run_part(stage: str, name: str, output_dir: Path) -> None:
