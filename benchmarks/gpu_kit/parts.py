@@ -160,7 +160,9 @@ def run_step(kind: str, batch_size: int, folder: Path) -> dict[str, Any]:
 
 def run_learning(folder: Path) -> dict[str, Any]:
     command = [sys.executable, "examples/train_geneval.py", "--max_steps", str(NUM_STEPS), "--output_dir", str(folder)]
-    subprocess.run([*command, "--use_cpu", str(IS_REHEARSAL)], cwd=ROOT, check=True)
+    command += ["--use_cpu", str(IS_REHEARSAL)]
+    command += ["--per_device_train_batch_size", "24"] * IS_REHEARSAL
+    subprocess.run(command, cwd=ROOT, check=True)
     return read_learning(folder)
 
 
