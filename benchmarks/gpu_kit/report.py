@@ -104,7 +104,9 @@ def report_learning(folder: Path) -> str:
         if rewards:
             ends = [statistics.mean(part) for part in (rewards[:10], rewards[-10:])]
             ends += [run[moment]["overall"] for moment in ("before", "after")]
-            cells = [*(f"{value:.3f}" for value in ends), f"{run['seconds'] / len(rewards):.2f}"]
+            # Other work shared the machine of the stored run
+            seconds = run["seconds"] / len(rewards) if "seconds" in run else None
+            cells = [*(f"{value:.3f}" for value in ends), format_cell(seconds, "{:.2f}")]
         rows.append([name, *cells])
     heads = ["run", "reward, steps 1 to 10", "last 10 steps", "accuracy before", "after", "s a step"]
     return format_table(heads, rows)
