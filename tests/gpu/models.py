@@ -60,9 +60,12 @@ def build_network(device, codebook_size=40_000):
     return network.to(device)
 
 
-def build_scheduler(device, is_metric, codebook_size=128):
-    scheduler = KineticOptimalScheduler(alpha=0.9 if is_metric else None, codebook_size=codebook_size, shift=2.0)
-    if is_metric:
+def build_scheduler(device, path, codebook_size=128):
+    """Of the metric path, computed at once or in tiles, or of the mixture path."""
+    scheduler = KineticOptimalScheduler(None if path == "mixture" else 0.9, codebook_size=codebook_size, shift=2.0)
+    if path == "tiled metric":
+        scheduler.max_untiled_codes = 0
+    if path != "mixture":
         scheduler.set_codebook(torch.randn(codebook_size, 8, generator=torch.Generator().manual_seed(0)))
     scheduler.set_timesteps(5, device=device)
     return scheduler

@@ -20,16 +20,18 @@ import pytest
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("is_metric", [True, False], ids=["metric", "mixture"])
+@pytest.mark.parametrize("path", ["metric", "tiled metric", "mixture"])
 @pytest.mark.parametrize("one_each", [False, True], ids=["one generator", "one for each sample"])
-def test_a_generator_on_the_cpu_draws_the_same_tokens(both, is_metric, one_each):
+def test_a_generator_on_the_cpu_draws_the_same_tokens(both, path, one_each):
     """Noised states, and each step of the grid from the same logits and states."""
     import torch
+
+    from trl_udm.schedulers.draws import TiledLogits
 
     from .models import build_scheduler
 
     def draw(device):
-        scheduler = build_scheduler(device, is_metric)
+        scheduler = build_scheduler(device, path)
         inputs = torch.Generator().manual_seed(1)
         clean = torch.randint(128, (4, 64), generator=inputs)
         logits = 2 * torch.randn(5, 4, 64, 128, generator=inputs).to(device)
@@ -37,6 +39,9 @@ def test_a_generator_on_the_cpu_draws_the_same_tokens(both, is_metric, one_each)
         generator = generator if one_each else generator[0]
         samples = [scheduler.add_noise(clean.to(device), 0.3, generator=generator)]
         for timestep, step_logits in zip(scheduler.timesteps, logits, strict=True):
+            if path == "tiled metric":
+                tokens = step_logits.flatten(0, 1)
+                step_logits = TiledLogits(step_logits.shape, lambda rows, codes, tokens=tokens: tokens[rows, codes])
             output = scheduler.step(step_logits, timestep, samples[0], generator=generator)
             samples += [output.prev_sample, output.pred_original_sample]
         return torch.stack(samples)
@@ -46,15 +51,15 @@ def test_a_generator_on_the_cpu_draws_the_same_tokens(both, is_metric, one_each)
     assert not torch.equal(actual[0], actual[3])  # step 0 of the metric path moves no token
 
 
-@pytest.mark.parametrize("is_metric", [True, False], ids=["metric", "mixture"])
-def test_draws_have_the_probabilities_of_the_path(device, is_metric):
+@pytest.mark.parametrize("path", ["metric", "tiled metric", "mixture"])
+def test_draws_have_the_probabilities_of_the_path(device, path):
     """Noised states and both outputs of a step, by the device's own generator. Each test fails once in a thousand."""
     import torch
     from scipy.stats import chisquare
 
     from .models import build_scheduler
 
-    scheduler = build_scheduler(device, is_metric, codebook_size=12)
+    scheduler = build_scheduler(device, path, codebook_size=12)
     generator = torch.Generator(device).manual_seed(2)
     num_draws = 20_000
     clean = torch.full((1, num_draws), 3, device=device)

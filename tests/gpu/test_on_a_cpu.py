@@ -103,8 +103,9 @@ def meta_pipeline(monkeypatch):
     """
     A pipeline on PyTorch's device "meta", in a mode that refuses operations of tensors of two devices, as a GPU does.
 
-    Tensors of that device have no contents. What depends on them is answered: nothing is found wrong, all times are 0,
-    and every token jumps. (Fake tensors on "cuda" cannot be indexed where PyTorch was built for a CPU.)
+    Tensors of that device have no contents. What depends on them is answered: nothing is found wrong, numbers are 1,
+    such as that of a step, and every token jumps. (Fake tensors on "cuda" cannot be indexed where PyTorch was built
+    for a CPU.)
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -123,7 +124,7 @@ def meta_pipeline(monkeypatch):
                 raise RuntimeError(f"{func} got tensors on two devices, {sorted(devices)}.")
             if devices | {tensor.device.type for tensor in tensors} == {"meta"}:
                 if func is aten._local_scalar_dense.default:
-                    return 0
+                    return int(args[0].dtype != torch.bool)
                 if func is aten.all.default:
                     return torch.tensor(True)
                 if func is aten.nonzero.default:
@@ -141,10 +142,12 @@ def meta_pipeline(monkeypatch):
         yield pipeline
 
 
-def test_devices_are_not_mixed(meta_pipeline):
+@pytest.mark.parametrize("max_untiled_codes", [600, 0])
+def test_devices_are_not_mixed(meta_pipeline, max_untiled_codes):
     """Sampling with guidance and generators of the CPU, decoding, noising, scoring and its gradient."""
     import torch
 
+    meta_pipeline.scheduler.max_untiled_codes = max_untiled_codes
     shape = meta_pipeline.latent_shape()
     ids, mask = meta_pipeline.encode_prompt(["a", "b"])
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
