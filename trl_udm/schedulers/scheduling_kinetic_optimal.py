@@ -54,7 +54,7 @@ class KineticOptimalSchedulerOutput(BaseOutput):
     """
 
     prev_sample: torch.Tensor
-    pred_original_sample: torch.Tensor | None = None
+    pred_original_sample: torch.Tensor
 
 
 class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin, ConfigMixin):
@@ -468,7 +468,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
             )
         # Drawn at once, so that no draw depends on the size of the chunks or on other tokens
         uniforms = rand_tensor((*sample.shape, 5), generator, sample.device, widest_dtype(sample.device))
-        pred_original_sample = None
+        pred_original_sample: Any = None
         if model_output is not None:
             pred_original_sample = self._draw_original_sample(model_output, sample, uniforms[..., :2])
         if step_index == self.num_inference_steps - 1:
@@ -573,8 +573,8 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         return self.needs_codebook and self.config.codebook_size > self.max_untiled_codes
 
     def _chunk_elements(self, device: torch.device) -> int:
-        is_cpu = device.type == "cpu"
-        return min(self.max_chunk_elements, self.max_chunk_elements_on_cpu if is_cpu else math.inf)
+        elements = self.max_chunk_elements
+        return min(elements, self.max_chunk_elements_on_cpu) if device.type == "cpu" else elements
 
     def _chunk_length(self, device: torch.device) -> int:
         """Number of tokens that are worked on at a time."""
