@@ -9,6 +9,10 @@ WORKERS ?= auto
 # `make test-lowest` and `make test-latest` take this PyTorch too: its builds depend on the machine, and are large.
 # TORCH=torch takes the newest, TORCH=torch==2.7.* the lowest.
 TORCH ?= $(shell grep '^torch==' constraints.txt)
+# Of the machine with a GPU that `make gpu-wheels` is for: its Python, what it has beside PyTorch, and what it takes.
+GPU_PYTHON ?= 3.12
+GPU_HAS ?= numpy scipy pandas pyarrow matplotlib pillow
+GPU_WHEELS_MIB ?= 60
 # HF_HUB_OFFLINE=0 lets the commands download models.
 HF_HUB_OFFLINE ?= 1
 # `accelerate launch` would give a process one thread where it is not told a number.
@@ -17,7 +21,7 @@ NUM_THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 export HF_HUB_OFFLINE
 
 .DEFAULT_GOAL := help
-.PHONY: help install geneval test test-lowest test-latest coverage types style format docs build clean
+.PHONY: help install geneval test test-lowest test-latest coverage types style format docs build gpu-wheels clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -76,6 +80,9 @@ docs: .venv/.installed ## build the documentation site in site/
 build: .venv/.installed ## build the wheel and the source archive in dist/, and check their page
 	.venv/bin/python -m build
 	.venv/bin/python -m twine check --strict dist/*
+
+gpu-wheels: .venv/.installed ## download what benchmarks/gpu_kit needs on a machine without network
+	.venv/bin/python benchmarks/gpu_kit/wheels.py --python $(GPU_PYTHON) --has $(GPU_HAS) --max_mib $(GPU_WHEELS_MIB)
 
 clean: ## remove build products and caches, not the environments
 	rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -72,7 +72,11 @@ def train(output_dir: Path, lora: bool, num_steps: int) -> None:
         "optimizer": torch.load(Path(last) / "optimizer.pt", weights_only=True),
         "average": trainer.ema.shadow_params,
         "metrics": [
-            {name: value for name, value in log.items() if "step_time" not in name and "profiling" not in name}
+            {
+                name: value
+                for name, value in log.items()
+                if not name.endswith(("time", "per_second")) and "profiling" not in name
+            }
             for log in trainer.state.log_history
             if "loss" in log  # not the summary at the end, which has timings
         ],

@@ -31,7 +31,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from trl_udm import CompactProgressCallback, ThroughputCallback, UDMGRPOConfig, UDMGRPOTrainer, UDMPipeline
+from trl_udm import CompactProgressCallback, UDMGRPOConfig, UDMGRPOTrainer, UDMPipeline
 
 
 # isort: split
@@ -129,9 +129,8 @@ def silence_libraries() -> None:
 
 
 def show_progress(trainer: UDMGRPOTrainer) -> None:
-    """Prints short lines of metrics, with throughput. With `--disable_tqdm True` they stay dictionaries."""
+    """Prints short lines of metrics. With `--disable_tqdm True` they stay dictionaries."""
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # read by TRL
-    trainer.add_callback(ThroughputCallback(trainer))
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(CompactProgressCallback)
 

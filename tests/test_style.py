@@ -304,7 +304,7 @@ def find_used_names() -> dict[str, set[str]]:
         theirs |= {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == "self"}
     theirs = set(filter(is_private, theirs)) - set(find_overridden_names())
     used = {}
-    for path in sorted([*PACKAGE.glob("trainer/*.py"), *PACKAGE.glob("callbacks/*.py")]):
+    for path in sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("trainer/*.py"), *PACKAGE.glob("callbacks/*.py")]):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and node.attr in theirs:
                 used.setdefault(node.attr, set()).add(str(path.relative_to(ROOT)))

@@ -41,7 +41,7 @@ _MODULES = {
     "PickScoreReward": ".rewards.clip",
     "RemoteReward": ".rewards.remote.client",
     "TextUDMPipeline": ".pipelines.pipeline_text",
-    "ThroughputCallback": ".callbacks.throughput",
+    "ThroughputCallback": ".throughput",
     "UDMGRPOConfig": ".trainer.udm_grpo_config",
     "UDMGRPOTrainer": ".trainer.udm_grpo_trainer",
     "UDMPipeline": ".pipelines.pipeline_udm",
@@ -59,7 +59,6 @@ if TYPE_CHECKING:
     from .callbacks.diagnostics import DiagnosticsCallback as DiagnosticsCallback
     from .callbacks.guardrails import GuardrailCallback as GuardrailCallback
     from .callbacks.progress import CompactProgressCallback as CompactProgressCallback
-    from .callbacks.throughput import ThroughputCallback as ThroughputCallback
     from .memory import MemoryEstimate as MemoryEstimate
     from .memory import estimate_memory as estimate_memory
     from .models.autoencoder_vq import AutoencoderVQ as AutoencoderVQ
@@ -81,6 +80,7 @@ if TYPE_CHECKING:
     from .rewards.remote.client import RemoteReward as RemoteReward
     from .schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler as KineticOptimalScheduler
     from .schedulers.scheduling_uniform_ddim import UniformDDIMScheduler as UniformDDIMScheduler
+    from .throughput import ThroughputCallback as ThroughputCallback
     from .trainer.ema import EMACallback as EMACallback
     from .trainer.udm_grpo_config import UDMGRPOConfig as UDMGRPOConfig
     from .trainer.udm_grpo_trainer import UDMGRPOTrainer as UDMGRPOTrainer

@@ -47,12 +47,14 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str |
                 f"({len(checkpoints)} torn ones). Start anew without it, or name a checkpoint."
             )
         return whole[-1]
-    if resume_from_checkpoint and not is_whole(resume_from_checkpoint):
+    if not resume_from_checkpoint:
+        return None
+    if not is_whole(str(resume_from_checkpoint)):
         raise ValueError(
             f"`resume_from_checkpoint` must be a whole checkpoint, got {resume_from_checkpoint!r}, which is missing "
             "or was not finished. `True` takes the last whole one in `output_dir`."
         )
-    return resume_from_checkpoint or None
+    return str(resume_from_checkpoint)
 
 
 def find_checkpoints(output_dir: str | os.PathLike) -> list[str]:

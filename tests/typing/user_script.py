@@ -275,7 +275,7 @@ trainer = UDMGRPOTrainer(
     eval_reward_funcs=PickScoreReward(),
 )
 trainer.add_callback(DiagnosticsCallback(trainer, ["a red car"]))
-trainer.add_callback(ThroughputCallback(trainer))
+trainer.remove_callback(ThroughputCallback)
 trainer.add_callback(CompactProgressCallback)
 trainer.train(resume_from_checkpoint=True)
 trainer.save_model()

@@ -18,6 +18,8 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from .. import __version__
+
 
 @dataclass
 class Arguments:
@@ -36,7 +38,8 @@ def run(arguments: Arguments) -> None:
 
     print(f"platform: {platform.platform()}")
     print(f"python: {platform.python_version()}")
-    for name in ("trl-udm", "torch", "transformers", "trl", "diffusers", "peft", "accelerate", "datasets"):
+    print(f"trl-udm: {__version__}")  # also of a checkout that is not installed
+    for name in ("torch", "transformers", "trl", "diffusers", "peft", "accelerate", "datasets"):
         print(f"{name}: {version(name)}")
     for name in ("deepspeed", "rapidocr", "onnxruntime", "scipy", "fastapi"):
         try:

@@ -15,6 +15,7 @@
 """Log-probabilities of tokens under a head with many codes, where TRL's fused head has no Triton kernel."""
 
 import itertools
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -73,7 +74,7 @@ def _score_tokens(
     return torch.cat(log_probs), torch.cat(entropies)
 
 
-def is_matrix(head: nn.Module) -> bool:
+def is_matrix(head: nn.Module) -> TypeGuard[nn.Linear]:
     """
     Whether the logits of a head are products with its weight.
 

@@ -455,32 +455,33 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         self._num_timesteps = len(self.scheduler.timesteps)
         needs_logits = callback is not None and "logits" in callback_tensor_inputs
         # Those of a family may not exist whole
-        predict = functools.partial(UDMPipeline._predict, self) if needs_logits else self._predict
+        predict: Any = functools.partial(UDMPipeline._predict, self) if needs_logits else self._predict
         needs_model_output = getattr(self.scheduler, "needs_model_output", lambda timestep: True)
         noised_samples, pred_original_samples = [], []
         for i, timestep in enumerate(self.scheduler.timesteps.tolist()):
             if self.interrupt:
                 break
             t = torch.full((batch_size,), self.scheduler.timestep_to_t(timestep), device=device)
-            inputs, guidance_scale = (prompt_ids, prompt_mask, latents), None
+            inputs: Any = (prompt_ids, prompt_mask, latents)
+            scale = None
             if self.do_classifier_free_guidance and self.scheduler.timestep_to_t(timestep) < guidance_trunc:
                 if negative_prompt_ids is None or negative_prompt_mask is None:
                     raise ValueError(
                         f"`guidance_scale` must be 1.0 without `negative_prompt_ids`, got {self.guidance_scale}."
                     )
                 negative_inputs = (negative_prompt_ids, negative_prompt_mask, latents)
-                inputs = tuple(torch.cat(pair) for pair in zip(inputs, negative_inputs, strict=True))
-                t, guidance_scale = torch.cat([t, t]), self.guidance_scale
+                inputs = (torch.cat(pair) for pair in zip(inputs, negative_inputs, strict=True))
+                t, scale = torch.cat([t, t]), self.guidance_scale
             logits = None
             if needs_logits or return_trajectory or needs_model_output(timestep):
-                logits = predict(*inputs, latent_shape, t, guidance_scale, **denoise_kwargs)  # (B, N, V)
+                logits = predict(*inputs, latent_shape, t, scale, **denoise_kwargs)  # (B, N, V)
             output = self.scheduler.step(logits, timestep, latents, generator=generator)
             if return_trajectory:
                 noised_samples.append(latents)
                 pred_original_samples.append(output.pred_original_sample)
             latents = output.prev_sample
             if callback is not None:
-                tensors = {"latents": latents, "logits": logits}
+                tensors: dict[str, Any] = {"latents": latents, "logits": logits}
                 tensors = {name: tensors[name] for name in callback_tensor_inputs}
                 latents = callback(i, timestep, tensors).pop("latents", latents)
             del logits  # they would stay in memory while the next ones are computed

@@ -327,12 +327,15 @@ class URSAPipeline(PromptCutter, UDMPipeline):
         latent_shape: tuple[int, ...],
         t: torch.Tensor,
         guidance_scale: float | None,
+        **denoise_kwargs,
     ) -> torch.Tensor | TiledLogits:
         head, codebook_size = self.transformer.get_output_embeddings(), self.scheduler.config.codebook_size
         is_tiled = codebook_size > getattr(self.scheduler, "max_untiled_codes", math.inf)
         # Hooks that move weights, or cast the head, replace its `forward`
         if not is_tiled or not is_matrix(head) or "forward" in vars(head):
-            return super()._predict(prompt_ids, prompt_mask, noised_samples, latent_shape, t, guidance_scale)
+            return super()._predict(
+                prompt_ids, prompt_mask, noised_samples, latent_shape, t, guidance_scale, **denoise_kwargs
+            )
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape)
         outputs = self.transformer(**inputs, logits_to_keep=noised_samples.size(1) + 1, skip_logits=True)
         hidden_states = outputs.last_hidden_state[:, :-1]  # (B, N, D), with guidance (2 * B, N, D)
@@ -341,8 +344,10 @@ class URSAPipeline(PromptCutter, UDMPipeline):
         parts = hidden_states.reshape(num_parts, shape[0] * shape[1], -1)
 
         def compute(rows: slice | torch.Tensor, codes: slice) -> torch.Tensor:
-            logits, *negative_logits = F.linear(parts[:, rows], head.weight[codes])
-            return (torch.lerp(*negative_logits, logits, guidance_scale) if negative_logits else logits).float()
+            logits = F.linear(parts[:, rows], head.weight[codes])
+            if guidance_scale is None:
+                return logits[0].float()
+            return torch.lerp(logits[1], logits[0], guidance_scale).float()
 
         return TiledLogits(shape, compute)
 

@@ -25,8 +25,8 @@ import torch
 from ..random_tensor import widest_dtype
 
 
-TILE_WIDTH = 512
-"""Least number of codes in a tile, where a codebook has as many."""
+TILE_WIDTHS = (512, 4096)
+"""Least and largest number of codes in a tile, where a codebook has as many. Few tokens do not make a tile wider."""
 
 Compute: TypeAlias = Callable[[slice | torch.Tensor, slice], torch.Tensor]
 """Values in float32, of shape `(T, W)`, of T tokens and W codes."""
@@ -65,8 +65,8 @@ class TiledLogits:
 
         def draw(start: int, uniforms: torch.Tensor) -> torch.Tensor:
             def compute(rows: slice | torch.Tensor, codes: slice) -> torch.Tensor:
-                is_all = isinstance(rows, slice)
-                return self.compute(slice(start, start + len(uniforms)) if is_all else start + rows, codes)
+                chunk = slice(start, start + len(uniforms)) if isinstance(rows, slice) else start + rows
+                return self.compute(chunk, codes)
 
             return draw_tiled_codes(compute, codebook_size, uniforms, max_elements)
 
@@ -136,8 +136,8 @@ def draw_tiled_codes(compute: Compute, codebook_size: int, uniforms: torch.Tenso
     probabilities = block_logits.softmax(dim=-1)  # (T, V / size)
     block = invert_cumulative(probabilities, uniforms[:, 0])
     logits = compute_blocks(compute, block, codebook_size)  # (T, size)
-    codes = block * size + invert_cumulative(logits.softmax(dim=-1), uniforms[:, 1])
-    return codes.where(probabilities.isfinite().all(dim=-1), -1)
+    drawn = block * size + invert_cumulative(logits.softmax(dim=-1), uniforms[:, 1])
+    return drawn.where(probabilities.isfinite().all(dim=-1), -1)
 
 
 def compute_blocks(compute: Compute, block: torch.Tensor, codebook_size: int) -> torch.Tensor:
@@ -175,13 +175,13 @@ def block_size(codebook_size: int) -> int:
 def chunk_length(codebook_size: int, max_elements: int) -> int:
     """Number of tokens whose tiles, and whose sums of blocks, have at most `max_elements` elements."""
     num_blocks = codebook_size // block_size(codebook_size)
-    return max(1, max_elements // max(min(TILE_WIDTH, codebook_size), num_blocks))
+    return max(1, max_elements // max(min(TILE_WIDTHS[0], codebook_size), num_blocks))
 
 
 def split_codes(num_tokens: int, codebook_size: int, max_elements: int) -> Iterator[tuple[slice, slice]]:
     """Tiles of whole blocks, for a chunk of that many tokens: slices of the codes and of the blocks."""
     size = block_size(codebook_size)
-    length = max(1, max_elements // max(num_tokens, 1) // size)
+    length = max(1, min(max_elements // max(num_tokens, 1), TILE_WIDTHS[1]) // size)
     for start in range(0, codebook_size // size, length):
         stop = min(start + length, codebook_size // size)
         yield slice(start * size, stop * size), slice(start, stop)

@@ -54,7 +54,7 @@ class KineticOptimalSchedulerOutput(BaseOutput):
     """
 
     prev_sample: torch.Tensor
-    pred_original_sample: torch.Tensor | None = None
+    pred_original_sample: torch.Tensor
 
 
 class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin, ConfigMixin):
@@ -87,11 +87,11 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
     itself.
 
     **Memory and precision.** `step` and `add_noise` work on at most `max_chunk_elements` pairs of a token and a code
-    at a time, and on a CPU on at most 2²⁰, which its caches hold. A few float32 tensors of that size exist at once,
-    for every batch size. With more than `max_untiled_codes` codes, even a token's own row of probabilities is computed
-    in parts. Codes, distances and probabilities are float32 for every dtype of the logits, also under autocast. Leave
-    TF32 matrix products off, as PyTorch does by default: they round codes to 10 bits, which changes p_t by up to about
-    1e-3 in total variation.
+    at a time, and on at most `max_chunk_elements_on_cpu` on a CPU, whose caches hold them. A few float32 tensors of
+    that size exist at once, for every batch size. With more than `max_untiled_codes` codes, even a token's own row of
+    probabilities is computed in parts. Codes, distances and probabilities are float32 for every dtype of the logits,
+    also under autocast. Leave TF32 matrix products off, as PyTorch does by default: they round codes to 10 bits, which
+    changes p_t by up to about 1e-3 in total variation.
 
     **Codes** are the scheduler's own weights. They are saved and loaded with it, and a scheduler that `from_config`
     makes from `other.config` has a copy of the other's.
@@ -135,6 +135,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
 
     order = 1
     max_chunk_elements = 2**24
+    max_chunk_elements_on_cpu = 2**20
     max_untiled_codes = 4096
 
     def __init__(
@@ -467,7 +468,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
             )
         # Drawn at once, so that no draw depends on the size of the chunks or on other tokens
         uniforms = rand_tensor((*sample.shape, 5), generator, sample.device, widest_dtype(sample.device))
-        pred_original_sample = None
+        pred_original_sample: Any = None
         if model_output is not None:
             pred_original_sample = self._draw_original_sample(model_output, sample, uniforms[..., :2])
         if step_index == self.num_inference_steps - 1:
@@ -572,7 +573,8 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         return self.needs_codebook and self.config.codebook_size > self.max_untiled_codes
 
     def _chunk_elements(self, device: torch.device) -> int:
-        return min(self.max_chunk_elements, 2**20) if device.type == "cpu" else self.max_chunk_elements
+        elements = self.max_chunk_elements
+        return min(elements, self.max_chunk_elements_on_cpu) if device.type == "cpu" else elements
 
     def _chunk_length(self, device: torch.device) -> int:
         """Number of tokens that are worked on at a time."""

@@ -26,6 +26,8 @@ from accelerate.utils import is_peft_model
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
+from .. import __version__
+
 
 if TYPE_CHECKING:
     from .udm_grpo_trainer import UDMGRPOTrainer
@@ -82,7 +84,7 @@ def make_model_card(
 
     num_rewards = len(trainer.reward_funcs) - trainer._num_eval_reward_funcs
     module = type(trainer.pipeline).__module__
-    packages = ("trl-udm", "trl", "transformers", "diffusers", "peft", "torch")
+    packages = ("trl", "transformers", "diffusers", "peft", "torch")
     return ModelCard.from_template(
         data,
         template_path=Path(__file__).parents[1] / "templates" / "model_card.md",
@@ -102,7 +104,7 @@ def make_model_card(
         results=results,
         config=type(args).__name__,
         training=_describe_training(trainer),
-        versions=", ".join(f"{package} {version(package)}" for package in packages),
+        versions=", ".join([f"trl-udm {__version__}", *(f"{package} {version(package)}" for package in packages)]),
         citation=trainer._paper["citation"].strip(),
     )
 

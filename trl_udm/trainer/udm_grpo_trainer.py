@@ -36,6 +36,7 @@ from ..models.layers import without_checkpointing
 from ..pipelines.bidirectional import check_bidirectional
 from ..pipelines.pipeline_output import UDMSamplerOutput
 from ..pipelines.pipeline_udm import UDMPipeline
+from ..throughput import ThroughputCallback
 from .adapters import PolicyMixin, copy_reference, prepare_model
 from .checkpoint import CheckpointMixin, EpochRepeatSampler
 from .completions import CompletionsMixin
@@ -212,6 +213,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             self.max_completion_length = math.prod(self.latent_shape)
             self.aux_loss_enabled = False  # families do not return what routers computed
             self._prepare_policy(is_new_adapter=peft_config is not None)
+        self.add_callback(ThroughputCallback(self))
         if args.async_rewards:
             for runner in self._reward_runners:
                 runner.start(self.async_loop if runner.is_async else None)

@@ -15,13 +15,16 @@
 """Throughput: samples per second, and how much of the device's peak a run uses."""
 
 import time
+from typing import TYPE_CHECKING
 
 from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.utils import get_peak_flops_per_device
 
-from ..trainer.udm_grpo_trainer import UDMGRPOTrainer
+
+if TYPE_CHECKING:
+    from .trainer.udm_grpo_trainer import UDMGRPOTrainer
 
 
 class ThroughputCallback(TrainerCallback):
@@ -46,27 +49,10 @@ class ThroughputCallback(TrainerCallback):
 
     Args:
         trainer ([`UDMGRPOTrainer`]):
-            Trainer to which the callback is added.
-
-    Example:
-
-    ```python
-    >>> from datasets import Dataset
-    >>> from trl_udm import TextUDMPipeline, ThroughputCallback, UDMGRPOConfig, UDMGRPOTrainer
-    >>> from trl_udm.worlds.sums import CHECKPOINT_PATH
-    >>> from trl_udm.worlds.sums.problems import split_problems, sum_reward
-
-    >>> trainer = UDMGRPOTrainer(
-    ...     TextUDMPipeline.from_pretrained(CHECKPOINT_PATH),
-    ...     sum_reward,
-    ...     UDMGRPOConfig("sums", max_steps=1, bf16=False),
-    ...     train_dataset=Dataset.from_list(split_problems()[0]),
-    ... )
-    >>> trainer.add_callback(ThroughputCallback(trainer))
-    ```
+            Trainer that the callback is added to. Each adds one by itself.
     """
 
-    def __init__(self, trainer: UDMGRPOTrainer):
+    def __init__(self, trainer: "UDMGRPOTrainer"):
         self.trainer = trainer
         self.model = trainer.pipeline.transformer
         self.num_weights = count_weights(self.model)  # before FSDP splits them
@@ -130,9 +116,9 @@ def count_weights(model: PreTrainedModel) -> tuple[int, int] | None:
 
     Returns:
         `tuple[int, int]` or `None`: Those of the layers, and those of the head. `None` for networks with experts, of
-        which a token uses a few only.
+        which a token uses a few only, and for those that do not say what their head is.
     """
-    if getattr(model.config.get_text_config(), "num_experts", None):
+    if getattr(model.config.get_text_config(), "num_experts", None) or model.get_output_embeddings() is None:
         return None
     head = model.get_output_embeddings().weight
     others = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)} | {head}
