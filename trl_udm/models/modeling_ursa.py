@@ -275,7 +275,9 @@ class URSAForImageGeneration(URSAPreTrainedModel):
         if skip_logits:
             outputs.last_hidden_state = outputs.last_hidden_state[:, -logits_to_keep:]
             return outputs
-        logits, loss = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:]), None
+        # In two dimensions: on a CPU, PyTorch multiplies a batch of slices in bfloat16 many times slower
+        hidden_states = outputs.last_hidden_state[:, -logits_to_keep:]
+        logits, loss = self.lm_head(hidden_states.flatten(0, 1)).unflatten(0, hidden_states.shape[:2]), None
         if labels is not None:
             labels = labels[:, -logits_to_keep:]
             loss = self.loss_function(logits, labels, vocab_size=self.config.codebook_size, **kwargs)

@@ -344,7 +344,8 @@ class URSAPipeline(PromptCutter, UDMPipeline):
         parts = hidden_states.reshape(num_parts, shape[0] * shape[1], -1)
 
         def compute(rows: slice | torch.Tensor, codes: slice) -> torch.Tensor:
-            logits = F.linear(parts[:, rows], head.weight[codes])
+            # In two dimensions: on a CPU, PyTorch multiplies a batch of slices in bfloat16 many times slower
+            logits = F.linear(parts[:, rows].flatten(0, 1), head.weight[codes]).unflatten(0, (num_parts, -1))
             if guidance_scale is None:
                 return logits[0].float()
             return torch.lerp(logits[1], logits[0], guidance_scale).float()
