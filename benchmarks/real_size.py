@@ -27,7 +27,7 @@ not repeated, so a run that was stopped continues.
 estimate is of tensors, so it is compared with what a process takes beyond one that only imports the library.
 
 The C library keeps freed memory, which is in gaps between what is held. `MALLOC_MMAP_THRESHOLD_` tells it to return
-blocks of 64 KiB and more at once, which takes longer. A step is made both ways, so that the gaps are told apart.
+blocks of 4 MiB and more at once. A step is made both ways, so that the gaps are told apart.
 """
 
 import argparse
@@ -197,7 +197,7 @@ def main() -> None:
     ]
     stages[-1][1].extend(["--num_inference_steps", 2, "--output_dir", folder / "image"])
     if not args.images_only:
-        returned = ["env", "MALLOC_MMAP_THRESHOLD_=65536", *stage("train", ours, folder / "returned", "--lora")]
+        returned = ["env", "MALLOC_MMAP_THRESHOLD_=4194304", *stage("train", ours, folder / "returned", "--lora")]
         merge = [*cli, "merge", "--model", ours, "--adapter", lora / "checkpoint-2", "--output_dir", merged]
         stages += [
             ("LoRA step", stage("train", ours, lora, "--lora"), "LoRA"),

@@ -223,7 +223,9 @@ def estimate_memory(
             if pipeline.modality != "text":
                 pipeline.decode(clean_samples[: args.decode_batch_size], latent_shape, output_type="pt")
 
-        def score(network: nn.Module) -> torch.Tensor:
+        has_full_kl = args.beta != 0.0 and args.kl_estimator == "full"
+
+        def score(network: nn.Module, is_update: bool = False) -> torch.Tensor:
             prompt_ids = torch.zeros(num_rows, num_prompt_tokens, dtype=torch.long)
             tokens = torch.zeros(num_rows, math.prod(latent_shape), dtype=torch.long)
             inputs = (prompt_ids, torch.ones_like(prompt_ids), tokens, latent_shape, tokens, torch.zeros(num_rows))
@@ -231,13 +233,20 @@ def estimate_memory(
             if device == "cuda" and not isinstance(network.get_output_embeddings(), BaseTunerLayer):
                 score_model = functools.partial(_forward_on_gpu, network, args.cast_lm_head_to_fp32)
             with autocast:
-                return pipeline.score(score_model, *inputs)[0].mean()
+                if args.kl_estimator == "k3":
+                    return pipeline.score(score_model, *inputs)[0].mean()
+                tokens_of_reference = None
+                if is_update and has_full_kl:
+                    with torch.no_grad():
+                        tokens_of_reference = pipeline.predict_tokens(reference, *inputs)
+                logps, _, kl = pipeline.score_with_kl(network, tokens_of_reference, *inputs)
+                return logps.mean() if kl is None else logps.mean() + kl.mean()
 
         tracker.begin("scoring")
         with torch.no_grad():
             if args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0:
                 score(transformer)
-            if args.beta != 0.0:
+            if args.beta != 0.0 and not has_full_kl:
                 score(reference)
 
         tracker.begin("update")
@@ -249,7 +258,7 @@ def estimate_memory(
         if args.gradient_accumulation_steps > 1:
             for parameter in trained:
                 parameter.grad = torch.empty_like(parameter)  # of the micro-batches before
-        score(transformer).backward()
+        score(transformer, is_update=True).backward()
         optimizer.step()
         if ema is not None:
             ema.step(trained)

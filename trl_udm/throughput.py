@@ -103,7 +103,10 @@ class ThroughputCallback(TrainerCallback):
             num_steps -= not scheduler.needs_model_output(0)
         num_passes = num_steps * (1 if args.guidance_scale == 1.0 else 2) / args.num_train_timesteps
         backward = 1 if is_peft_model(self.trainer.model) else 2
-        return forward * self.num_rows * ((num_passes + num_scorings) / args.num_iterations + 1 + backward)
+        is_kl_full = self.trainer.beta != 0.0 and args.kl_estimator == "full"  # the reference's pass is in the update
+        return (
+            forward * self.num_rows * ((num_passes + num_scorings) / args.num_iterations + is_kl_full + 1 + backward)
+        )
 
 
 def count_weights(model: PreTrainedModel) -> tuple[int, int] | None:

@@ -71,7 +71,7 @@ class FedTrainer(UDMGRPOTrainer):
                 on_decoded(first, samples[first : first + 4], completions[first : first + 4])
         return Rollout(prompt_ids, prompt_mask, UDMSamplerOutput(clean_samples=samples), completions)
 
-    def _build_rows(self, output):
+    def _build_rows(self, output, group_size=1):
         num_timesteps = self.args.num_train_timesteps
         noise = torch.stack(
             [

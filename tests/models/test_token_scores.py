@@ -20,7 +20,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from trl_udm import URSAConfig, URSAForImageGeneration
 from trl_udm.models import token_scores
-from trl_udm.models.token_scores import TILE_WIDTH, score_tokens
+from trl_udm.models.token_scores import TILE_WIDTH, compute_kl, score_tokens
 
 
 CODEBOOK_SIZE = 3 * TILE_WIDTH + 7
@@ -188,3 +188,35 @@ def test_logits_that_are_large_do_not_overflow():
         head.weight.zero_()[700] = 1e4
     log_probs, entropies = score_tokens(head, torch.ones(2, 2), torch.tensor([700, 3]))
     assert log_probs.tolist() == [0.0, -2e4] and entropies.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("has_lora", [False, True])
+def test_divergences_and_their_gradients_are_those_of_sums_over_all_codes(monkeypatch, has_lora):
+    monkeypatch.setattr(token_scores, "CHUNK_LENGTH", 3)  # does not divide the number of tokens
+    model = add_lora_to_the_head(build_model()).double() if has_lora else build_model().double()
+    ref_head = nn.Linear(24, CODEBOOK_SIZE, bias=False).double()
+    generator = torch.Generator().manual_seed(2)
+    hidden_states = torch.randn(8, 16, generator=generator, dtype=torch.double, requires_grad=True)
+    ref_hidden_states = torch.randn(8, 24, generator=generator, dtype=torch.double)
+    head = model.get_output_embeddings()
+    p = head(hidden_states).softmax(dim=-1)
+    q = ref_head(ref_hidden_states).softmax(dim=-1)
+    expected = (p * (p / q).log()).sum(dim=-1)
+    weights = torch.linspace(-1, 2, 8)
+    inputs = [hidden_states, *(parameter for parameter in head.parameters() if parameter.requires_grad)]
+    expected_grads = torch.autograd.grad((weights * expected).sum(), inputs)
+    actual = compute_kl(head, hidden_states, ref_head, ref_hidden_states)
+    assert actual.min() > 0.5
+    torch.testing.assert_close(actual.double(), expected, atol=1e-6, rtol=1e-6)
+    for grad, expected_grad in zip(torch.autograd.grad((weights * actual).sum(), inputs), expected_grads, strict=True):
+        torch.testing.assert_close(grad, expected_grad, atol=2e-5, rtol=1e-5)  # of float32 logits
+    with pytest.raises(RuntimeError, match="not have been used"):
+        torch.autograd.grad(compute_kl(head, hidden_states, ref_head, ref_hidden_states).sum(), ref_head.weight)
+
+
+def test_the_divergence_from_itself_is_zero_and_has_no_gradient():
+    head, hidden_states = nn.Linear(8, 40), torch.randn(5, 8, requires_grad=True)
+    kl = compute_kl(head, hidden_states, head, hidden_states.detach())
+    assert kl.abs().max() < 1e-6
+    (grad,) = torch.autograd.grad(kl.sum(), hidden_states)
+    assert grad.abs().max() < 1e-6

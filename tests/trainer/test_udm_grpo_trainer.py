@@ -29,9 +29,10 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel
 from PIL import Image
 from tensorboardX.proto import event_pb2
+from torch import nn
 from transformers import TrainerCallback
 
-from trl_udm import UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
+from trl_udm import KineticOptimalScheduler, UDMGRPOConfig, UDMGRPOTrainer, UniformDDIMScheduler, URSAPipeline
 from trl_udm.trainer.udm_grpo_config import RESERVED_COLUMNS
 
 from .toy_text_family import NUM_TOKENS, build_toy_text_pipeline
@@ -210,6 +211,116 @@ def test_forward_states_keep_tokens_as_often_as_the_path_says(tmp_path):
     # Mixture path at t = 2 / 5 with 10 tokens: kept with probability 0.4 + 0.6 / 10
     kept = (noised_samples == actions).float().mean().item()
     assert kept == pytest.approx(0.46, abs=4 * math.sqrt(0.46 * 0.54 / (2000 * NUM_TOKENS)))
+
+
+@pytest.mark.parametrize("window", [[0, 2], [1, 2], [2, 2]])
+def test_stratified_timesteps_come_one_from_each_part_and_each_step_is_as_likely(tmp_path, window):
+    trainer = build_trainer(tmp_path, timestep_window=window, timestep_sampling="stratified")
+    trainer.model.train()
+    num_samples = 4000
+    output = trainer._rollout(["ab"] * num_samples, "train").output
+    _, _, t = trainer._build_rows(output)
+    timesteps = (t * 5).round().long().view(num_samples, 3)
+    steps = range(window[0], window[1] + 3)
+    counts = timesteps.flatten().bincount(minlength=5)[window[0] : window[1] + 3]
+    assert counts.sum() == 3 * num_samples
+    expected = 3 * num_samples / len(steps)
+    assert ((counts - expected).abs() < 5 * math.sqrt(expected)).all()
+    for part, column in enumerate(timesteps.T):
+        first, last = window[0] + part * len(steps) / 3, window[0] + (part + 1) * len(steps) / 3
+        assert column.min() == math.floor(first)
+        assert column.max() == math.ceil(last) - 1
+
+
+def test_shared_noise_is_the_same_for_all_samples_of_a_group_and_for_no_others(tmp_path):
+    trainer = build_trainer(tmp_path, timestep_window=[0, 2], shared_noise=True)
+    trainer.model.train()
+    output = trainer._rollout(["ab"] * 400, "train").output
+    output.clean_samples[:] = output.clean_samples[:1].clone()
+    noised_samples, _, t = trainer._build_rows(output, group_size=4)
+    noised_samples, t = noised_samples.view(100, 4, 3, NUM_TOKENS), t.view(100, 4, 3)
+    assert (noised_samples == noised_samples[:, :1]).all()
+    assert (t == t[:, :1]).all()
+    assert len(noised_samples[:, 0, 2].unique(dim=0)) > 60
+    assert len(t[:, 0, 0].unique()) == 3
+    # As often as the path says, mixture with 10 tokens
+    clean_samples = output.clean_samples[0]
+    for step in range(5):
+        at_step = noised_samples[:, 0][(t[:, 0] * 5).round() == step]
+        if len(at_step) > 0:
+            kept, expected = (at_step == clean_samples).float().mean().item(), step / 5 + (1 - step / 5) / 10
+            error = math.sqrt(expected * (1 - expected) / at_step.numel())
+            assert kept == pytest.approx(expected, abs=4 * error + 1e-6)
+    # In a batch of the trainer too
+    _, batch = generate_batch(trainer)
+    times = batch["prompt_mask"][:, -1].view(2, 4, 3)
+    assert (times == times[:, :1]).all()
+
+
+def test_elbo_weights_enter_the_log_probabilities(tmp_path):
+    trainer = build_trainer(tmp_path, timestep_weighting="elbo", timestep_window=[2, 2])
+    trainer.pipeline.scheduler = KineticOptimalScheduler(alpha=None, codebook_size=10)
+    _, batch = generate_batch(trainer)
+    trainer.importance_sampling_level = "token"
+    rows = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    weighted, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, rows, mask, NUM_TOKENS)
+    trainer.args.timestep_weighting = "none"
+    plain, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, rows, mask, NUM_TOKENS)
+    moved = batch["prompt_ids"][:, -NUM_TOKENS:] != batch["completion_ids"]
+    t = batch["prompt_mask"][:, -1:]  # 2 / 5, 3 / 5, 4 / 5: the last is the last step of the grid
+    weights = torch.where(t > 0.7, 5.0, moved / (1 - t))
+    torch.testing.assert_close(weighted, weights * plain)
+
+
+def test_elbo_weights_need_a_scheduler_that_has_them(tmp_path):
+    pipeline = build_toy_text_pipeline()
+    pipeline.scheduler = UniformDDIMScheduler(codebook_size=10)
+    args = build_args(tmp_path, timestep_weighting="elbo")
+    with pytest.raises(ValueError, match="`timestep_weighting` must be 'none' with a UniformDDIM.*, got 'elbo'"):
+        UDMGRPOTrainer(pipeline, count_a, args, train_dataset=PROMPTS)
+
+
+# --- Divergence from the reference ---
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(r=4, target_modules="all-linear")])
+def test_the_full_divergence_is_that_of_the_whole_vocabulary_at_the_trained_states(tmp_path, peft_config):
+    trainer = build_trainer(
+        tmp_path, peft_config=peft_config, kl_estimator="full", beta=0.7, gradient_accumulation_steps=1
+    )
+    _, batch = generate_batch(trainer)
+    assert "ref_per_token_logps" not in batch
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    num_rows = len(batch["prompt_ids"])
+    prompt_ids, noised_samples = batch["prompt_ids"][:, :-NUM_TOKENS], batch["prompt_ids"][:, -NUM_TOKENS:]
+    inputs = (prompt_ids, batch["prompt_mask"][:, :-NUM_TOKENS].long(), noised_samples, trainer.latent_shape)
+    log_probs = trainer.pipeline.denoise(*inputs, t=batch["prompt_mask"][:, -1]).log_softmax(dim=-1)
+    with torch.no_grad(), trainer._reference_weights() as reference:
+        shift = trainer.pipeline.prepare_denoiser_inputs(*inputs, labels=batch["completion_ids"])
+        is_label = shift.pop("shift_labels") != -100
+        ref_log_probs = reference(**shift).logits[is_label].view(num_rows, NUM_TOKENS, -1).log_softmax(dim=-1)
+    kl = (log_probs.exp() * (log_probs - ref_log_probs)).sum(dim=-1).mean()
+    batch["advantages"] = torch.zeros_like(batch["advantages"])  # so that the divergence is all of the loss
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer._compute_loss(trainer.model, batch)
+    assert kl > 0.01
+    torch.testing.assert_close(loss, 0.7 * kl, atol=1e-6, rtol=1e-5)
+    assert trainer._metrics["train"]["kl"][-1] == pytest.approx(kl.item(), rel=1e-5)
+    assert trainer.beta == 0.7
+    weights = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    for grad, expected in zip(torch.autograd.grad(loss, weights), torch.autograd.grad(0.7 * kl, weights), strict=True):
+        torch.testing.assert_close(grad, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_the_full_divergence_is_zero_at_the_first_step(tmp_path):
+    trainer = build_trainer(tmp_path, kl_estimator="full", beta=0.5, max_steps=3, learning_rate=1e-2)
+    trainer.train()
+    kl = [log["kl"] for log in trainer.state.log_history if "kl" in log]
+    assert abs(kl[0]) < 1e-6
+    assert kl[-1] > 1e-4
 
 
 # --- Ratio ---
@@ -435,6 +546,17 @@ def test_advantages_of_several_rewards_by_hand(tmp_path, aggregation):
         total = (first - 0.5) / (0.5 + 1e-4) + 3 * (second - 2) / (2 + 1e-4)
     expected = (total - total.mean()) / (total.std(unbiased=False) + 1e-4)
     torch.testing.assert_close(advantages, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_negative_advantages_are_scaled(tmp_path):
+    plain, scaled = (
+        build_trainer(tmp_path, negative_advantage_scale=scale)._compute_advantages(
+            torch.tensor([[1.0], [2.0], [3.0], [6.0]]), 4
+        )[0]
+        for scale in (1.0, 0.25)
+    )
+    torch.testing.assert_close(scaled, torch.where(plain < 0, 0.25 * plain, plain))
+    assert (plain[:2] < 0).all()
 
 
 def test_advantages_are_clipped(tmp_path):
@@ -774,6 +896,14 @@ def test_a_bad_dataset_is_refused(tmp_path, dataset, error, message):
         ({"timestep_window": [2, 1]}, r"`timestep_window` must be \[first, last\].* got \[2, 1\]"),
         ({"timestep_window": [-1, 1]}, r"`timestep_window` must be \[first, last\].* got \[-1, 1\]"),
         ({"guidance_trunc": 1.5}, r"`guidance_trunc` must be in \[0, 1\], got 1.5"),
+        ({"timestep_sampling": "random"}, r"`timestep_sampling` must be one of \('consecutive', .*, got 'random'"),
+        ({"timestep_weighting": "snr"}, "`timestep_weighting` must be 'none' or 'elbo', got 'snr'"),
+        (
+            {"timestep_weighting": "elbo", "trajectory": "backward"},
+            "`timestep_weighting` must be 'none' with `action='clean'` and `trajectory='backward'`, got 'elbo'",
+        ),
+        ({"negative_advantage_scale": -0.1}, "`negative_advantage_scale` must be >= 0, got -0.1"),
+        ({"kl_estimator": "k1"}, "`kl_estimator` must be 'k3' or 'full', got 'k1'"),
         ({"advantage_clip": 0.0}, "`advantage_clip` must be > 0 or None, got 0.0"),
         ({"rollout_batch_size": 0}, "`rollout_batch_size` must be > 0 or None, got 0"),
         ({"decode_batch_size": -1}, "`decode_batch_size` must be > 0 or None, got -1"),
@@ -814,6 +944,15 @@ def test_each_process_needs_whole_samples():
     )
     assert "28 * 1 steps * 3 processes) must hold whole groups of 21 rows" in result.stderr
     assert "Nearest valid `per_device_train_batch_size`: 21 or 42" in result.stderr
+
+
+def test_each_process_needs_whole_groups_with_shared_noise():
+    code = "from trl_udm import UDMGRPOConfig; UDMGRPOConfig('x', per_device_train_batch_size=12, shared_noise=True)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "WORLD_SIZE": "2"}
+    )
+    assert "each process whole groups, for `shared_noise`" in result.stderr
+    assert "Nearest valid `per_device_train_batch_size`: 24" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["batch_size", "steps"])

@@ -53,10 +53,14 @@ def score_tokens(
     Returns:
         `tuple`: Log-probabilities and entropies, each of shape `(num_tokens,)` in float32. Both are differentiable.
     """
-    device_type = hidden_states.device.type
-    is_cast = "forward" in vars(head)  # by TRL's `cast_lm_head_to_fp32`, which autocast would undo
-    with torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type) and not is_cast):
+    with _autocast_of(head, hidden_states.device.type):
         return _score_tokens(head, hidden_states, labels)
+
+
+def _autocast_of(head: nn.Module, device_type: str) -> torch.autocast:
+    """Autocast as it is around, except for a head that TRL's `cast_lm_head_to_fp32` casts, which it would undo."""
+    is_cast = "forward" in vars(head)
+    return torch.autocast(device_type, enabled=torch.is_autocast_enabled(device_type) and not is_cast)
 
 
 def _score_tokens(
@@ -88,6 +92,45 @@ def is_matrix(head: nn.Module) -> TypeGuard[nn.Linear]:
     # Sharded and quantized weights are wrappers around others. DeepSpeed empties a sharded weight.
     is_plain = type(head) is nn.Linear and head.bias is None and not is_traceable_wrapper_subclass(head.weight)
     return is_plain and head.weight.shape == (head.out_features, head.in_features)
+
+
+def compute_kl(
+    head: nn.Module, hidden_states: torch.Tensor, ref_head: nn.Module, ref_hidden_states: torch.Tensor
+) -> torch.Tensor:
+    """
+    Divergence of each token's distribution from that of a reference: Σ_k p_k · (log p_k − log q_k), over all codes.
+
+    Logits are computed on chunks of tokens, and again for the backward pass.
+
+    Args:
+        head (`nn.Module`):
+            The head, from `(num_tokens, hidden_size)` to logits of shape `(num_tokens, codebook_size)`.
+        hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`):
+            Inputs of the head, one for each token.
+        ref_head (`nn.Module`):
+            The reference's head, whose weights get no gradient.
+        ref_hidden_states (`torch.Tensor` of shape `(num_tokens, ref_hidden_size)`):
+            Its inputs.
+
+    Returns:
+        `torch.Tensor` of shape `(num_tokens,)`: The divergences in nats, in float32. They are differentiable.
+    """
+    chunks = zip(hidden_states.split(CHUNK_LENGTH), ref_hidden_states.split(CHUNK_LENGTH), strict=True)
+    with _autocast_of(head, hidden_states.device.type):
+        divergences = [
+            checkpoint(_compute_kl_of_chunk, head, chunk, ref_head, ref_chunk, use_reentrant=False)
+            for chunk, ref_chunk in chunks
+        ]
+    return torch.cat(divergences)
+
+
+def _compute_kl_of_chunk(
+    head: nn.Module, hidden_states: torch.Tensor, ref_head: nn.Module, ref_hidden_states: torch.Tensor
+) -> torch.Tensor:
+    with torch.no_grad():
+        ref_log_probs = ref_head(ref_hidden_states).float().log_softmax(dim=-1)  # (T, V)
+    log_probs = head(hidden_states).float().log_softmax(dim=-1)
+    return nn.functional.kl_div(ref_log_probs, log_probs, reduction="none", log_target=True).sum(dim=-1)
 
 
 def _score_chunk(

@@ -300,7 +300,7 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
             )
         return outputs.logits.reshape(*noised_samples.shape, -1)  # (B, N, V)
 
-    def score(
+    def _prepare_scoring(
         self,
         model: nn.Module,
         prompt_ids: torch.Tensor,
@@ -308,9 +308,9 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
         noised_samples: torch.Tensor,
         latent_shape: tuple[int, ...],
         labels: torch.Tensor,
-        t: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """As in [`UDMPipeline`], with `prompt_ids` and `prompt_mask` from `extend_prompt`."""
+        t: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        # `prompt_ids` and `prompt_mask` are from `extend_prompt`
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape, labels=labels)
         if self.self_conditioning:
             with torch.no_grad():
@@ -319,7 +319,7 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
             # Under autocast, versions of PyTorch without https://github.com/pytorch/pytorch/pull/165068 would reuse
             # weights that were cast without gradients
             torch.clear_autocast_cache()
-        return self._score_labels(model, inputs, labels)
+        return inputs
 
     @torch.no_grad()
     def sample_tokens(

@@ -27,6 +27,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..models.token_scores import compute_kl, score_tokens
 from ..random_tensor import check_generators, randint_tensor
 from ..schedulers.draws import TiledLogits
 from ..weights import load_every_weight
@@ -308,18 +309,77 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
             `tuple`: log p_θ(labels | x_t, c) and the entropies of the tokens, each of shape `(B, N)`. The entropies
             may be `None` for a reference model.
         """
-        inputs = self.prepare_denoiser_inputs(
-            prompt_ids, prompt_mask, noised_samples, latent_shape, labels=labels, t=t
-        )
-        return self._score_labels(model, inputs, labels)
+        if self._has_adapter_on_head:
+            logits, _ = self.predict_tokens(model, prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
+            return self._score_logits(logits, labels)
+        inputs = self._prepare_scoring(model, prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
+        return self._select_labels(model(**inputs, fused_lm_head=True), inputs["shift_labels"], labels)
 
-    def _score_labels(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor], labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not self._has_adapter_on_head:
-            return self._select_labels(model(**inputs, fused_lm_head=True), inputs["shift_labels"], labels)
+    def _prepare_scoring(
+        self,
+        model: nn.Module,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        noised_samples: torch.Tensor,
+        latent_shape: tuple[int, ...],
+        labels: torch.Tensor,
+        t: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """Keyword arguments of the network in `score`, with `shift_labels`."""
+        return self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape, labels=labels, t=t)
+
+    def predict_tokens(
+        self,
+        model: nn.Module,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        noised_samples: torch.Tensor,
+        latent_shape: tuple[int, ...],
+        labels: torch.Tensor,
+        t: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, nn.Module]:
+        """
+        The distributions of all tokens, for the trainer's `kl_estimator="full"`.
+
+        By default these are the logits, (B, N, V) of them at once. A family of many codes overrides this method.
+
+        Args:
+            model, prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t:
+                As in `score`.
+
+        Returns:
+            `tuple`: A tensor of shape `(B, N, D)`, and a module that maps it to logits of shape `(B, N, V)`.
+        """
+        inputs = self._prepare_scoring(model, prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
         is_label = inputs.pop("shift_labels") != -100
-        return self._score_logits(model(**inputs).logits[is_label].view(*labels.shape, -1), labels)
+        return model(**inputs).logits[is_label].view(*labels.shape, -1), nn.Identity()
+
+    def score_with_kl(
+        self, model: nn.Module, reference: tuple[torch.Tensor, nn.Module] | None, *args: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """
+        As `score`, with the divergence from a reference, from one pass through the network.
+
+        Args:
+            model (`nn.Module`):
+                As in `score`.
+            reference (`tuple`, *optional*):
+                What `predict_tokens` returns for the reference and the same arguments.
+            args:
+                The other arguments of `score`.
+
+        Returns:
+            `tuple`: log p_θ(labels | x_t, c), the entropies of the tokens, and with a `reference` the divergences
+            KL(p_θ(· | x_t, c) ‖ p_ref(· | x_t, c)), each of shape `(B, N)`.
+        """
+        labels = args[4]
+        hidden_states, head = self.predict_tokens(model, *args)
+        hidden_states = hidden_states.flatten(0, 1)
+        logps, entropies = score_tokens(head, hidden_states, labels.flatten())
+        kl = None
+        if reference is not None:
+            kl = compute_kl(head, hidden_states, reference[1], reference[0].flatten(0, 1)).view_as(labels)
+        return logps.view_as(labels), entropies.view_as(labels), kl
 
     @property
     def _has_adapter_on_head(self) -> bool:

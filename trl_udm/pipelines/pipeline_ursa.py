@@ -19,6 +19,7 @@ from typing import Any, Literal, Self, Unpack, overload
 
 import numpy as np
 import torch
+from accelerate.utils import extract_model_from_parallel
 from diffusers.image_processor import VaeImageProcessor
 from huggingface_hub import snapshot_download
 from PIL import Image
@@ -371,6 +372,24 @@ class URSAPipeline(PromptCutter, UDMPipeline):
             return super().score(model, prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape, labels=labels)
         return self._select_labels(model(**inputs), inputs["shift_labels"], labels)
+
+    def predict_tokens(
+        self,
+        model: nn.Module,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        noised_samples: torch.Tensor,
+        latent_shape: tuple[int, ...],
+        labels: torch.Tensor,
+        t: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, nn.Module]:
+        """As in [`UDMPipeline`], except that no logits of all tokens are made where the head is one matrix."""
+        head = extract_model_from_parallel(model).get_output_embeddings()
+        if not is_matrix(head):
+            return super().predict_tokens(model, prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
+        inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape)
+        outputs = model(**inputs, logits_to_keep=noised_samples.size(1) + 1, skip_logits=True)
+        return outputs.last_hidden_state[:, :-1], head
 
     @overload
     def decode(

@@ -403,6 +403,47 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
             velocity.mul_(gains).mul_(self.beta_derivative(t).unsqueeze(-1))
         return velocity.scatter_(-1, noised_samples, 0.0)
 
+    @torch.no_grad()
+    def elbo_weights(
+        self, original_samples: torch.Tensor, noised_samples: torch.Tensor, t: torch.Tensor, num_inference_steps: int
+    ) -> torch.Tensor:
+        r"""
+        Weights of log p_θ(x₁ | x_t), token by token, in the evidence lower bound of a clean sample.
+
+        Until its last step, at T, the sampler is a Markov chain in continuous time. A token in state x_t jumps to k at
+        the rate Σ_j p_θ(j | x_t) · u(k | x_t, j), and given x₁ at the rate u(k | x_t, x₁). Let λ_θ and λ be the sums
+        of these rates over k. By the log-sum inequality, with x_t ~ p_t(· | x₁),
+
+            −log p_θ(x₁) ≤ ∫₀ᵀ dt E Σ_n [−λ_n · log p_θ(x₁ⁿ | x_t) + λ_θ,n − λ_n] − E Σ_n log p_θ(x₁ⁿ | x_T).
+
+        On a grid of N steps the integral is a sum. So the weight of a token at step i is N · (t_{i + 1} − t_i) · λ,
+        and N at the last step. The mean over the steps is then the part of the bound that log p_θ(x₁ | x_t) enters. On
+        the mixture path λ is 1 / (1 − t), and 0 for a token that is at x₁ already.
+
+        Args:
+            original_samples (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
+                Clean token ids x₁.
+            noised_samples (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
+                Token ids of the states x_t.
+            t (`torch.Tensor` of shape `(batch_size,)`):
+                Their times, in `[0, 1)`.
+            num_inference_steps (`int`):
+                Number of steps N of the grid.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_tokens)`: The weights in float32, >= 0.
+        """
+        t, shift = self._expand_t(t, original_samples), self.config.shift
+        next_sigma = (1 - t) / (shift - (shift - 1) * (1 - t)) - 1 / num_inference_steps
+        is_last = next_sigma < 0.5 / num_inference_steps
+        x_t, x_1, times = noised_samples.flatten(), original_samples.flatten(), t.flatten()
+        rates = torch.zeros_like(times)
+        length = max(1, self._chunk_elements(x_t.device) // self.config.codebook_size)
+        for rows in ((x_t != x_1) & ~is_last.flatten()).nonzero().squeeze(1).split(length):
+            rates[rows] = self._velocity(x_t[rows], x_1[rows], times[rows]).sum(dim=-1)
+        weights = (self._sigma_to_t(next_sigma) - t) * rates.view_as(t)
+        return num_inference_steps * weights.masked_fill(is_last, 1.0)
+
     @overload
     def step(
         self,

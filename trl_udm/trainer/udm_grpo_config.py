@@ -103,11 +103,28 @@ class UDMGRPOConfig(GRPOConfig):
             Consecutive steps K of the rollout's grid that a sample is trained on (*Reduced-Step*).
         timestep_window (`list[int]`, *optional*, defaults to `[0, 2]`):
             First and last step at which the K steps may start. The start is drawn uniformly for each sample.
+        timestep_sampling (`str`, *optional*, defaults to `"consecutive"`):
+            How the K steps are drawn. `"consecutive"`: from a start on. `"stratified"`: one from each of K equal parts
+            of the steps that the window reaches, which are `timestep_window[0]` to `timestep_window[1] + K - 1`.
+        timestep_weighting (`str`, *optional*, defaults to `"none"`):
+            Weights of a sample's tokens in log π. `"none"`: all tokens that count weigh the same. `"elbo"`: as in the
+            evidence lower bound of the sample, [`KineticOptimalScheduler.elbo_weights`].
+        shared_noise (`bool`, *optional*, defaults to `False`):
+            Whether the samples of a group have the same steps, and are noised with the same random numbers. Tokens in
+            which they agree are then noised alike.
 
         > Parameters that control the advantages
 
         advantage_clip (`float`, *optional*, defaults to `5.0`):
             Advantages are clamped to plus or minus this value. `None` for no bound.
+        negative_advantage_scale (`float`, *optional*, defaults to `1.0`):
+            Factor of negative advantages, in `[0, inf)`. At 0 a run learns from the better half of each group alone.
+
+        > Parameters that control the KL divergence
+
+        kl_estimator (`str`, *optional*, defaults to `"k3"`):
+            `"k3"`: the paper's, of the log-probabilities that are trained. `"full"`: the mean over the tokens that
+            count of KL(π_θ ‖ π_ref), summed over the whole vocabulary at the trained states.
 
         > Parameters that control the average of the weights
 
@@ -219,9 +236,27 @@ class UDMGRPOConfig(GRPOConfig):
         default_factory=lambda: [0, 2], metadata={"help": "First and last step at which the K steps may start."}
     )
 
+    timestep_sampling: Literal["consecutive", "stratified"] = field(
+        default="consecutive",
+        metadata={"help": "'consecutive': K steps from a start on. 'stratified': one from each of K equal parts."},
+    )
+    timestep_weighting: Literal["none", "elbo"] = field(
+        default="none", metadata={"help": "Weights of the tokens in log π: equal, or those of the ELBO."}
+    )
+    shared_noise: bool = field(
+        default=False, metadata={"help": "Whether the samples of a group share steps and random numbers of the noise."}
+    )
+
     # Parameters that control the advantages
     advantage_clip: float | None = field(
         default=5.0, metadata={"help": "Advantages are clamped to plus or minus this value."}
+    )
+    negative_advantage_scale: float = field(default=1.0, metadata={"help": "Factor of negative advantages."})
+
+    # Parameters that control the KL divergence
+    kl_estimator: Literal["k3", "full"] = field(
+        default="k3",
+        metadata={"help": "'k3': of the trained log-probabilities. 'full': of whole distributions of the tokens."},
     )
 
     # Parameters that control the average of the weights
@@ -262,7 +297,7 @@ class UDMGRPOConfig(GRPOConfig):
                 "against the others of its group."
             )
         scales, aggregations = ("group", "batch", "none"), ("sum_then_normalize", "normalize_then_sum")
-        levels = ("sequence", "token")
+        levels, samplings = ("sequence", "token"), ("consecutive", "stratified")
         is_aggregation = self.multi_objective_aggregation in aggregations
         for name, is_valid, rule in (
             ("learning_rate", 0 <= self.learning_rate < math.inf, ">= 0"),
@@ -275,6 +310,10 @@ class UDMGRPOConfig(GRPOConfig):
             ("decode_batch_size", self.decode_batch_size is None or self.decode_batch_size > 0, "> 0 or None"),
             ("action", self.action in ("clean", "intermediate"), "'clean' or 'intermediate'"),
             ("trajectory", self.trajectory in ("forward", "backward"), "'forward' or 'backward'"),
+            ("timestep_sampling", self.timestep_sampling in samplings, f"one of {samplings}"),
+            ("timestep_weighting", self.timestep_weighting in ("none", "elbo"), "'none' or 'elbo'"),
+            ("negative_advantage_scale", 0 <= self.negative_advantage_scale < math.inf, ">= 0"),
+            ("kl_estimator", self.kl_estimator in ("k3", "full"), "'k3' or 'full'"),
             ("importance_sampling_level", self.importance_sampling_level in levels, f"one of {levels}"),
             ("guidance_trunc", 0 <= self.guidance_trunc <= 1, "in [0, 1]"),
             ("advantage_clip", self.advantage_clip is None or self.advantage_clip > 0, "> 0 or None"),
@@ -294,6 +333,11 @@ class UDMGRPOConfig(GRPOConfig):
             if value not in (None, only):
                 raise ValueError(f"`{name}` must be {only}, got {value}: {reason}.")
         super().__post_init__()
+        if self.timestep_weighting == "elbo" and (self.action, self.trajectory) != ("clean", "forward"):
+            raise ValueError(
+                f"`timestep_weighting` must be 'none' with `action={self.action!r}` and `trajectory="
+                f"{self.trajectory!r}`, got 'elbo': the bound is of the clean sample at forward states."
+            )
         if self.top_entropy_quantile < 1.0 and self.importance_sampling_level == "sequence":
             raise ValueError(
                 f"`top_entropy_quantile` must be 1.0 with `importance_sampling_level='sequence'`, got "
@@ -341,21 +385,21 @@ class UDMGRPOConfig(GRPOConfig):
         group_rows = self.num_generations * self.num_train_timesteps
 
         def fits(batch_size: int, num_generations: int) -> bool:
-            local_rows = batch_size * steps
-            whole_groups = local_rows * num_processes % (num_generations * self.num_train_timesteps) == 0
-            return whole_groups and local_rows % self.num_train_timesteps == 0
+            local_rows, group_rows = batch_size * steps, num_generations * self.num_train_timesteps
+            unit = group_rows if self.shared_noise else self.num_train_timesteps  # that no two processes share
+            return local_rows * num_processes % group_rows == 0 and local_rows % unit == 0
 
         if fits(batch_size, self.num_generations):
             return
-        period = math.lcm(group_rows, self.num_train_timesteps * num_processes)
+        period = group_rows * num_processes
         batch_sizes = _find_nearest(lambda size: fits(size, self.num_generations), batch_size, 1, batch_size + period)
         num_generations = _find_nearest(lambda size: fits(batch_size, size), self.num_generations, 2, 1024)
         raise ValueError(
             f"A generation batch of {batch_size * steps * num_processes} rows (`per_device_train_batch_size` "
             f"{batch_size} * {steps} steps * {num_processes} processes) must hold whole groups of {group_rows} rows "
             f"(`num_generations` {self.num_generations} * `num_train_timesteps` {self.num_train_timesteps}), and each "
-            f"process whole samples. Nearest valid `per_device_train_batch_size`: {batch_sizes}; "
-            f"nearest valid `num_generations`: {num_generations}."
+            f"process whole {'groups, for `shared_noise`' if self.shared_noise else 'samples'}. Nearest valid "
+            f"`per_device_train_batch_size`: {batch_sizes}; nearest valid `num_generations`: {num_generations}."
         )
 
 

@@ -172,11 +172,17 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         if not isinstance(args, UDMGRPOConfig):
             raise TypeError(f"`args` must be a `UDMGRPOConfig`, got {type(args).__name__}.")
         args = copy.copy(args)  # changed below
+        if args.timestep_weighting == "elbo" and not hasattr(pipeline.scheduler, "elbo_weights"):
+            raise ValueError(
+                f"`timestep_weighting` must be 'none' with a {type(pipeline.scheduler).__name__}, got 'elbo': it has "
+                "no `elbo_weights`. A `KineticOptimalScheduler` has."
+            )
         datasets = check_datasets(args, train_dataset, eval_dataset)
         reward_funcs, eval_reward_funcs = check_rewards(pipeline, args, reward_funcs, eval_reward_funcs)
         self.pipeline = pipeline
         pipeline.forget_local_paths()
         self.latent_shape = pipeline.latent_shape(**(args.pipeline_kwargs or {}))
+        self._kl: list[torch.Tensor] | None = None  # a list while a loss is computed with `kl_estimator="full"`
 
         # Model
         transformer = pipeline.transformer
@@ -396,6 +402,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             advantages = centered / (std(centered) + 1e-4)
         std_rewards = std(centered, dim=1).expand_as(centered)
         advantages = advantages.nan_to_num(nan=0.0)
+        advantages = torch.where(advantages < 0, self.args.negative_advantage_scale * advantages, advantages)
         if self.args.advantage_clip is not None:
             advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
         advantages, rewards, std_rewards = (
@@ -406,7 +413,9 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
     def _score_rows(self, rollout: Rollout, mode: str) -> dict[str, torch.Tensor]:
         """The rows (B * K) of B samples, with their old and reference log-probabilities."""
         num_timesteps = self.args.num_train_timesteps
-        noised_samples, actions, t = self._build_rows(rollout.output)  # (B * K, N), (B * K, N), (B * K,)
+        group_size = self.num_generations if mode == "train" and self.args.shared_noise else 1
+        # (B * K, N), (B * K, N), (B * K,)
+        noised_samples, actions, t = self._build_rows(rollout.output, group_size)
         prompt_ids = torch.cat([rollout.prompt_ids.repeat_interleave(num_timesteps, dim=0), noised_samples], dim=1)
         # `_compute_loss` hands on ids and masks only, so the mask of the noised tokens holds their time. That can go
         # once TRL hands on further keys of a batch (docs/upstream.md).
@@ -438,33 +447,62 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             generate_every = self.args.steps_per_generation * self.num_iterations  # generation frequency
             if self.args.gradient_accumulation_steps % generate_every != 0:
                 batch["old_per_token_logps"] = score(self.model)[0]
-            if self.beta != 0.0:
+            if self.beta != 0.0 and self.args.kl_estimator == "k3":
                 with self._reference_weights() as reference:
                     batch["ref_per_token_logps"] = score(reference)[0]
         return batch
 
     @torch.no_grad()
-    def _build_rows(self, output: UDMSamplerOutput) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _build_rows(
+        self, output: UDMSamplerOutput, group_size: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Noised states and actions of K timesteps for each of B samples, both (B * K, N), sample by sample, and the
-        times of the states (B * K,).
+        times of the states (B * K,). Each `group_size` samples share timesteps and random numbers of the noise.
         """
         args, scheduler = self.args, self.pipeline.scheduler
         num_samples, device = output.clean_samples.size(0), output.clean_samples.device
         first, last = args.timestep_window
-        starts = torch.randint(first, last + 1, (num_samples, 1), device=device)
-        timesteps = (starts + torch.arange(args.num_train_timesteps, device=device)).flatten()  # (B * K,)
+        num_groups, num_timesteps = num_samples // group_size, args.num_train_timesteps
+        if args.timestep_sampling == "stratified":
+            num_steps = last + num_timesteps - first
+            parts = torch.arange(num_timesteps, device=device) + torch.rand(num_groups, num_timesteps, device=device)
+            # Rounding may take the last part beyond its end
+            timesteps = first + (parts * (num_steps / num_timesteps)).long().clamp(max=num_steps - 1)
+        else:
+            starts = torch.randint(first, last + 1, (num_groups, 1), device=device)
+            timesteps = starts + torch.arange(num_timesteps, device=device)
+        timesteps = timesteps.repeat_interleave(group_size, dim=0).flatten()  # (B / group_size, K) to (B * K,)
         rows = torch.arange(num_samples, device=device).repeat_interleave(args.num_train_timesteps)  # (B * K,)
         clean_samples = output.clean_samples[rows]  # (B * K, N)
         grid = torch.tensor([scheduler.timestep_to_t(timestep) for timestep in scheduler.timesteps.tolist()])
         t = grid.to(device)[timesteps]  # (B * K,)
         if args.trajectory == "forward":
-            noised_samples = scheduler.add_noise(clean_samples, t)
+            generators = None
+            if group_size > 1:
+                seeds = torch.randint(2**62, (num_groups, num_timesteps)).repeat_interleave(group_size, dim=0)
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds.flatten().tolist()]
+            noised_samples = scheduler.add_noise(clean_samples, t, generators)
         else:
             noised_samples = output.trajectory.noised_samples[timesteps, rows]
         if args.action == "intermediate":
             return noised_samples, output.trajectory.pred_original_samples[timesteps, rows], t
         return noised_samples, clean_samples, t
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self.beta == 0.0 or self.args.kl_estimator == "k3":
+            return super()._compute_loss(model, inputs)
+        # TRL's loss has k3 only. The divergences are computed along with the log-probabilities that it asks for.
+        beta, self.beta, self._kl = self.beta, 0.0, []
+        try:
+            loss = super()._compute_loss(model, inputs)
+        finally:
+            self.beta = beta
+            kl, self._kl = self._kl, None
+        kl = torch.cat(kl).mean()
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["kl"].append(self.accelerator.gather(kl.detach()).mean().item())
+        return loss + beta * kl / (self.current_gradient_accumulation_steps if mode == "train" else 1.0)
 
     @profiling_decorator
     def _get_per_token_logps_and_entropies(
@@ -487,10 +525,22 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
                 [num_prompt_tokens, logits_to_keep, logits_to_keep], dim=1
             )
             prompt_mask, t = mask_batch[:, :num_prompt_tokens].long(), mask_batch[:, num_prompt_tokens].float()
+            rows = (prompt_ids, prompt_mask, noised_samples, self.latent_shape, actions, t)
             with self.accelerator.autocast():
-                logps, entropies = self.pipeline.score(
-                    model, prompt_ids, prompt_mask, noised_samples, self.latent_shape, labels=actions, t=t
-                )
+                if self.args.kl_estimator == "full":
+                    reference = None
+                    if self._kl is not None:
+                        with torch.no_grad(), without_checkpointing(self.model), self._reference_weights() as network:
+                            reference = self.pipeline.predict_tokens(network, *rows)
+                    logps, entropies, kl = self.pipeline.score_with_kl(model, reference, *rows)
+                    if kl is not None:
+                        mask = mask_batch[:, -logits_to_keep:]
+                        self._kl.append((kl * mask).sum(dim=1) / mask.sum(dim=1))
+                else:
+                    logps, entropies = self.pipeline.score(model, *rows)
+            if self.args.timestep_weighting == "elbo":
+                elbo_weights = self.pipeline.scheduler.elbo_weights
+                logps = logps * elbo_weights(actions, noised_samples, t, self.args.num_inference_steps)
             all_logps.append(logps)
             if compute_entropy:
                 all_entropies.append(entropies)

@@ -1,0 +1,329 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""
+How many samples a recipe needs, by the protocol of docs/efficiency.md, on an embedded world.
+
+    python benchmarks/efficiency.py --output_dir outputs/efficiency --settings paper grid --seeds 42 1 2
+
+A setting is what `SETTINGS` has for its name: options that differ from the paper's recipe, which is in
+`examples/configs`. Each run is a process with one thread. It is evaluated before it begins and every 1,280 samples. A
+second call of the command continues with the runs, and within the runs, that are not finished. The output folder then
+holds the runs, `table.md` and `curves.png`. `--report` writes these two for the runs that are there.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm.auto import tqdm
+
+
+ROOT = Path(__file__).parents[1]
+SAMPLES_BETWEEN_EVALUATIONS = 1280
+TARGET = 0.90
+NUM_EVAL_SAMPLES = 4  # per held-out prompt
+WORLDS = {"shapes": "shapes_paper.yaml", "words": "words_paper.yaml", "sums": "arithmetic_paper.yaml"}
+
+GRID = {"num_train_timesteps": 8, "timestep_window": [0, 2], "timestep_sampling": "stratified"}
+REUSE = {"num_iterations": 4, "epsilon": 1e-3}
+# Rows of a rollout in four parts, with an update for each
+PARTS = {**GRID, "steps_per_generation": 4, "epsilon": 1e-3, "beta": 0.5}
+# For each name, the options that differ from the paper's recipe
+SETTINGS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "grid": {"timestep_window": [0, 7]},
+    "grid, beta 0.5": {"timestep_window": [0, 7], "beta": 0.5},
+    "grid, beta 0.5, 4 updates": {"timestep_window": [0, 7], "beta": 0.5, **REUSE},
+    "4 parts": PARTS,
+    "4 parts, full KL": {**PARTS, "kl_estimator": "full", "beta": 0.03},
+    "4 parts, EMA": {**PARTS, "ema_decay": 0.95},
+    "4 parts, negatives x 0.3": {**PARTS, "negative_advantage_scale": 0.3},
+    "4 parts, shared noise": {**PARTS, "shared_noise": True},
+    "4 parts, ELBO": {**PARTS, "timestep_weighting": "elbo"},
+    "4 parts, no std": {**PARTS, "scale_rewards": "none"},
+    "4 parts, 64 samples": {**PARTS, "samples_per_rollout": 64},
+}
+
+
+def load_trainer(folder: Path, run: dict[str, Any]):
+    """The trainer of a run, and a pipeline with the weights before training."""
+    sys.path.append(str(ROOT / "examples"))
+    import train_geneval
+    import train_ocr
+    import train_text
+
+    from trl_udm import GenEvalReward, TextUDMPipeline, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
+
+    if run["world"] == "shapes":
+        path, *judges, train_dataset, eval_dataset = train_geneval.load_task(train_geneval.ScriptArguments(), None)
+        reward_funcs = [GenEvalReward(*judges, mode="dense")]
+    else:
+        script = {"words": train_ocr, "sums": train_text}[run["world"]]
+        arguments = script.ScriptArguments()
+        if run["world"] == "words":
+            arguments.num_engines = 1
+        path, reward_funcs, train_dataset, eval_dataset = script.load_task(arguments, None)
+    pipeline_class = TextUDMPipeline if run["world"] == "sums" else URSAPipeline
+    trainer = UDMGRPOTrainer(
+        pipeline_class.from_pretrained(path),
+        reward_funcs,
+        UDMGRPOConfig(**{**run["options"], "output_dir": str(folder)}),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+    )
+    return trainer, pipeline_class.from_pretrained(path)
+
+
+def work(folder: Path) -> None:
+    """Makes the run that `run.json` describes, from its last checkpoint if there is one."""
+    import torch
+    from transformers import TrainerCallback
+
+    from trl_udm.checkpoint_folders import find_checkpoints, is_whole
+
+    run = json.loads((folder / "run.json").read_text())
+    trainer, initial = load_trainer(folder, run)
+    prompts = list(dict.fromkeys(trainer.eval_dataset["prompt"]))
+
+    @torch.no_grad()
+    def measure_kl() -> float:
+        """Mean over tokens of KL(π_θ ‖ π_initial), at noised samples of π_θ, over the whole grid."""
+        with trainer.ema_weights(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            rollout = trainer._rollout(prompts, "eval")
+            pipeline, scheduler, samples = trainer.pipeline, trainer.pipeline.scheduler, rollout.output.clean_samples
+            counted = pipeline.completion_mask(samples)  # (B, N)
+            divergences = []
+            for timestep in scheduler.timesteps.tolist():
+                t = torch.full((len(samples),), scheduler.timestep_to_t(timestep))
+                state = (rollout.prompt_ids, rollout.prompt_mask, scheduler.add_noise(samples, t))
+                log_probs, initial_log_probs = (
+                    one.denoise(*state, trainer.latent_shape, t=t).float().log_softmax(dim=-1)
+                    for one in (pipeline, initial)
+                )
+                kl = (log_probs.exp() * (log_probs - initial_log_probs)).sum(dim=-1)  # (B, N)
+                divergences.append((kl * counted).sum() / counted.sum())
+        return torch.stack(divergences).mean().item()
+
+    class Recorder(TrainerCallback):
+        """Writes each evaluation to `evaluations.json`, with what it took to get there."""
+
+        def __init__(self):
+            path = folder / "evaluations.json"
+            self.rows: list[dict[str, float]] = json.loads(path.read_text()) if path.exists() else []
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.rows = [row for row in self.rows if state.global_step > 0 and row["step"] <= state.global_step]
+            self.seconds = self.rows[-1]["seconds"] if self.rows else 0.0
+            self.start = time.monotonic()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if control.should_evaluate:  # now the clock stands still
+                self.seconds += time.monotonic() - self.start
+
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            kinds = [value for name, value in metrics.items() if name.startswith("eval_geneval/")]
+            rollouts = state.global_step / (args.num_iterations * args.steps_per_generation)
+            self.rows.append(
+                {
+                    "step": state.global_step,
+                    "samples": round(rollouts * args.generation_batch_size / args.num_train_timesteps),
+                    "seconds": self.seconds,
+                    "accuracy": statistics.fmean(kinds) if kinds else metrics["eval_reward"],
+                    "diversity": metrics.get("eval_diversity"),
+                    "kl": measure_kl(),
+                }
+            )
+            (folder / "evaluations.json").write_text(json.dumps(self.rows, indent=1))
+            self.start = time.monotonic()
+
+    trainer.add_callback(Recorder())
+    checkpoints = [path for path in find_checkpoints(folder) if is_whole(path)]
+    trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    (folder / "done").touch()
+
+
+def build_options(world: str, overrides: dict[str, Any], seed: int, num_samples: int) -> dict[str, Any]:
+    """Arguments of `UDMGRPOConfig` for a run of so many samples."""
+    paper = yaml.safe_load((ROOT / "examples" / "configs" / WORLDS[world]).read_text())
+    samples_per_rollout = paper["per_device_train_batch_size"] // paper["num_train_timesteps"]
+    options = {**paper, **overrides, "seed": seed}
+    samples_per_rollout = options.pop("samples_per_rollout", samples_per_rollout)
+    rows = samples_per_rollout * options["num_train_timesteps"]
+    num_minibatches = options.setdefault("steps_per_generation", 1)
+    updates = options.get("num_iterations", 1) * num_minibatches
+    steps = SAMPLES_BETWEEN_EVALUATIONS // samples_per_rollout * updates
+    return {
+        **options,
+        "per_device_train_batch_size": rows // num_minibatches,
+        "per_device_eval_batch_size": 480,
+        "num_generations_eval": NUM_EVAL_SAMPLES,
+        "max_steps": num_samples // samples_per_rollout * updates,
+        "eval_strategy": "steps",
+        "eval_on_start": True,
+        "eval_steps": steps,
+        "save_steps": steps,
+        "logging_steps": updates,
+        "disable_tqdm": True,
+    }
+
+
+def count_passes(options: dict[str, Any]) -> float:
+    """Returns the forward passes of training per sample. A backward pass counts as two."""
+    num_timesteps, num_iterations = options["num_train_timesteps"], options.get("num_iterations", 1)
+    rollout = options["num_inference_steps"] - 1  # the first step of the metric path needs none
+    num_scorings = (options["beta"] != 0) + (num_iterations * options["steps_per_generation"] > 1)
+    return rollout + num_timesteps * (num_scorings + 3 * num_iterations)
+
+
+def first_reached(rows: list[dict[str, float]], target: float) -> dict[str, float] | None:
+    """The first evaluation at or above the target that the next one, if there is one, confirms."""
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        if row["accuracy"] >= target and (following is None or following["accuracy"] >= target):
+            return row
+    return None
+
+
+def train(folder: Path, run: dict[str, Any]) -> None:
+    """Makes one run in a process of its own, unless that has been done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.json"
+    if path.exists() and json.loads(path.read_text()) != run:
+        raise ValueError(f"`--output_dir` holds a run with other options: {path}. Give another folder.")
+    path.write_text(json.dumps(run, indent=1))
+    if (folder / "done").exists():
+        return
+    with (folder / "log.txt").open("a") as log:
+        command = [sys.executable, __file__, "--output_dir", str(folder), "--work"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
+
+
+def read_runs(output_dir: Path) -> list[dict[str, Any]]:
+    """The runs below a folder, each with its evaluations."""
+    runs = []
+    for path in sorted(output_dir.rglob("run.json")):
+        rows_path = path.with_name("evaluations.json")
+        if rows_path.exists():
+            rows = json.loads(rows_path.read_text())
+            runs.append({**json.loads(path.read_text()), "rows": rows, "is_done": path.with_name("done").exists()})
+    return runs
+
+
+def format_table(runs: list[dict[str, Any]]) -> str:
+    """One row for each run: what it took to reach the target, and where it was at certain numbers of samples."""
+    lines = [
+        "| world | setting | learning rate | seed | samples to 0.90 | passes | seconds | at 3,840 | at 6,400 "
+        "| at 12,800 | last | samples | KL | diversity |",
+        "|---" * 14 + "|",
+    ]
+    for run in runs:
+        options, rows = run["options"], run["rows"]
+        reached = first_reached(rows, TARGET)
+        at = {row["samples"]: f"{row['accuracy']:.3f}" for row in rows}
+        cost = ["", "", ""]
+        if reached is not None:
+            passes = reached["samples"] * count_passes(options) / 1000
+            cost = [f"{reached['samples']:,}", f"{passes:.0f} k", f"{reached['seconds']:.0f}"]
+        cells = [
+            run["world"],
+            run["setting"],
+            f"{options['learning_rate']:g}",
+            str(options["seed"]),
+            *cost,
+            *(at.get(samples, "") for samples in (3840, 6400, 12800)),
+            f"{rows[-1]['accuracy']:.3f}",
+            f"{rows[-1]['samples']:,}",
+            f"{rows[-1]['kl']:.3f}",
+            "" if rows[-1]["diversity"] is None else f"{rows[-1]['diversity']:.3f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def save_curves(path: Path, runs: list[dict[str, Any]]) -> None:
+    """Plots accuracy against samples: a panel for each world, a color for each setting, a line for each run."""
+    from trl_udm.drawing import open_figure
+
+    worlds = list(dict.fromkeys(run["world"] for run in runs))
+    settings = list(dict.fromkeys((run["setting"], run["options"]["learning_rate"]) for run in runs))
+    with open_figure(path, height=3.4 * len(worlds)) as figure:
+        axes = figure.subplots(len(worlds), 1, squeeze=False)[:, 0]
+        for axis, world in zip(axes, worlds, strict=True):
+            for run in runs:
+                if run["world"] == world:
+                    key = (run["setting"], run["options"]["learning_rate"])
+                    label = f"{key[0]}, {key[1]:g}"
+                    label = None if label in axis.get_legend_handles_labels()[1] else label
+                    points = [(row["samples"], row["accuracy"]) for row in run["rows"]]
+                    axis.plot(*zip(*points, strict=True), color=f"C{settings.index(key) % 10}", label=label)
+            axis.axhline(TARGET, color="gray", linestyle=":")
+            axis.set(ylabel=f"{world}: accuracy", xlabel="samples drawn")
+            axis.legend(fontsize=8, loc="lower right")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the runs and the report")
+    parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=["shapes"])
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--learning_rates", nargs="+", type=float, help="by default that of the paper's recipe")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 1, 2])
+    parser.add_argument("--num_samples", type=int, default=6400, help="samples of a run, a multiple of 1,280")
+    parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="runs at a time, each with one thread")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        work(args.output_dir)
+        return
+    if args.num_samples % SAMPLES_BETWEEN_EVALUATIONS != 0:
+        parser.error(f"--num_samples must be a multiple of {SAMPLES_BETWEEN_EVALUATIONS}, got {args.num_samples}")
+    if not args.report:
+        runs = []
+        for seed in args.seeds:
+            for world in args.worlds:
+                for setting in args.settings:
+                    for rate in args.learning_rates or [None]:
+                        overrides = dict(SETTINGS[setting])
+                        if rate is not None:
+                            overrides["learning_rate"] = rate
+                        options = build_options(world, overrides, seed, args.num_samples)
+                        folder = Path(
+                            world, setting.replace(", ", "_").replace(" ", "-"), f"{options['learning_rate']:g}"
+                        )
+                        run = {"world": world, "setting": setting, "options": options}
+                        runs.append((args.output_dir / folder / str(seed), run))
+        with ThreadPoolExecutor(args.num_workers) as pool:
+            futures = [pool.submit(train, *run) for run in runs]
+            for future in tqdm(futures, desc="Training", unit="run"):
+                future.result()
+    runs = read_runs(args.output_dir)
+    table = format_table(runs)
+    (args.output_dir / "table.md").write_text(table)
+    save_curves(args.output_dir / "curves.png", runs)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
