@@ -44,29 +44,41 @@ TARGET = 0.90
 NUM_EVAL_SAMPLES = 4  # per held-out prompt
 WORLDS = {"shapes": "shapes_paper.yaml", "words": "words_paper.yaml", "sums": "arithmetic_paper.yaml"}
 
-GRID = {"num_train_timesteps": 8, "timestep_window": [0, 2], "timestep_sampling": "stratified"}
-REUSE = {"num_iterations": 4, "epsilon": 1e-3}
-# Rows of a rollout in four parts, with an update for each
-PARTS = {**GRID, "steps_per_generation": 4, "epsilon": 1e-3, "beta": 0.5}
+ALL_STEPS = {"num_train_timesteps": 8, "timestep_window": [0, 2], "timestep_sampling": "stratified"}
+# Rows of a rollout in four parts, with an update for each. The average stands in for a schedule that ends.
+FAST = {
+    **ALL_STEPS,
+    "steps_per_generation": 4,
+    "epsilon": 1e-3,
+    "beta": 0.5,
+    "ema_decay": 0.95,
+    "lr_scheduler_type": "constant_with_warmup",
+    "lr_scheduler_kwargs": {},
+}
 # For each name, the options that differ from the paper's recipe
 SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {},
     "grid": {"timestep_window": [0, 7]},
     "grid, beta 0.5": {"timestep_window": [0, 7], "beta": 0.5},
-    "grid, beta 0.5, 4 updates": {"timestep_window": [0, 7], "beta": 0.5, **REUSE},
-    "4 parts": PARTS,
-    "4 parts, full KL": {**PARTS, "kl_estimator": "full", "beta": 0.03},
-    "4 parts, EMA": {**PARTS, "ema_decay": 0.95},
-    "4 parts, negatives x 0.3": {**PARTS, "negative_advantage_scale": 0.3},
-    "4 parts, shared noise": {**PARTS, "shared_noise": True},
-    "4 parts, ELBO": {**PARTS, "timestep_weighting": "elbo"},
-    "4 parts, no std": {**PARTS, "scale_rewards": "none"},
-    "4 parts, 64 samples": {**PARTS, "samples_per_rollout": 64},
+    "grid, beta 0.5, 4 updates": {
+        "timestep_window": [0, 7],
+        "beta": 0.5,
+        "num_iterations": 4,
+        "epsilon": 1e-3,
+    },
+    "fast": FAST,
+    "fast, 64 samples": {**FAST, "samples_per_rollout": 64},
+    "fast, negatives x 0.3": {**FAST, "negative_advantage_scale": 0.3},
+    "fast, full KL": {**FAST, "kl_estimator": "full", "beta": 0.03},
+    "fast, shared noise": {**FAST, "shared_noise": True},
+    "fast, ELBO": {**FAST, "timestep_weighting": "elbo"},
+    "fast, no std": {**FAST, "scale_rewards": "none"},
+    "fast, no EMA": {**FAST, "ema_decay": None},
 }
 
 
 def load_trainer(folder: Path, run: dict[str, Any]):
-    """The trainer of a run, and a pipeline with the weights before training."""
+    """The trainer of a run, the function that measures accuracy, and a pipeline with the weights before training."""
     sys.path.append(str(ROOT / "examples"))
     import train_geneval
     import train_ocr
@@ -76,13 +88,15 @@ def load_trainer(folder: Path, run: dict[str, Any]):
 
     if run["world"] == "shapes":
         path, *judges, train_dataset, eval_dataset = train_geneval.load_task(train_geneval.ScriptArguments(), None)
-        reward_funcs = [GenEvalReward(*judges, mode="dense")]
+        reward_funcs, accuracy = [GenEvalReward(*judges, mode="dense")], GenEvalReward(*judges, mode="official")
     else:
         script = {"words": train_ocr, "sums": train_text}[run["world"]]
         arguments = script.ScriptArguments()
         if run["world"] == "words":
             arguments.num_engines = 1
-        path, reward_funcs, train_dataset, eval_dataset = script.load_task(arguments, None)
+        path, reward_func, train_dataset, eval_dataset = script.load_task(arguments, None)
+        accuracy = reward_func[0] if isinstance(reward_func, list) else reward_func
+        reward_funcs = [accuracy]
     pipeline_class = TextUDMPipeline if run["world"] == "sums" else URSAPipeline
     trainer = UDMGRPOTrainer(
         pipeline_class.from_pretrained(path),
@@ -91,7 +105,7 @@ def load_trainer(folder: Path, run: dict[str, Any]):
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
     )
-    return trainer, pipeline_class.from_pretrained(path)
+    return trainer, accuracy, pipeline_class.from_pretrained(path)
 
 
 def work(folder: Path) -> None:
@@ -102,60 +116,62 @@ def work(folder: Path) -> None:
     from trl_udm.checkpoint_folders import find_checkpoints, is_whole
 
     run = json.loads((folder / "run.json").read_text())
-    trainer, initial = load_trainer(folder, run)
-    prompts = list(dict.fromkeys(trainer.eval_dataset["prompt"]))
+    trainer, reward_func, initial = load_trainer(folder, run)
+    pipeline, rows = trainer.pipeline, [row for row in trainer.eval_dataset for _ in range(NUM_EVAL_SAMPLES)]
+    prompts = [row["prompt"] for row in rows]
+    columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
 
     @torch.no_grad()
-    def measure_kl() -> float:
-        """Mean over tokens of KL(π_θ ‖ π_initial), at noised samples of π_θ, over the whole grid."""
+    def measure() -> dict[str, float]:
+        """Accuracy, diversity and divergence of the policy, with the same random numbers every time."""
         with trainer.ema_weights(), torch.random.fork_rng():
             torch.manual_seed(0)
             rollout = trainer._rollout(prompts, "eval")
-            pipeline, scheduler, samples = trainer.pipeline, trainer.pipeline.scheduler, rollout.output.clean_samples
-            counted = pipeline.completion_mask(samples)  # (B, N)
+            scores = reward_func(prompts=prompts, completions=rollout.completions, **columns)
+            samples = rollout.output.clean_samples
+            first, second = samples[::NUM_EVAL_SAMPLES], samples[1::NUM_EVAL_SAMPLES]
+            counted = pipeline.completion_mask(first)  # (B, N)
             divergences = []
-            for timestep in scheduler.timesteps.tolist():
-                t = torch.full((len(samples),), scheduler.timestep_to_t(timestep))
-                state = (rollout.prompt_ids, rollout.prompt_mask, scheduler.add_noise(samples, t))
+            for timestep in pipeline.scheduler.timesteps.tolist():
+                t = torch.full((len(first),), pipeline.scheduler.timestep_to_t(timestep))
+                prompt = (rollout.prompt_ids[::NUM_EVAL_SAMPLES], rollout.prompt_mask[::NUM_EVAL_SAMPLES])
+                state = (*prompt, pipeline.scheduler.add_noise(first, t), trainer.latent_shape)
                 log_probs, initial_log_probs = (
-                    one.denoise(*state, trainer.latent_shape, t=t).float().log_softmax(dim=-1)
-                    for one in (pipeline, initial)
+                    one.denoise(*state, t=t).float().log_softmax(dim=-1) for one in (pipeline, initial)
                 )
                 kl = (log_probs.exp() * (log_probs - initial_log_probs)).sum(dim=-1)  # (B, N)
-                divergences.append((kl * counted).sum() / counted.sum())
-        return torch.stack(divergences).mean().item()
+                divergences.append(((kl * counted).sum() / counted.sum()).item())
+        return {
+            "accuracy": statistics.fmean(scores),
+            "diversity": (first != second).float().mean().item(),
+            "kl": statistics.fmean(divergences),
+        }
 
     class Recorder(TrainerCallback):
         """Writes each evaluation to `evaluations.json`, with what it took to get there."""
 
-        def __init__(self):
-            path = folder / "evaluations.json"
-            self.rows: list[dict[str, float]] = json.loads(path.read_text()) if path.exists() else []
+        rows: list[dict[str, float]]
 
-        def on_train_begin(self, args, state, control, **kwargs):
-            self.rows = [row for row in self.rows if state.global_step > 0 and row["step"] <= state.global_step]
-            self.seconds = self.rows[-1]["seconds"] if self.rows else 0.0
-            self.start = time.monotonic()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if control.should_evaluate:  # now the clock stands still
-                self.seconds += time.monotonic() - self.start
-
-        def on_evaluate(self, args, state, control, metrics, **kwargs):
-            kinds = [value for name, value in metrics.items() if name.startswith("eval_geneval/")]
-            rollouts = state.global_step / (args.num_iterations * args.steps_per_generation)
-            self.rows.append(
-                {
-                    "step": state.global_step,
-                    "samples": round(rollouts * args.generation_batch_size / args.num_train_timesteps),
-                    "seconds": self.seconds,
-                    "accuracy": statistics.fmean(kinds) if kinds else metrics["eval_reward"],
-                    "diversity": metrics.get("eval_diversity"),
-                    "kl": measure_kl(),
-                }
-            )
+        def evaluate(self, args: Any, step: int) -> None:
+            rollouts = step / (args.num_iterations * args.steps_per_generation)
+            samples = round(rollouts * args.generation_batch_size / args.num_train_timesteps)
+            self.rows.append({"step": step, "samples": samples, "seconds": self.seconds, **measure()})
             (folder / "evaluations.json").write_text(json.dumps(self.rows, indent=1))
             self.start = time.monotonic()
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            path = folder / "evaluations.json"
+            rows = json.loads(path.read_text()) if path.exists() else []
+            self.rows = [row for row in rows if 0 < state.global_step >= row["step"]]
+            self.seconds = self.rows[-1]["seconds"] if self.rows else 0.0
+            self.start = time.monotonic()
+            if state.global_step == 0:
+                self.evaluate(args, 0)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step % args.save_steps == 0:
+                self.seconds += time.monotonic() - self.start  # while the clock stands still
+                self.evaluate(args, state.global_step)
 
     trainer.add_callback(Recorder())
     checkpoints = [path for path in find_checkpoints(folder) if is_whole(path)]
@@ -172,17 +188,12 @@ def build_options(world: str, overrides: dict[str, Any], seed: int, num_samples:
     rows = samples_per_rollout * options["num_train_timesteps"]
     num_minibatches = options.setdefault("steps_per_generation", 1)
     updates = options.get("num_iterations", 1) * num_minibatches
-    steps = SAMPLES_BETWEEN_EVALUATIONS // samples_per_rollout * updates
     return {
         **options,
         "per_device_train_batch_size": rows // num_minibatches,
-        "per_device_eval_batch_size": 480,
-        "num_generations_eval": NUM_EVAL_SAMPLES,
+        "rollout_batch_size": 128,
         "max_steps": num_samples // samples_per_rollout * updates,
-        "eval_strategy": "steps",
-        "eval_on_start": True,
-        "eval_steps": steps,
-        "save_steps": steps,
+        "save_steps": SAMPLES_BETWEEN_EVALUATIONS // samples_per_rollout * updates,
         "logging_steps": updates,
         "disable_tqdm": True,
     }
