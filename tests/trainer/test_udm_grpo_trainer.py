@@ -114,7 +114,7 @@ def test_the_trainer_names_no_family():
         "adapters",
         "ema",
         "hub",
-        "model_card",
+        "reward_runner",
     ):
         module = sys.modules[UDMGRPOTrainer.__module__.rpartition(".")[0] + "." + name]
         with open(module.__file__) as file:
@@ -316,8 +316,11 @@ def test_the_full_divergence_is_that_of_the_whole_vocabulary_at_the_trained_stat
 
 
 def test_the_full_divergence_is_zero_at_the_first_step(tmp_path):
-    trainer = build_trainer(tmp_path, kl_estimator="full", beta=0.5, max_steps=3, learning_rate=1e-2)
+    trainer = build_trainer(
+        tmp_path, kl_estimator="full", beta=0.5, max_steps=3, learning_rate=1e-2, per_device_eval_batch_size=3
+    )
     trainer.train()
+    assert trainer.evaluate()["eval_kl"] > 1e-4  # of 8 prompts, in batches of 3, 3 and 2
     kl = [log["kl"] for log in trainer.state.log_history if "kl" in log]
     assert abs(kl[0]) < 1e-6
     assert kl[-1] > 1e-4

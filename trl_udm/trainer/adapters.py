@@ -18,6 +18,7 @@ import contextlib
 import copy
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -49,9 +50,12 @@ class PolicyMixin:
     """
     Arrangements for the model that is trained and for its reference, and the context in which samples are drawn.
 
-    Needs `pipeline`, `args`, `model`, `model_wrapped`, `ref_model`, `accelerator`, `beta`, and `_dist` of
+    Needs `pipeline`, `args`, `model`, `model_wrapped`, `ref_model`, `accelerator`, `beta`, `_metrics` and `_dist` of
     [`~trl.GRPOTrainer`].
     """
+
+    _kl: list[torch.Tensor] | None = None
+    """Divergences of rows, while a loss is computed with `kl_estimator="full"`."""
 
     def _prepare_policy(self, is_new_adapter: bool) -> None:
         self.initial_weights = self._copy_initial_weights(is_new_adapter)
@@ -103,6 +107,27 @@ class PolicyMixin:
         finally:
             for weight, value in trained.items():
                 weight.data = value
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self.beta == 0.0 or self.args.kl_estimator == "k3":
+            return super()._compute_loss(model, inputs)
+        # TRL's loss has k3 only. The divergences are computed along with the log-probabilities that it asks for.
+        beta, self.beta, self._kl = self.beta, 0.0, []
+        try:
+            loss = super()._compute_loss(model, inputs)
+        finally:
+            self.beta = beta
+            kl, self._kl = self._kl, None
+        kl = torch.cat(kl).mean()
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["kl"].append(self.accelerator.gather(kl.detach()).mean().item())
+        return loss + beta * kl / (self.current_gradient_accumulation_steps if mode == "train" else 1.0)
+
+    @torch.no_grad()
+    def _predict_reference(self, *rows: Any) -> tuple[torch.Tensor, nn.Module]:
+        """What `pipeline.predict_tokens` returns for the reference."""
+        with without_checkpointing(self.model), self._reference_weights() as reference:
+            return self.pipeline.predict_tokens(reference, *rows)
 
     def _resolve_merge_adapter(self) -> bool:
         is_sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled

@@ -30,8 +30,8 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
 
 from .. import __version__
+from ..model_card import CARD_FILES, make_model_card
 from .ema import EMA_FOLDER
-from .model_card import CARD_FILES, make_model_card
 
 
 logger = get_logger(__name__)

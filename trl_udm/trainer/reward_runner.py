@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from trl.data_utils import is_conversational
 from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable
 
 from ..pipelines.pipeline_udm import UDMPipeline
@@ -34,7 +35,10 @@ class RewardsMixin:
     """
     The reward functions of a run as [`RewardRunner`]s, in threads where `args.async_rewards` asks for it.
 
-    Needs `args`, `model`, `state`, `accelerator`, `reward_funcs` and `_count_failure` of [`CheckpointMixin`].
+    It also makes advantages of the rewards.
+
+    Needs `pipeline`, `args`, `model`, `state`, `accelerator`, `reward_funcs`, `scale_rewards` and
+    `multi_objective_aggregation` of [`~trl.GRPOTrainer`], and `_count_failure` of [`CheckpointMixin`].
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -119,6 +123,74 @@ class RewardsMixin:
             raise ValueError(reason)
         self._count_failure("rewards", reason)
         return rewards_per_func
+
+    def _reward_arguments(
+        self, inputs: list[dict[str, Any]], clean_samples: torch.Tensor, completions: list[Any]
+    ) -> tuple[list[dict[str, Any]], list[Any], list[Any], list[list[int]]]:
+        """What `_calculate_rewards` takes for B rows of the dataset, their samples (B, N), and their completions."""
+        prompts = [x["prompt"] for x in inputs]
+        samples, mask = clean_samples.cpu(), self.pipeline.completion_mask(clean_samples).cpu()  # (B, N)
+        completion_ids = [ids[counts].tolist() for ids, counts in zip(samples, mask.bool(), strict=True)]
+        if is_conversational({"prompt": prompts[0]}):
+            completions = [[{"role": "assistant", "content": completion}] for completion in completions]
+        return inputs, prompts, completions, completion_ids
+
+    def _compute_advantages(
+        self, rewards_per_func: torch.Tensor, num_generations: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Advantages Â = (R − mean) / (std + 1e-4) with the group's mean and, unlike in `GRPOTrainer`, the population's
+        standard deviation, clamped to ±`advantage_clip`.
+
+        Rewards (B, F) have NaN where a function abstained. A sample that no function of a weight other than 0 scored
+        is left out of its group's statistics and gets no advantage. Where the rewards of a group are equal, apart from
+        the rounding of float64, advantages and standard deviation are exactly 0. Returns advantages, weighted rewards,
+        and standard deviations of the groups, each (B,).
+        """
+
+        def center(values: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+            # Values (P, G, ...) minus their group's mean. They are sums of numbers of these sizes.
+            centered = values - torch.nanmean(values, dim=1, keepdim=True)
+            rounding = 1e-12 * sizes.nan_to_num().amax(dim=1, keepdim=True)
+            is_equal = centered.abs().nan_to_num().amax(dim=1, keepdim=True) <= rounding
+            return torch.where(is_equal & ~torch.isnan(values), 0.0, centered)
+
+        def std(centered: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+            return torch.nanmean(centered.square(), dim=dim, keepdim=True).sqrt()
+
+        weights = self.reward_weights  # (F,)
+        grouped = rewards_per_func.double().unflatten(0, (-1, num_generations))  # (P, G, F)
+        weighted = grouped * weights
+        too_large = ((grouped.abs() > 1e150) | (weighted.abs() > 1e150)).nonzero().tolist()
+        if too_large:
+            group, sample, function = too_large[0]
+            raise ValueError(
+                f"Rewards, and rewards times their weight, must be at most 1e150, which has a finite square, got "
+                f"{grouped[group, sample, function]:.3g} of '{self.reward_func_names[function]}' with the weight "
+                f"{weights[function]:.3g} for the sample {group * num_generations + sample} of a batch."
+            )
+        unscorable = torch.isnan(grouped[..., weights != 0]).all(dim=-1)  # (P, G)
+        rewards = weighted.nansum(dim=-1).masked_fill(unscorable, torch.nan)  # (P, G)
+        if self.multi_objective_aggregation == "sum_then_normalize":
+            centered = center(rewards, weighted.abs().nansum(dim=-1))
+            batch_std = std(rewards - torch.nanmean(rewards))
+            divisors = {"group": std(centered, dim=1) + 1e-4, "batch": batch_std + 1e-4, "none": 1.0}
+            advantages = centered / divisors[self.scale_rewards]
+        else:
+            centered = center(grouped, grouped.abs())
+            weighted = centered / (std(centered, dim=1) + 1e-4) * weights
+            total = weighted.nansum(dim=-1).masked_fill(unscorable, torch.nan)
+            centered = center(total, weighted.abs().nansum(dim=-1))  # the batch's mean is the group's: 0
+            advantages = centered / (std(centered) + 1e-4)
+        std_rewards = std(centered, dim=1).expand_as(centered)
+        advantages = advantages.nan_to_num(nan=0.0)
+        advantages = torch.where(advantages < 0, self.args.negative_advantage_scale * advantages, advantages)
+        if self.args.advantage_clip is not None:
+            advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
+        advantages, rewards, std_rewards = (
+            values.flatten().to(rewards_per_func.dtype) for values in (advantages, rewards, std_rewards)
+        )
+        return advantages, rewards, std_rewards
 
 
 def _get_name(reward_func: Callable | nn.Module | str) -> str:

@@ -408,6 +408,15 @@ def _find_nearest(fits: Callable[[int], bool], value: int, first: int, last: int
     return " or ".join(str(size) for side in sides for size in itertools.islice(filter(fits, side), 1)) or "none"
 
 
+def check_scheduler(args: UDMGRPOConfig, scheduler: Any) -> None:
+    """Raises a `ValueError` if an option needs a method that the scheduler does not have."""
+    if args.timestep_weighting == "elbo" and not hasattr(scheduler, "elbo_weights"):
+        raise ValueError(
+            f"`timestep_weighting` must be 'none' with a {type(scheduler).__name__}, got 'elbo': it has no "
+            "`elbo_weights`. A `KineticOptimalScheduler` has."
+        )
+
+
 # What reward functions get beside the columns of the dataset, here or in `GRPOTrainer`
 RESERVED_COLUMNS = {"prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra"}
 RESERVED_COLUMNS |= {"environments", "is_padding", "self"}

@@ -28,7 +28,6 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import GenerationConfig, TrainerCallback
 from trl import GRPOTrainer
-from trl.data_utils import is_conversational
 from trl.extras.profiling import profiling_context, profiling_decorator
 
 from ..cut_prompts import expect_prompts
@@ -43,7 +42,7 @@ from .completions import CompletionsMixin
 from .ema import EMAMixin
 from .hub import HubMixin
 from .reward_runner import RewardsMixin, check_rewards
-from .udm_grpo_config import UDMGRPOConfig, check_datasets
+from .udm_grpo_config import UDMGRPOConfig, check_datasets, check_scheduler
 
 
 @dataclasses.dataclass
@@ -172,17 +171,12 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         if not isinstance(args, UDMGRPOConfig):
             raise TypeError(f"`args` must be a `UDMGRPOConfig`, got {type(args).__name__}.")
         args = copy.copy(args)  # changed below
-        if args.timestep_weighting == "elbo" and not hasattr(pipeline.scheduler, "elbo_weights"):
-            raise ValueError(
-                f"`timestep_weighting` must be 'none' with a {type(pipeline.scheduler).__name__}, got 'elbo': it has "
-                "no `elbo_weights`. A `KineticOptimalScheduler` has."
-            )
+        check_scheduler(args, pipeline.scheduler)
         datasets = check_datasets(args, train_dataset, eval_dataset)
         reward_funcs, eval_reward_funcs = check_rewards(pipeline, args, reward_funcs, eval_reward_funcs)
         self.pipeline = pipeline
         pipeline.forget_local_paths()
         self.latent_shape = pipeline.latent_shape(**(args.pipeline_kwargs or {}))
-        self._kl: list[torch.Tensor] | None = None  # a list while a loss is computed with `kl_estimator="full"`
 
         # Model
         transformer = pipeline.transformer
@@ -342,74 +336,6 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         prompt_ids, prompt_mask = self.pipeline.extend_prompt(prompt_ids, prompt_mask, output.clean_samples)
         return Rollout(prompt_ids, prompt_mask, output, completions)
 
-    def _reward_arguments(
-        self, inputs: list[dict[str, Any]], clean_samples: torch.Tensor, completions: list[Any]
-    ) -> tuple[list[dict[str, Any]], list[Any], list[Any], list[list[int]]]:
-        """What `_calculate_rewards` takes for B rows of the dataset, their samples (B, N), and their completions."""
-        prompts = [x["prompt"] for x in inputs]
-        samples, mask = clean_samples.cpu(), self.pipeline.completion_mask(clean_samples).cpu()  # (B, N)
-        completion_ids = [ids[counts].tolist() for ids, counts in zip(samples, mask.bool(), strict=True)]
-        if is_conversational({"prompt": prompts[0]}):
-            completions = [[{"role": "assistant", "content": completion}] for completion in completions]
-        return inputs, prompts, completions, completion_ids
-
-    def _compute_advantages(
-        self, rewards_per_func: torch.Tensor, num_generations: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """
-        Advantages Â = (R − mean) / (std + 1e-4) with the group's mean and, unlike in `GRPOTrainer`, the population's
-        standard deviation, clamped to ±`advantage_clip`.
-
-        Rewards (B, F) have NaN where a function abstained. A sample that no function of a weight other than 0 scored
-        is left out of its group's statistics and gets no advantage. Where the rewards of a group are equal, apart from
-        the rounding of float64, advantages and standard deviation are exactly 0. Returns advantages, weighted rewards,
-        and standard deviations of the groups, each (B,).
-        """
-
-        def center(values: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-            # Values (P, G, ...) minus their group's mean. They are sums of numbers of these sizes.
-            centered = values - torch.nanmean(values, dim=1, keepdim=True)
-            rounding = 1e-12 * sizes.nan_to_num().amax(dim=1, keepdim=True)
-            is_equal = centered.abs().nan_to_num().amax(dim=1, keepdim=True) <= rounding
-            return torch.where(is_equal & ~torch.isnan(values), 0.0, centered)
-
-        def std(centered: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-            return torch.nanmean(centered.square(), dim=dim, keepdim=True).sqrt()
-
-        weights = self.reward_weights  # (F,)
-        grouped = rewards_per_func.double().unflatten(0, (-1, num_generations))  # (P, G, F)
-        weighted = grouped * weights
-        too_large = ((grouped.abs() > 1e150) | (weighted.abs() > 1e150)).nonzero().tolist()
-        if too_large:
-            group, sample, function = too_large[0]
-            raise ValueError(
-                f"Rewards, and rewards times their weight, must be at most 1e150, which has a finite square, got "
-                f"{grouped[group, sample, function]:.3g} of '{self.reward_func_names[function]}' with the weight "
-                f"{weights[function]:.3g} for the sample {group * num_generations + sample} of a batch."
-            )
-        unscorable = torch.isnan(grouped[..., weights != 0]).all(dim=-1)  # (P, G)
-        rewards = weighted.nansum(dim=-1).masked_fill(unscorable, torch.nan)  # (P, G)
-        if self.multi_objective_aggregation == "sum_then_normalize":
-            centered = center(rewards, weighted.abs().nansum(dim=-1))
-            batch_std = std(rewards - torch.nanmean(rewards))
-            divisors = {"group": std(centered, dim=1) + 1e-4, "batch": batch_std + 1e-4, "none": 1.0}
-            advantages = centered / divisors[self.scale_rewards]
-        else:
-            centered = center(grouped, grouped.abs())
-            weighted = centered / (std(centered, dim=1) + 1e-4) * weights
-            total = weighted.nansum(dim=-1).masked_fill(unscorable, torch.nan)
-            centered = center(total, weighted.abs().nansum(dim=-1))  # the batch's mean is the group's: 0
-            advantages = centered / (std(centered) + 1e-4)
-        std_rewards = std(centered, dim=1).expand_as(centered)
-        advantages = advantages.nan_to_num(nan=0.0)
-        advantages = torch.where(advantages < 0, self.args.negative_advantage_scale * advantages, advantages)
-        if self.args.advantage_clip is not None:
-            advantages = advantages.clamp(-self.args.advantage_clip, self.args.advantage_clip)
-        advantages, rewards, std_rewards = (
-            values.flatten().to(rewards_per_func.dtype) for values in (advantages, rewards, std_rewards)
-        )
-        return advantages, rewards, std_rewards
-
     def _score_rows(self, rollout: Rollout, mode: str) -> dict[str, torch.Tensor]:
         """The rows (B * K) of B samples, with their old and reference log-probabilities."""
         num_timesteps = self.args.num_train_timesteps
@@ -489,21 +415,6 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             return noised_samples, output.trajectory.pred_original_samples[timesteps, rows], t
         return noised_samples, clean_samples, t
 
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        if self.beta == 0.0 or self.args.kl_estimator == "k3":
-            return super()._compute_loss(model, inputs)
-        # TRL's loss has k3 only. The divergences are computed along with the log-probabilities that it asks for.
-        beta, self.beta, self._kl = self.beta, 0.0, []
-        try:
-            loss = super()._compute_loss(model, inputs)
-        finally:
-            self.beta = beta
-            kl, self._kl = self._kl, None
-        kl = torch.cat(kl).mean()
-        mode = "train" if self.model.training else "eval"
-        self._metrics[mode]["kl"].append(self.accelerator.gather(kl.detach()).mean().item())
-        return loss + beta * kl / (self.current_gradient_accumulation_steps if mode == "train" else 1.0)
-
     @profiling_decorator
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
@@ -528,10 +439,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             rows = (prompt_ids, prompt_mask, noised_samples, self.latent_shape, actions, t)
             with self.accelerator.autocast():
                 if self.args.kl_estimator == "full":
-                    reference = None
-                    if self._kl is not None:
-                        with torch.no_grad(), without_checkpointing(self.model), self._reference_weights() as network:
-                            reference = self.pipeline.predict_tokens(network, *rows)
+                    reference = None if self._kl is None else self._predict_reference(*rows)
                     logps, entropies, kl = self.pipeline.score_with_kl(model, reference, *rows)
                     if kl is not None:
                         mask = mask_batch[:, -logits_to_keep:]

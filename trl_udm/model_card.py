@@ -26,11 +26,11 @@ from accelerate.utils import is_peft_model
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
-from .. import __version__
+from . import __version__
 
 
 if TYPE_CHECKING:
-    from .udm_grpo_trainer import UDMGRPOTrainer
+    from .trainer.udm_grpo_trainer import UDMGRPOTrainer
 
 CARD_FILES = ("README.md", "results.json", "samples.png", "reward_curve.png")
 """Files of the output folder that are the card, or that it shows. [`train_and_compare`] leaves all but the first."""
@@ -87,7 +87,7 @@ def make_model_card(
     packages = ("trl", "transformers", "diffusers", "peft", "torch")
     return ModelCard.from_template(
         data,
-        template_path=Path(__file__).parents[1] / "templates" / "model_card.md",
+        template_path=Path(__file__).parent / "templates" / "model_card.md",
         model_name=model_name,
         trainer_name=trainer._name,
         paper_id=trainer._paper["id"],
