@@ -17,8 +17,8 @@ The ablation of UDM-GRPO (https://huggingface.co/papers/2604.18518) on the world
 
 The first setting is the method itself. Each other setting differs from it in one thing. `examples/train_geneval.py`
 trains each setting with several seeds. A second call of the command continues with the runs that are not finished. The
-output folder then holds the runs, `results.json`, `table.md`, and `curves.png` with reward and KL divergence. The runs
-of the four corners also have `diagnostics.png`.
+output folder then holds the runs, `results.json`, `table.md`, `curves.png` with reward and KL divergence, and
+`accuracies.png`. The runs of the four corners also have `diagnostics.png`.
 
     python benchmarks/ablation.py --output_dir outputs/ablation
 
@@ -189,6 +189,27 @@ def save_curves(path: Path, results: dict[str, dict[str, Any]]) -> None:
             axis.set(xlabel="training step")
 
 
+def save_accuracies(path: Path, results: dict[str, dict[str, Any]]) -> None:
+    """Plots the accuracy after training of each setting: the mean over the seeds, and from the least to the greatest."""
+    rows = [
+        (group, name, [run["after"] for run in setting["runs"].values()])
+        for group, settings in results.items()
+        for name, setting in settings.items()
+    ]
+    groups = list(results)
+    method = statistics.fmean(rows[0][2])
+    with open_figure(path, height=1.2 + 0.26 * len(rows)) as figure:
+        axis = figure.subplots()
+        axis.axvline(method, color="gray", linestyle=":", zorder=0)
+        for y, (group, _, accuracies) in enumerate(rows):
+            color = f"C{groups.index(group)}"
+            axis.plot([min(accuracies), max(accuracies)], [y, y], color=color)
+            axis.plot(statistics.fmean(accuracies), y, "o", color=color)
+        axis.set_yticks(range(len(rows)), [textwrap.shorten(name, 64) for _, name, _ in rows])
+        axis.invert_yaxis()
+        axis.set(xlabel="accuracy after training")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the runs and the report")
@@ -229,6 +250,7 @@ def main() -> None:
     (args.output_dir / "results.json").write_text(json.dumps({"arguments": extra, "results": results}, indent=2))
     write_table(args.output_dir / "table.md", results)
     save_curves(args.output_dir / "curves.png", results)
+    save_accuracies(args.output_dir / "accuracies.png", results)
     print((args.output_dir / "table.md").read_text())
 
 

@@ -71,8 +71,9 @@ def test_every_setting_is_trained_once_with_each_seed(tmp_path, ablation, capsys
     assert "intermediate action, backward trajectory | 0.600 | 0.715" in table[5]
     assert any(line.startswith("| KL: beta = 0 | 0.600 | 0.915 (0.910 to 0.920) |  | 19.0 |") for line in table)
     assert table[-1] in capsys.readouterr().out
-    with Image.open(tmp_path / "curves.png") as image:
-        assert image.width == 2 * 830  # as wide as a page, at twice its pixels
+    for name in ("curves.png", "accuracies.png"):
+        with Image.open(tmp_path / name) as image:
+            assert image.width == 2 * 830  # as wide as a page, at twice its pixels
 
 
 def test_a_folder_with_runs_of_other_flags_is_refused(tmp_path, ablation):
