@@ -190,7 +190,7 @@ def save_curves(path: Path, results: dict[str, dict[str, Any]]) -> None:
 
 
 def save_accuracies(path: Path, results: dict[str, dict[str, Any]]) -> None:
-    """Plots the accuracy after training of each setting: the mean over the seeds, and from the least to the greatest."""
+    """Plots the accuracy after training of each setting: the mean over the seeds, from the least to the greatest."""
     rows = [
         (group, name, [run["after"] for run in setting["runs"].values()])
         for group, settings in results.items()
