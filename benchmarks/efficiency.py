@@ -72,7 +72,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fast, full KL": {**FAST, "kl_estimator": "full", "beta": 0.03},
     "fast, shared noise": {**FAST, "shared_noise": True},
     "fast, ELBO": {**FAST, "timestep_weighting": "elbo"},
-    "fast, no std": {**FAST, "scale_rewards": "none"},
+    "fast, std of the batch": {**FAST, "scale_rewards": "batch"},
     "fast, no EMA": {**FAST, "ema_decay": None},
 }
 

@@ -183,6 +183,11 @@ def test_the_trainers_log_probabilities_are_those_of_a_direct_forward(tmp_path, 
         expected_logps = expected.gather(-1, batch["completion_ids"][row, :, None])[:, 0]
         torch.testing.assert_close(logps[row], expected_logps, rtol=0, atol=1e-5)
         torch.testing.assert_close(entropies[row], -(expected.exp() * expected).sum(-1), rtol=0, atol=1e-5)
+    trainer.args.kl_estimator = "full"  # whose scores are not those of TRL's fused head
+    full_logps, full_entropies, _ = score_batch(trainer, batch)
+    torch.testing.assert_close(full_logps, logps, rtol=0, atol=1e-5)
+    torch.testing.assert_close(full_entropies, entropies, rtol=0, atol=1e-5)
+    trainer.args.kl_estimator = "k3"
     torch.testing.assert_close(batch["old_per_token_logps"], logps, rtol=0, atol=1e-6)
     torch.testing.assert_close(batch["ref_per_token_logps"], logps, rtol=0, atol=1e-6)
     is_end = torch.isin(batch["completion_ids"], torch.tensor(trainer.pipeline.end_token_ids))

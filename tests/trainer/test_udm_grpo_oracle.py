@@ -17,6 +17,7 @@ One recorded GRPO step. The numbers in tests/oracle were computed with the publi
 (Yovecent/UDM-GRPO, commit d1bec49; torch 2.13, CPU, float32, tiny random weights).
 """
 
+import itertools
 import json
 
 import pytest
@@ -104,7 +105,9 @@ def test_token_log_probabilities_equal_the_reference(trainer, recorded, corner, 
     action = recorded[f"{corner}.step{step}.response"]
     input_ids = torch.cat([text, state, action], dim=1)
     trainer.importance_sampling_level = "token"
-    for model, name in ((trainer.model, "logps"), (trainer.ref_model, "ref_logps")):
+    policies = ((trainer.model, "logps"), (trainer.ref_model, "ref_logps"))
+    # "full" scores without TRL's fused head
+    for (model, name), trainer.args.kl_estimator in itertools.product(policies, ("full", "k3")):
         with torch.no_grad():
             logps, entropies, aux_loss = trainer._get_per_token_logps_and_entropies(
                 model, input_ids, torch.ones_like(input_ids), action.size(1), batch_size=3
