@@ -203,8 +203,11 @@ def count_passes(options: dict[str, Any]) -> float:
     """Returns the forward passes of training per sample. A backward pass counts as two."""
     num_timesteps, num_iterations = options["num_train_timesteps"], options.get("num_iterations", 1)
     rollout = options["num_inference_steps"] - 1  # the first step of the metric path needs none
-    num_scorings = (options["beta"] != 0) + (num_iterations * options["steps_per_generation"] > 1)
-    return rollout + num_timesteps * (num_scorings + 3 * num_iterations)
+    has_old = num_iterations * options["steps_per_generation"] > 1
+    has_reference, is_full = options["beta"] != 0, options.get("kl_estimator") == "full"
+    scoring = has_old + (has_reference and not is_full)
+    update = 3 + (has_reference and is_full)
+    return rollout + num_timesteps * (scoring + update * num_iterations)
 
 
 def first_reached(rows: list[dict[str, float]], target: float) -> dict[str, float] | None:

@@ -1,0 +1,92 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from trl_udm import UDMGRPOConfig
+
+
+EFFICIENCY = Path(__file__).parents[2] / "benchmarks" / "efficiency.py"
+
+
+@pytest.fixture(scope="module")
+def module():
+    return runpy.run_path(str(EFFICIENCY))
+
+
+def test_every_setting_of_every_world_is_a_valid_configuration(tmp_path, module):
+    for world in module["WORLDS"]:
+        for name, overrides in module["SETTINGS"].items():
+            options = module["build_options"](world, overrides, seed=1, num_samples=2560)
+            args = UDMGRPOConfig(**{**options, "output_dir": str(tmp_path)})
+            rollouts = args.max_steps / (args.num_iterations * args.steps_per_generation)
+            assert rollouts * args.generation_batch_size / args.num_train_timesteps == 2560, name
+            assert args.max_steps == 2 * args.save_steps
+
+
+def test_passes_are_counted_by_hand(module):
+    def count(name):
+        return module["count_passes"](module["build_options"]("shapes", module["SETTINGS"][name], 1, 1280))
+
+    assert count("paper") == 9 + 3 + 3 * 3
+    assert count("grid, beta 0.5, 4 updates") == 9 + 3 + 3 + 4 * 3 * 3
+    assert count("fast") == 9 + 8 + 8 + 3 * 8
+    assert count("fast, full KL") == 9 + 8 + 4 * 8
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "expected"),
+    [
+        ([0.6, 0.91, 0.92], 1),
+        ([0.6, 0.91, 0.89, 0.9, 0.95], 3),  # the first was chance
+        ([0.6, 0.8, 0.9], 2),  # nothing follows
+        ([0.6, 0.89], None),
+    ],
+)
+def test_the_target_is_reached_where_the_next_evaluation_confirms_it(module, accuracies, expected):
+    rows = [{"accuracy": accuracy, "samples": 1280 * i} for i, accuracy in enumerate(accuracies)]
+    reached = module["first_reached"](rows, 0.9)
+    assert reached is (None if expected is None else rows[expected])
+
+
+def test_a_run_that_was_stopped_continues_as_an_unbroken_one(tmp_path, module, monkeypatch):
+    def load_trainer(*args):
+        trainer, *others = module["load_trainer"](*args)
+        trainer.eval_dataset = trainer.eval_dataset.select(range(8))
+        return trainer, *others
+
+    monkeypatch.setitem(module["work"].__globals__, "load_trainer", load_trainer)
+    options = module["build_options"]("sums", module["SETTINGS"]["fast"], seed=1, num_samples=1280)
+    options |= {"per_device_train_batch_size": 32, "num_inference_steps_eval": 10, "save_steps": 4, "warmup_steps": 0}
+    evaluations = {}
+    for name, stops in {"unbroken": (8,), "stopped": (4, 8)}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        for max_steps in stops:
+            run = {"world": "sums", "setting": "fast", "options": {**options, "max_steps": max_steps}}
+            (folder / "run.json").write_text(json.dumps(run))
+            module["work"](folder)
+        rows = json.loads((folder / "evaluations.json").read_text())
+        evaluations[name] = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    assert [row["samples"] for row in evaluations["unbroken"]] == [0, 16, 32]
+    assert evaluations["stopped"] == evaluations["unbroken"]
+    assert evaluations["unbroken"][0]["kl"] == 0 and evaluations["unbroken"][1]["kl"] > 0
+    table = module["format_table"](module["read_runs"](tmp_path)).splitlines()
+    assert len(table) == 4 and table[2].startswith("| sums | fast | 0.0004 | 1 |")
+    module["save_curves"](tmp_path / "curves.png", module["read_runs"](tmp_path))
+    assert (tmp_path / "curves.png").exists()
