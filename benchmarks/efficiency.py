@@ -74,6 +74,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fast, ELBO": {**FAST, "timestep_weighting": "elbo"},
     "fast, std of the batch": {**FAST, "scale_rewards": "batch"},
     "fast, no EMA": {**FAST, "ema_decay": None},
+    "fast, backward trajectory": {**FAST, "trajectory": "backward"},
 }
 
 
@@ -98,8 +99,11 @@ def load_trainer(folder: Path, run: dict[str, Any]):
         accuracy = reward_func[0] if isinstance(reward_func, list) else reward_func
         reward_funcs = [accuracy]
     pipeline_class = TextUDMPipeline if run["world"] == "sums" else URSAPipeline
+    pipeline = pipeline_class.from_pretrained(path)
+    if run["options"]["bf16"]:
+        pipeline.transformer.set_attn_implementation("eager")  # on a CPU the fastest one in bfloat16
     trainer = UDMGRPOTrainer(
-        pipeline_class.from_pretrained(path),
+        pipeline,
         reward_funcs,
         UDMGRPOConfig(**{**run["options"], "output_dir": str(folder)}),
         train_dataset=train_dataset,
@@ -179,11 +183,13 @@ def work(folder: Path) -> None:
     (folder / "done").touch()
 
 
-def build_options(world: str, overrides: dict[str, Any], seed: int, num_samples: int) -> dict[str, Any]:
+def build_options(
+    world: str, overrides: dict[str, Any], seed: int, num_samples: int, bf16: bool = False
+) -> dict[str, Any]:
     """Arguments of `UDMGRPOConfig` for a run of so many samples."""
     paper = yaml.safe_load((ROOT / "examples" / "configs" / WORLDS[world]).read_text())
     samples_per_rollout = paper["per_device_train_batch_size"] // paper["num_train_timesteps"]
-    options = {**paper, **overrides, "seed": seed}
+    options = {**paper, **overrides, "seed": seed, "bf16": bf16}
     samples_per_rollout = options.pop("samples_per_rollout", samples_per_rollout)
     rows = samples_per_rollout * options["num_train_timesteps"]
     num_minibatches = options.setdefault("steps_per_generation", 1)
@@ -202,7 +208,8 @@ def build_options(world: str, overrides: dict[str, Any], seed: int, num_samples:
 def count_passes(options: dict[str, Any]) -> float:
     """Returns the forward passes of training per sample. A backward pass counts as two."""
     num_timesteps, num_iterations = options["num_train_timesteps"], options.get("num_iterations", 1)
-    rollout = options["num_inference_steps"] - 1  # the first step of the metric path needs none
+    # The first step of the metric path needs a pass for the trajectory only
+    rollout = options["num_inference_steps"] - (options.get("trajectory") != "backward")
     has_old = num_iterations * options["steps_per_generation"] > 1
     has_reference, is_full = options["beta"] != 0, options.get("kl_estimator") == "full"
     scoring = has_old + (has_reference and not is_full)
@@ -304,6 +311,7 @@ def main() -> None:
     parser.add_argument("--learning_rates", nargs="+", type=float, help="by default that of the paper's recipe")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 1, 2])
     parser.add_argument("--num_samples", type=int, default=6400, help="samples of a run, a multiple of 1,280")
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16, as the search does")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="runs at a time, each with one thread")
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
@@ -322,7 +330,7 @@ def main() -> None:
                         overrides = dict(SETTINGS[setting])
                         if rate is not None:
                             overrides["learning_rate"] = rate
-                        options = build_options(world, overrides, seed, args.num_samples)
+                        options = build_options(world, overrides, seed, args.num_samples, args.bf16)
                         folder = Path(
                             world, setting.replace(", ", "_").replace(" ", "-"), f"{options['learning_rate']:g}"
                         )
