@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 
 # A name is imported when it is first asked for (PEP 562): `import trl_udm` alone loads neither PyTorch nor TRL.
 _MODULES = {
+    "AdaptiveKLCallback": ".callbacks.adaptive_kl",
     "AutoencoderVQ": ".models.autoencoder_vq",
     "CLIPColorClassifier": ".rewards.clip_color",
     "CLIPReward": ".rewards.clip",
@@ -56,6 +57,7 @@ _MODULES = {
 __all__ = list(_MODULES)
 
 if TYPE_CHECKING:
+    from .callbacks.adaptive_kl import AdaptiveKLCallback as AdaptiveKLCallback
     from .callbacks.diagnostics import DiagnosticsCallback as DiagnosticsCallback
     from .callbacks.guardrails import GuardrailCallback as GuardrailCallback
     from .callbacks.progress import CompactProgressCallback as CompactProgressCallback

@@ -28,6 +28,7 @@ from torch import nn
 from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config
 
 from trl_udm import (
+    AdaptiveKLCallback,
     AutoencoderVQ,
     CLIPColorClassifier,
     CLIPReward,
@@ -275,6 +276,7 @@ trainer = UDMGRPOTrainer(
     eval_reward_funcs=PickScoreReward(),
 )
 trainer.add_callback(DiagnosticsCallback(trainer, ["a red car"]))
+trainer.add_callback(AdaptiveKLCallback(trainer, target=0.1))
 trainer.remove_callback(ThroughputCallback)
 trainer.add_callback(CompactProgressCallback)
 trainer.train(resume_from_checkpoint=True)

@@ -12,4 +12,4 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Callbacks: measurements (diagnostics) and alarms (guardrails) for a run."""
+"""Callbacks: measurements (diagnostics), alarms (guardrails), and a hold on the divergence (adaptive_kl)."""
