@@ -102,6 +102,8 @@ def benchmark():
         (2, False, {"bf16": True}),
         (2, False, {"gradient_accumulation_steps": 2}),
         (2, False, {"ema_decay": 0.9}),
+        (2, False, {"kl_estimator": "full"}),
+        (2, True, {"kl_estimator": "full", "activation_checkpointing": True}),
     ],
 )
 def test_the_update_is_what_the_allocator_hands_out(benchmark, tmp_path, tokenizer, num_layers, lora, settings):
