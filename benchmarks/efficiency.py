@@ -73,6 +73,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fast, negatives x 0.3, epsilon 0.2": {**FAST, "negative_advantage_scale": 0.3, "epsilon": 0.2},
     "fast, epsilon 3e-3": {**FAST, "epsilon": 3e-3},
     "fast, full KL": {**FAST, "kl_estimator": "full", "beta": 0.03},
+    "fast, full KL, 8 parts": {**FAST, "kl_estimator": "full", "beta": 0.03, "steps_per_generation": 8},
     "fast, shared noise": {**FAST, "shared_noise": True},
     "fast, ELBO": {**FAST, "timestep_weighting": "elbo"},
     "fast, std of the batch": {**FAST, "scale_rewards": "batch"},
