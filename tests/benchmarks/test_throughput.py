@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -33,6 +32,18 @@ THROUGHPUT = Path(__file__).resolve().parents[2] / "benchmarks" / "throughput.py
 @pytest.fixture(scope="module")
 def module():
     return runpy.run_path(str(THROUGHPUT))
+
+
+@pytest.fixture
+def run_program(monkeypatch, capsys):
+    """Runs the program in this process, and returns what it prints. It measures in processes of its own."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(THROUGHPUT), *arguments])
+        runpy.run_path(str(THROUGHPUT), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 def settings(tmp_path, **kwargs):
@@ -127,9 +138,8 @@ def test_the_exponent_is_the_slope_of_the_logarithms(module):
     assert module["exponent"]([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
 
 
-def test_the_flops_of_a_real_size_are_printed_without_a_model():
-    command = [sys.executable, THROUGHPUT, "--size", "ursa-1.7b-ibq512", "--flops", "--stages", "scoring"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_the_flops_of_a_real_size_are_printed_without_a_model(run_program):
+    output = run_program("--size", "ursa-1.7b-ibq512", "--flops", "--stages", "scoring")
     # 1.41 billion weights in the layers at 1,345 positions and the head at 1,024, for K = 3 rows, and the attention
     weights, attention = 1.41e9 * 1345 + 2048 * 131_072 * 1024, 28 * 2 * 1345**2 * 2048
     assert float(output.split()[1]) == pytest.approx(3 * 2 * (weights + attention) / 1e12, rel=0.01)
@@ -147,10 +157,10 @@ def test_growth_is_drawn_as_wide_as_a_page(tmp_path, module):
         assert image.width == 2 * 830
 
 
-def test_the_program_writes_what_it_measured(tmp_path):
-    command = [sys.executable, THROUGHPUT, "--size", "tiny", "--batch_size", "2", "--output_dir", tmp_path]
-    command += ["--stages", "update", "--skip_naive", "--num_threads", "1", "--num_repeats", "1"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_the_program_writes_what_it_measured(tmp_path, run_program):
+    arguments = ["--size", "tiny", "--batch_size", "2", "--output_dir", str(tmp_path)]
+    arguments += ["--stages", "update", "--skip_naive", "--num_threads", "1", "--num_repeats", "1"]
+    output = run_program(*arguments)
     results = json.loads((tmp_path / "stages_tiny_full.json").read_text())["results"]["update"]
     result, limit = results["ours"], results["limit"]
     assert 0 < result["seconds"] < 60 and result["extra_mib"] > 0 and 0 < result["mfu"] < 1
