@@ -32,7 +32,7 @@ MAY_BE_FLOAT64 = {
     ("trainer/completions.py", "_log_rollout"),
     ("trainer/reward_runner.py", "__init__"),
     ("trainer/reward_runner.py", "_calculate_rewards"),
-    ("trainer/udm_grpo_trainer.py", "_compute_advantages"),
+    ("trainer/reward_runner.py", "_compute_advantages"),
 }
 
 # The kernels of TRL's fused head against the same in plain PyTorch, for two tiles of which the last is not full
