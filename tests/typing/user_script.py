@@ -29,6 +29,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, P
 
 from trl_udm import (
     AutoencoderVQ,
+    AutoencoderVQCosmos3D,
     CLIPColorClassifier,
     CLIPReward,
     CLIPScoreReward,
@@ -133,6 +134,11 @@ assert_type(vae.codebook, torch.Tensor)
 ids: torch.Tensor = vae.encode_to_ids(torch.zeros(1, 3, 64, 64))
 assert_type(vae.decode_ids(ids).sample, torch.Tensor)
 assert_type(vae.decode_ids(ids, return_dict=False)[0], torch.Tensor)
+video_vae = AutoencoderVQCosmos3D.from_pretrained("folder", subfolder="vae", temporal_tiling="original")
+assert_type(video_vae, AutoencoderVQCosmos3D)
+video_ids: torch.Tensor = video_vae.encode_to_ids(torch.zeros(1, 3, 5, 64, 64))
+assert_type(video_vae.decode_ids(video_ids).sample, torch.Tensor)
+assert_type(video_vae.encode(torch.zeros(1, 3, 5, 64, 64)).latents, torch.Tensor)
 built = URSAPipeline(network, KineticOptimalScheduler(shift=2.0), AutoTokenizer.from_pretrained("folder"), vae)
 
 # Schedulers
