@@ -34,6 +34,7 @@ INTERNAL = {
     "trl_udm.models.layers",
     "trl_udm.models.token_scores",
     "trl_udm.pipelines.bidirectional",
+    "trl_udm.pipelines.conditions",
     "trl_udm.pipelines.lora",
     "trl_udm.pipelines.original_checkpoint",
     "trl_udm.rewards.images",

@@ -24,7 +24,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from trl_udm import AutoencoderVQCosmos3D
-from trl_udm.models.frames import check_num_frames, read_frames
+from trl_udm.models.frames import check_num_frames
+from trl_udm.pipelines.conditions import read_frames
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

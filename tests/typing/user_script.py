@@ -96,6 +96,8 @@ assert_type(pipe("a red car", latents=latents, return_dict=True).images[0], Imag
 images, *_ = pipe("a red car", return_dict=False)
 images, trajectory = pipe("a red car", output_type="np", return_dict=False, return_trajectory=True)
 assert_type(pipe("a red car", return_trajectory=True).trajectory, UDMTrajectory | None)
+clip = pipe("a red car", num_frames=49, motion_score=9.0, flow_shift=3.0, image=output.images[0]).frames[0]
+pipe("a red car", num_frames=49, video=clip, cond_noise_scale=0.1, condition="redraw", cond_indices=[0])
 
 
 def on_step_end(pipeline: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +113,7 @@ assert_type(pipe.transformer, URSAForImageGeneration)
 assert_type(pipe.transformer.config.codebook_size, int)
 assert_type(pipe.scheduler, KineticOptimalScheduler)
 assert_type(pipe.tokenizer, PreTrainedTokenizerBase)
-assert_type(pipe.vae, AutoencoderVQ | None)
+assert_type(pipe.vae, AutoencoderVQ | AutoencoderVQCosmos3D | None)
 codebook_size: int = pipe.scheduler.config.codebook_size
 pipe.load_lora_weights("lora", adapter_name="style")
 pipe.set_adapters(["style"], [0.5])
