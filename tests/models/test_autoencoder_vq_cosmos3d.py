@@ -17,15 +17,12 @@
 import json
 import re
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from trl_udm import AutoencoderVQCosmos3D
 from trl_udm.models.frames import check_num_frames
-from trl_udm.pipelines.conditions import read_frames
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -299,19 +296,6 @@ def test_settings_out_of_range_are_refused(settings, message):
 def test_quantizer_of_images_is_refused(oracle_dir):
     with pytest.raises(ValueError, match="`_quantizer_name` must be 'FSQuantizer' or 'LFQuantizer', got 'VQuantizer'"):
         load(oracle_dir / "video" / "vae-b", _quantizer_name="VQuantizer")
-
-
-# Frames that users hand in
-
-
-def test_frames_of_every_kind_are_one_tensor():
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 16, 3), dtype=np.uint8)
-    expected = to_pixels(torch.from_numpy(pixels).unsqueeze(0))
-    channels_first = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-    kinds = [list(map(Image.fromarray, pixels)), pixels, pixels / np.float32(255), channels_first]
-    for frames in [*kinds, channels_first / 255, torch.from_numpy(pixels)]:
-        torch.testing.assert_close(read_frames("video", [frames], 8, 16), expected, atol=1e-6, rtol=0)
-    assert read_frames("video", [pixels, pixels], 8, 16).shape == (2, 3, 3, 8, 16)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from trl_udm import AutoencoderVQCosmos3D, UniformDDIMScheduler, URSAPipeline
+from trl_udm.pipelines.conditions import read_frames
 
 
 PROMPTS = ["motion=9.0, a red cat", "motion=5.0, two dogs on a hill"]
@@ -327,6 +328,17 @@ def test_each_sample_is_what_its_generator_alone_gives(pipe, i2v):
         assert torch.equal(draw(pipe, prompt, generator=[seeded(seed)], **settings)[0], sample)
 
 
+def test_frames_of_every_kind_are_one_tensor():
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 16, 3), dtype=np.uint8)
+    expected = torch.from_numpy(pixels).permute(3, 0, 1, 2).unsqueeze(0) / 127.5 - 1
+    channels_first = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    kinds = [list(map(Image.fromarray, pixels)), pixels, pixels / np.float32(255), channels_first]
+    flipped = [frame[:, ::-1].copy()[:, ::-1] for frame in pixels]
+    for frames in [*kinds, channels_first / 255, torch.from_numpy(pixels), flipped]:
+        torch.testing.assert_close(read_frames("video", [frames], 8, 16), expected, atol=1e-6, rtol=0)
+    assert read_frames("video", [pixels, pixels], 8, 16).shape == (2, 3, 3, 8, 16)
+
+
 # The time grid
 
 
@@ -483,6 +495,8 @@ IMAGE = np.zeros((32, 48, 3), dtype=np.uint8)
             "must be a list of latent frames of the condition, in [0, 1), got [1]",
         ),
         ({"image": IMAGE, "cond_indices": [-1]}, "of the condition, in [0, 1), got [-1]. Leave it out to take all"),
+        ({"image": IMAGE, "cond_indices": 0}, "must be a list of latent frames of the condition, in [0, 1), got 0."),
+        ({"image": IMAGE, "cond_indices": [True]}, "of the condition, in [0, 1), got [True]."),
         ({"cond_indices": [0]}, "`cond_indices` must be None without a condition, got [0]."),
         ({"image": IMAGE, "cond_noise_scale": 1.5}, "`cond_noise_scale` must be in [0, 1], got 1.5. Try 1.0."),
         ({"image": IMAGE, "cond_noise_scale": -0.5}, "`cond_noise_scale` must be in [0, 1], got -0.5. Try 0.0."),

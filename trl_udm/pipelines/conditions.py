@@ -14,7 +14,6 @@
 
 """Conditions of videos: the frames that a sample begins with, from what users hand in to tokens."""
 
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -98,9 +97,9 @@ class ConditionMixin:
             raise ValueError(
                 f"`{name}` must be one condition, or one for each of the {num_prompts} prompts, got {num_conditions}."
             )
-        indices = list(range(num_latents) if cond_indices is None else cond_indices)
-        is_index = [isinstance(index, numbers.Integral) and 0 <= index < num_latents for index in indices]
-        if not indices or not all(is_index):
+        indices = list(range(num_latents)) if cond_indices is None else cond_indices
+        is_list = isinstance(indices, (list, tuple)) and len(indices) > 0
+        if not is_list or not all(type(index) is int and 0 <= index < num_latents for index in indices):
             raise ValueError(
                 f"`cond_indices` must be a list of latent frames of the condition, in [0, {num_latents}), got "
                 f"{indices}. Leave it out to take all of them."
@@ -114,7 +113,7 @@ class ConditionMixin:
         if pixels is not None:
             value = vae.encode_to_ids(pixels.to(self._execution_device, vae.dtype))
         known = value.new_full((num_conditions, *latent_shape), -1)
-        known[:, indices] = value[:, indices]
+        known[:, list(indices)] = value[:, list(indices)]
         return known.flatten(1)
 
     def _check_latents(self, latents: Any, latent_shape: tuple[int, ...]) -> None:
@@ -186,9 +185,8 @@ def _read_frame(name: str, frame: Any, height: int, width: int) -> torch.Tensor:
     if isinstance(frame, Image.Image):
         if frame.mode != "RGB":
             raise ValueError(f"`{name}` must be RGB, got mode {frame.mode!r}. Pass `image.convert('RGB')`.")
-        frame = np.array(frame)
-    if isinstance(frame, np.ndarray):
-        frame = torch.from_numpy(frame)
+    if isinstance(frame, (Image.Image, np.ndarray)):
+        frame = torch.from_numpy(np.array(frame))  # a copy, also of a flipped view
     if not isinstance(frame, torch.Tensor):
         raise TypeError(f"`{name}` must be made of PIL images, arrays or tensors, got {type(frame).__name__}.")
     if frame.shape == (height, width, 3):
