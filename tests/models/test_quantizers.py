@@ -109,7 +109,12 @@ def test_what_has_no_id_or_no_code_is_refused(quantizer):
         quantizer.encode(torch.tensor([[0.0, float("nan"), 0.0]]))
 
 
-@pytest.mark.parametrize("levels", [(), (8, 1)])
-def test_levels_are_at_least_two(levels):
-    with pytest.raises(ValueError, match=r"`levels` must be numbers of values, each at least 2, got \("):
+def test_digits_of_every_level_exist():
+    z = torch.tensor([[-torch.inf], [torch.inf]])
+    assert all(FSQuantizer((level,)).encode(z).tolist() == [0, level - 1] for level in range(2, 1001))
+
+
+@pytest.mark.parametrize("levels", [(), (8, 1), (8, 1001)])
+def test_levels_out_of_range_are_refused(levels):
+    with pytest.raises(ValueError, match=r"`levels` must be numbers of values, each in \[2, 1000\], got \("):
         FSQuantizer(levels)

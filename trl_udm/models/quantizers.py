@@ -102,10 +102,10 @@ class FSQuantizer(Quantizer):
 
     Args:
         levels (`tuple[int, ...]`):
-            Numbers of values L of the channels, each at least 2. Their product is the number of codes.
+            Numbers of values L of the channels, in `[2, 1000]`. Their product is the number of codes.
 
     Raises:
-        ValueError: If a level is below 2.
+        ValueError: If a level is out of range. Above 1000, the factor 1.001 would give digits that do not exist.
 
     Example:
 
@@ -122,13 +122,13 @@ class FSQuantizer(Quantizer):
 
     def __init__(self, levels: tuple[int, ...]):
         super().__init__()
-        if not levels or min(levels) < 2:
-            raise ValueError(f"`levels` must be numbers of values, each at least 2, got {levels}.")
+        if not levels or min(levels) < 2 or max(levels) > 1000:
+            raise ValueError(f"`levels` must be numbers of values, each in [2, 1000], got {levels}.")
         self.levels = tuple(levels)
         self.num_channels, self.num_codes = len(levels), math.prod(levels)
 
     def bound(self, z: torch.Tensor) -> torch.Tensor:
-        """What is rounded: channels of `z`, of shape `(batch_size, C, ...)`, in `(−L / 2, L / 2)`."""
+        """What is rounded: channels of `z`, of shape `(batch_size, C, ...)`, in about `(−L / 2, L / 2)`."""
         levels = self._expand_levels(z)
         half_width, offset = (levels - 1) * 1.001 / 2, (levels % 2 == 0) * 0.5
         return torch.tanh(z.float() + torch.atanh(offset / half_width)) * half_width - offset
