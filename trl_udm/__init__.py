@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "AdaptiveKLCallback": ".callbacks.adaptive_kl",
     "AutoencoderVQ": ".models.autoencoder_vq",
+    "AutoencoderVQCosmos3D": ".models.autoencoder_vq_cosmos3d",
     "CLIPColorClassifier": ".rewards.clip_color",
     "CLIPReward": ".rewards.clip",
     "CLIPScoreReward": ".rewards.clip",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from .memory import MemoryEstimate as MemoryEstimate
     from .memory import estimate_memory as estimate_memory
     from .models.autoencoder_vq import AutoencoderVQ as AutoencoderVQ
+    from .models.autoencoder_vq_cosmos3d import AutoencoderVQCosmos3D as AutoencoderVQCosmos3D
     from .models.configuration_ursa import URSAConfig as URSAConfig
     from .models.modeling_ursa import URSAForImageGeneration as URSAForImageGeneration
     from .models.modeling_ursa import URSAModel as URSAModel

@@ -30,9 +30,11 @@ from ..pages import DOCS_DIR
 PUBLIC = ("callbacks", "data", "evaluation", "memory", "models", "pipelines", "rewards", "schedulers", "worlds")
 # Helpers that other modules of the package share. Their docstrings are for those who read the code.
 INTERNAL = {
+    "trl_udm.models.frames",
     "trl_udm.models.layers",
     "trl_udm.models.token_scores",
     "trl_udm.pipelines.bidirectional",
+    "trl_udm.pipelines.conditions",
     "trl_udm.pipelines.lora",
     "trl_udm.pipelines.original_checkpoint",
     "trl_udm.rewards.images",

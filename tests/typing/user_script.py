@@ -30,6 +30,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, P
 from trl_udm import (
     AdaptiveKLCallback,
     AutoencoderVQ,
+    AutoencoderVQCosmos3D,
     CLIPColorClassifier,
     CLIPReward,
     CLIPScoreReward,
@@ -96,6 +97,8 @@ assert_type(pipe("a red car", latents=latents, return_dict=True).images[0], Imag
 images, *_ = pipe("a red car", return_dict=False)
 images, trajectory = pipe("a red car", output_type="np", return_dict=False, return_trajectory=True)
 assert_type(pipe("a red car", return_trajectory=True).trajectory, UDMTrajectory | None)
+clip = pipe("a red car", num_frames=49, motion_score=9.0, flow_shift=3.0, image=output.images[0]).frames[0]
+pipe("a red car", num_frames=49, video=clip, cond_noise_scale=0.1, condition="redraw", cond_indices=[0])
 
 
 def on_step_end(pipeline: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +114,7 @@ assert_type(pipe.transformer, URSAForImageGeneration)
 assert_type(pipe.transformer.config.codebook_size, int)
 assert_type(pipe.scheduler, KineticOptimalScheduler)
 assert_type(pipe.tokenizer, PreTrainedTokenizerBase)
-assert_type(pipe.vae, AutoencoderVQ | None)
+assert_type(pipe.vae, AutoencoderVQ | AutoencoderVQCosmos3D | None)
 codebook_size: int = pipe.scheduler.config.codebook_size
 pipe.load_lora_weights("lora", adapter_name="style")
 pipe.set_adapters(["style"], [0.5])
@@ -134,6 +137,11 @@ assert_type(vae.codebook, torch.Tensor)
 ids: torch.Tensor = vae.encode_to_ids(torch.zeros(1, 3, 64, 64))
 assert_type(vae.decode_ids(ids).sample, torch.Tensor)
 assert_type(vae.decode_ids(ids, return_dict=False)[0], torch.Tensor)
+video_vae = AutoencoderVQCosmos3D.from_pretrained("folder", subfolder="vae", temporal_tiling="original")
+assert_type(video_vae, AutoencoderVQCosmos3D)
+video_ids: torch.Tensor = video_vae.encode_to_ids(torch.zeros(1, 3, 5, 64, 64))
+assert_type(video_vae.decode_ids(video_ids).sample, torch.Tensor)
+assert_type(video_vae.encode(torch.zeros(1, 3, 5, 64, 64)).latents, torch.Tensor)
 built = URSAPipeline(network, KineticOptimalScheduler(shift=2.0), AutoTokenizer.from_pretrained("folder"), vae)
 
 # Schedulers

@@ -12,4 +12,4 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Networks: the URSA transformer and its scoring of tokens, and the VQ image tokenizer."""
+"""Networks: the URSA transformer and its scoring of tokens, and the tokenizers of images and videos."""

@@ -34,10 +34,11 @@ class AutoencoderVQ(VQModel):
     Two of the original quantizers are supported: `"VQuantizer"`, a learned codebook (IBQ), and `"LFQuantizer"`, which
     is lookup-free: the channels of code `k` are the signs of its bits, so the largest inner product is the sign of
     each channel. `"FSQuantizer"` is refused: it belongs to the video tokenizers, which have another encoder and
-    decoder.
+    decoder, [`AutoencoderVQCosmos3D`].
     """
 
     config: Any  # with attributes, where diffusers says `dict`
+    temporal_stride: None = None  # it has no frames
 
     if TYPE_CHECKING:  # mypy takes the class for `Any` by the untyped decorator of diffusers' `__init__`
 
@@ -156,6 +157,23 @@ class AutoencoderVQ(VQModel):
             signs = 2 * torch.arange(num_codes).unsqueeze(-1).bitwise_and(bits).ne(0).float() - 1
             autoencoder.quantize.embedding.weight = nn.Parameter(signs, requires_grad=False)
         return autoencoder
+
+    def convert_original_weights(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """
+        Gives the weights of an original checkpoint the names that they have here.
+
+        Args:
+            state_dict (`dict[str, torch.Tensor]`):
+                The original weights.
+
+        Returns:
+            `dict[str, torch.Tensor]`: The weights for `load_state_dict`, with the codebook of an `"LFQuantizer"`,
+            which follows from its size.
+        """
+        converted = {name.replace("quantizer.", "quantize."): weight for name, weight in state_dict.items()}
+        if not self.codebook.requires_grad:
+            converted["quantize.embedding.weight"] = self.codebook
+        return converted
 
 
 __all__ = ["AutoencoderVQ"]

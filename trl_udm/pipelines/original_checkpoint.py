@@ -24,6 +24,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
 
 from ..models.autoencoder_vq import AutoencoderVQ
+from ..models.autoencoder_vq_cosmos3d import AutoencoderVQCosmos3D
 from ..models.configuration_ursa import URSAConfig
 from ..models.modeling_ursa import URSAForImageGeneration
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
@@ -38,6 +39,7 @@ _CONFIG_NAMES = {
     "vae": "config.json",
 }
 _WEIGHTS_NAME = "diffusion_pytorch_model"
+_STRIDES = ("vae_scale_factor", "vae_temporal_scale_factor")
 
 
 def is_original_checkpoint(pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> bool:
@@ -109,7 +111,7 @@ def load_original_components(
         TypeError: If an argument is unknown.
         ValueError: If a part is damaged, lacks a weight, has the wrong shape, or holds more than tensors.
     """
-    unknown = sorted(set(kwargs) - {*HUB_KWARGS, *_CONFIG_NAMES, "max_prompt_length", "vae_scale_factor"})
+    unknown = sorted(set(kwargs) - {*HUB_KWARGS, *_CONFIG_NAMES, "max_prompt_length", *_STRIDES})
     if unknown:
         raise TypeError(f"Arguments not supported for checkpoints in the original format: {unknown}.")
     dtype = dtype or torch_dtype or torch.float32
@@ -130,14 +132,9 @@ def load_original_components(
             None, config=config, state_dict=state_dict, dtype=dtype
         )
     if "vae" not in components:
-        vae = AutoencoderVQ.from_original_config(load_json(folder / "vae" / "config.json"))
-        state_dict = {
-            name.replace("quantizer.", "quantize."): tensor
-            for name, tensor in load_state_dict(folder / "vae", _WEIGHTS_NAME).items()
-        }
-        # The codebook of an `LFQuantizer` follows from its size, and the original format leaves it out
-        if not vae.codebook.requires_grad:
-            state_dict["quantize.embedding.weight"] = vae.codebook
+        vae_config = load_json(folder / "vae" / "config.json")
+        vae: Any = find_vae_class(vae_config).from_original_config(vae_config)
+        state_dict = vae.convert_original_weights(load_state_dict(folder / "vae", _WEIGHTS_NAME))
         check_state_dict(state_dict, vae.state_dict(), folder / "vae")
         # Not cast by diffusers' `to`, which would warn
         vae.load_state_dict({name: tensor.to(dtype) for name, tensor in state_dict.items()}, assign=True)
@@ -147,6 +144,29 @@ def load_original_components(
     if "tokenizer" not in components:
         components["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer")
     return components
+
+
+def find_vae_class(config: dict[str, Any]) -> type[AutoencoderVQ] | type[AutoencoderVQCosmos3D]:
+    """
+    Class of a tokenizer, by the name that it has in both formats.
+
+    Args:
+        config (`dict[str, Any]`):
+            Its `config.json`.
+
+    Returns:
+        [`AutoencoderVQ`] or [`AutoencoderVQCosmos3D`]: The class.
+
+    Raises:
+        ValueError: If `_class_name` names another.
+    """
+    classes = {cls.__name__: cls for cls in (AutoencoderVQ, AutoencoderVQCosmos3D)}
+    name = config.get("_class_name", "AutoencoderVQ")
+    if name not in classes:
+        raise ValueError(
+            f"`_class_name` in the `config.json` of the `vae` must be one of {list(classes)}, got {name!r}."
+        )
+    return classes[name]
 
 
 def load_json(file: Path) -> dict[str, Any]:

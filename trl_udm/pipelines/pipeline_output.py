@@ -13,7 +13,7 @@
 # limitations under the License.
 
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -82,13 +82,19 @@ class URSAPipelineOutput(BaseOutput, Generic[Images]):
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
             What `output_type` asks for: PIL images (`"pil"`), floats in `[0, 1]` of shape `(batch_size, height, width,
             3)` (`"np"`) or `(batch_size, 3, height, width)` (`"pt"`), or token ids of shape `(batch_size,
-            *latent_shape)` (`"latent"`).
+            *latent_shape)` (`"latent"`). With more than one frame, `"pil"` is a list of frames for each sample, and
+            arrays and tensors have the frames as their second axis.
         trajectory ([`UDMTrajectory`], *optional*):
             The states of the sampler, with `return_trajectory=True`.
     """
 
     images: Images
     trajectory: UDMTrajectory | None = None
+
+    @property
+    def frames(self) -> Any:
+        """The same as `images`, by the name that diffusers' pipelines of videos have: `frames[0]` is a video."""
+        return self.images
 
 
 @dataclass

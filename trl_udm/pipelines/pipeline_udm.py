@@ -441,6 +441,9 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         negative_prompt_ids: torch.Tensor | None = None,
         negative_prompt_mask: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
+        condition: torch.Tensor | None = None,
+        condition_t: float = 1.0,
+        keep_condition: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_trajectory: bool = False,
         callback: Callable[[int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
@@ -471,6 +474,13 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 Its mask.
             latents (`torch.LongTensor` of shape `(B, N)` or `(B, *latent_shape)`, *optional*):
                 Tokens to start from instead of uniform noise.
+            condition (`torch.LongTensor` of shape `(C, N)`, *optional*):
+                Known tokens, and -1 for those to draw. Each of the C rows is that of B / C samples in a row.
+            condition_t (`float`, *optional*, defaults to `1.0`):
+                Time in `[0, 1]` of the known tokens in the state. Below 1 they are noised once, before the first step.
+            keep_condition (`bool`, *optional*, defaults to `True`):
+                Whether known tokens stay in every step, and are clean in the sample. If not, they are only part of the
+                first state, and each step treats them as all other tokens.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Source of every random draw. With a list of B generators, each sample is what its generator alone
                 would give.
@@ -492,7 +502,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
 
         Raises:
             TypeError: If `latents` are not `torch.long`.
-            ValueError: If `generator` or `latents` do not fit the batch, or guidance has no negative prompts.
+            ValueError: If `generator`, `latents` or `condition` do not fit the batch, or guidance has no negative
+                prompts.
         """
         batch_size, device = prompt_ids.size(0), prompt_ids.device
         check_generators(generator, batch_size)
@@ -510,6 +521,14 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                     f"{tuple(latents.shape)} and ids in [{latents.min().item()}, {latents.max().item()}]."
                 )
             latents = latents.to(device)
+        if condition is not None:
+            if condition.ndim != 2 or batch_size % len(condition) or condition.size(1) != size[1]:
+                raise ValueError(
+                    f"`condition` must have shape (C, {size[1]}), with C a divisor of {batch_size}, got "
+                    f"{tuple(condition.shape)}."
+                )
+            condition, shown = self._show_condition(condition.to(device), condition_t, batch_size, generator)
+            latents = latents.where(condition < 0, shown)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         self._guidance_scale, self._interrupt = guidance_scale, False
         self._num_timesteps = len(self.scheduler.timesteps)
@@ -536,6 +555,11 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
             if needs_logits or return_trajectory or needs_model_output(timestep):
                 logits = predict(*inputs, latent_shape, t, scale, **denoise_kwargs)  # (B, N, V)
             output = self.scheduler.step(logits, timestep, latents, generator=generator)
+            if condition is not None and keep_condition:
+                is_last = i == self.num_timesteps - 1
+                output.prev_sample = output.prev_sample.where(condition < 0, condition if is_last else shown)
+                if output.pred_original_sample is not None:
+                    output.pred_original_sample = output.pred_original_sample.where(condition < 0, condition)
             if return_trajectory:
                 noised_samples.append(latents)
                 pred_original_samples.append(output.pred_original_sample)
@@ -553,6 +577,22 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 pred_original_samples=torch.stack(pred_original_samples),
             )
         return UDMSamplerOutput(clean_samples=latents, trajectory=trajectory)
+
+    def _show_condition(
+        self,
+        condition: torch.Tensor,
+        condition_t: float,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The known tokens of each sample, clean and as the state has them."""
+        num_repeats = batch_size // len(condition)
+        if isinstance(generator, list):  # one for each sample
+            condition, num_repeats = condition.repeat_interleave(num_repeats, dim=0), 1
+        shown = condition
+        if condition_t < 1:
+            shown = self.scheduler.add_noise(condition.clamp(min=0), condition_t, generator)
+        return condition.repeat_interleave(num_repeats, dim=0), shown.repeat_interleave(num_repeats, dim=0)
 
     def _sample_prompts(
         self,

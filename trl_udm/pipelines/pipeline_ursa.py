@@ -12,15 +12,17 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack, overload
 
 import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
-from diffusers.image_processor import VaeImageProcessor
+from diffusers.video_processor import VideoProcessor
 from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import nn
@@ -29,12 +31,21 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..cut_prompts import PromptCutter
 from ..models.autoencoder_vq import AutoencoderVQ
+from ..models.autoencoder_vq_cosmos3d import AutoencoderVQCosmos3D
 from ..models.configuration_ursa import URSAConfig
+from ..models.frames import check_num_frames
 from ..models.modeling_ursa import URSAForImageGeneration
 from ..models.token_scores import TILE_WIDTH, is_matrix
 from ..schedulers.draws import TiledLogits
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
-from .original_checkpoint import check_configs, is_original_checkpoint, load_json, load_original_components
+from .conditions import ConditionMixin
+from .original_checkpoint import (
+    check_configs,
+    find_vae_class,
+    is_original_checkpoint,
+    load_json,
+    load_original_components,
+)
 from .pipeline_output import URSAPipelineOutput
 from .pipeline_udm import HUB_KWARGS, CallArguments, StepCallback, UDMPipeline
 
@@ -45,17 +56,39 @@ class URSACallArguments(CallArguments, total=False):
     height: int | None
     width: int | None
     num_images_per_prompt: int
+    num_frames: int
+    image: Any
+    video: Any
+    cond_latents: torch.Tensor | None
+    cond_indices: Sequence[int] | None
+    cond_noise_scale: float
+    condition: Literal["clamp", "redraw"]
+    motion_score: float | None
+    flow_shift: float | None
 
 
-class URSAPipeline(PromptCutter, UDMPipeline):
+class URSAPipeline(ConditionMixin, PromptCutter, UDMPipeline):
     r"""
-    Text-to-image generation with URSA (https://huggingface.co/papers/2510.24717).
+    Images and videos with URSA (https://huggingface.co/papers/2510.24717): from text, from a first image, or as the
+    continuation of a video.
 
     The network reads `[text, BOV, image tokens]`: the text, padded on the left to `max_prompt_length` with its padding
-    visible; the beginning-of-vision token; and the codes of the image plus the size of the text vocabulary.
+    visible; the beginning-of-vision token; and the codes of the image plus the size of the text vocabulary. A video
+    has the codes of all its latent frames, one after the other.
 
     The position of text token i is (i, i, i), that of BOV is (T, T, T), and that of the image token in frame f, row r
     and column q is (T + 1 + f, r, q). Logits are shifted by one: those at BOV predict image token 0.
+
+    **Conditions.** An `image`, a `video` or `cond_latents` are the first frames of the sample, or those that
+    `cond_indices` lists. There are two ways to use them:
+
+    * `condition="clamp"`, the default: these frames stay as they are in every step, and the sample has them.
+    * `condition="redraw"`: as the authors' code does it. These frames are only part of the first state. Their tokens
+      then move as all others do, and the last step draws all anew, so that the sample shows them only as far as the
+      network predicts them.
+
+    The default is `"clamp"` since the condition is known: to show it whole in every step tells the network more, and
+    URSA was trained with a time of its own for each frame, so that it knows clean frames beside noised ones.
 
     Args:
         transformer ([`URSAForImageGeneration`]):
@@ -64,15 +97,19 @@ class URSAPipeline(PromptCutter, UDMPipeline):
             The forward and reverse process.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The text tokenizer.
-        vae ([`AutoencoderVQ`], *optional*):
-            The image tokenizer. Without it the pipeline draws token ids (`output_type="latent"`) and no images.
+        vae ([`AutoencoderVQ`] or [`AutoencoderVQCosmos3D`], *optional*):
+            The tokenizer of images or of videos. Without it the pipeline draws token ids (`output_type="latent"`) and
+            no images.
         max_prompt_length (`int`, *optional*, defaults to `320`):
             Length T in tokens that every prompt is padded or truncated to. The first truncation is warned of.
         vae_scale_factor (`int`, *optional*, defaults to `16`):
             Number of pixels that a token covers in each direction. Taken from the image tokenizer if there is one.
+        vae_temporal_scale_factor (`int`, *optional*):
+            Number of frames that a token covers, for models of videos. Taken from the tokenizer if there is one.
 
     Raises:
-        ValueError: If the components have codebooks of different sizes.
+        ValueError: If the components have codebooks of different sizes, or the video tokenizer has strides that its
+            decoder does not invert.
 
     Example:
 
@@ -88,7 +125,7 @@ class URSAPipeline(PromptCutter, UDMPipeline):
     transformer: URSAForImageGeneration
     scheduler: KineticOptimalScheduler
     tokenizer: PreTrainedTokenizerBase
-    vae: AutoencoderVQ | None
+    vae: AutoencoderVQ | AutoencoderVQCosmos3D | None
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents", "logits"]
@@ -98,9 +135,10 @@ class URSAPipeline(PromptCutter, UDMPipeline):
         transformer: URSAForImageGeneration,
         scheduler: KineticOptimalScheduler,
         tokenizer: PreTrainedTokenizerBase,
-        vae: AutoencoderVQ | None = None,
+        vae: AutoencoderVQ | AutoencoderVQCosmos3D | None = None,
         max_prompt_length: int = 320,
         vae_scale_factor: int = 16,
+        vae_temporal_scale_factor: int | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, tokenizer=tokenizer, vae=vae)
@@ -109,12 +147,22 @@ class URSAPipeline(PromptCutter, UDMPipeline):
             "scheduler.config.codebook_size": scheduler.config.codebook_size,
         }
         if vae is not None:
-            vae_scale_factor = vae.spatial_stride
+            vae_scale_factor, vae_temporal_scale_factor = vae.spatial_stride, vae.temporal_stride
             sizes["vae.config.num_vq_embeddings"] = vae.config.num_vq_embeddings
-        self.register_to_config(max_prompt_length=max_prompt_length, vae_scale_factor=vae_scale_factor)
+        self.register_to_config(
+            max_prompt_length=max_prompt_length,
+            vae_scale_factor=vae_scale_factor,
+            vae_temporal_scale_factor=vae_temporal_scale_factor,
+        )
         if len(set(sizes.values())) > 1:
             raise ValueError(f"The components must share one codebook, got sizes {sizes}.")
-        self.image_processor = VaeImageProcessor(vae_scale_factor=vae_scale_factor)
+        if isinstance(vae, AutoencoderVQCosmos3D) and vae.decoded_strides != (vae.spatial_stride, vae.temporal_stride):
+            raise ValueError(
+                f"`vae` must have strides that its decoder inverts, got {(vae.spatial_stride, vae.temporal_stride)} "
+                f"pixels and frames a token in the encoder, and {vae.decoded_strides} in the decoder. Add blocks in "
+                "`block_out_channels`, or use strides of which the spatial one is not below the temporal one."
+            )
+        self.image_processor = VideoProcessor(vae_scale_factor=vae_scale_factor)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
@@ -147,6 +195,9 @@ class URSAPipeline(PromptCutter, UDMPipeline):
                     pretrained_model_name_or_path, subfolder="vae", **hub_kwargs
                 )
                 kwargs["vae_scale_factor"] = 2 ** (len(vae_config["block_out_channels"]) - 1)
+                if find_vae_class(vae_config) is AutoencoderVQCosmos3D:
+                    kwargs["vae_scale_factor"] = vae_config["spatial_stride"]
+                    kwargs["vae_temporal_scale_factor"] = vae_config["temporal_stride"]
         if is_original_checkpoint(pretrained_model_name_or_path, **kwargs):
             pipeline = cls(**load_original_components(pretrained_model_name_or_path, **kwargs))
             # As `DiffusionPipeline.from_pretrained` does, for `name_or_path`
@@ -195,7 +246,8 @@ class URSAPipeline(PromptCutter, UDMPipeline):
         with torch.device("meta"):
             config = URSAConfig.from_original_config(transformer_config) if is_original else None
             transformer: Any = URSAForImageGeneration(config or URSAConfig.from_dict(transformer_config))
-            vae: Any = (AutoencoderVQ.from_original_config if is_original else AutoencoderVQ.from_config)(vae_config)
+            vae_class: Any = find_vae_class(vae_config)
+            vae: Any = (vae_class.from_original_config if is_original else vae_class.from_config)(vae_config)
         scheduler_config: Any = KineticOptimalScheduler.load_config(folder / "scheduler")
         if scheduler_config.get("codebook_size") is None:
             sizes = {"codebook_size": transformer.config.codebook_size, "codebook_dim": vae.config.vq_embed_dim}
@@ -216,7 +268,9 @@ class URSAPipeline(PromptCutter, UDMPipeline):
         check_configs(Path(folder), **kwargs)
         return folder
 
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+    def latent_shape(
+        self, height: int | None = None, width: int | None = None, num_frames: int = 1
+    ) -> tuple[int, int, int]:
         """
         Shape of the token grid.
 
@@ -226,12 +280,15 @@ class URSAPipeline(PromptCutter, UDMPipeline):
                 `vae.config.sample_size`, which is one number or a height and a width.
             width (`int`, *optional*):
                 Width of the image in pixels, likewise.
+            num_frames (`int`, *optional*, defaults to `1`):
+                Number of frames. A model of videos takes 1 more than a multiple of its tokenizer's temporal stride.
 
         Returns:
-            `tuple[int, int, int]`: The numbers of frames (always 1), rows and columns.
+            `tuple[int, int, int]`: The numbers of latent frames (1 for images), rows and columns.
 
         Raises:
-            ValueError: If `height` or `width` is not a positive multiple of the stride, or not given without a `vae`.
+            ValueError: If `height` or `width` is not a positive multiple of the stride, or not given without a `vae`,
+                or the tokenizer does not give the number of frames back.
         """
         if self.vae is not None:
             sample_size = self.vae.config.sample_size
@@ -245,7 +302,16 @@ class URSAPipeline(PromptCutter, UDMPipeline):
             if value <= 0 or value % stride != 0:
                 nearest = max(stride, round(value / stride) * stride)
                 raise ValueError(f"`{name}` must be a positive multiple of {stride}, got {value}. Try {nearest}.")
-        return 1, height // stride, width // stride
+        temporal_stride = self.config.vae_temporal_scale_factor
+        if temporal_stride is None:
+            if num_frames != 1:
+                raise ValueError(f"`num_frames` must be 1, got {num_frames}: the tokenizer is one of images. Try 1.")
+            return 1, height // stride, width // stride
+        limit = None
+        if self.vae is not None and self.vae.config.temporal_tiling == "original":
+            limit = self.vae.config.sample_frames
+        check_num_frames("`num_frames`", num_frames, temporal_stride, limit)
+        return 1 + (num_frames - 1) // temporal_stride, height // stride, width // stride
 
     def encode_prompt(self, prompt: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         self._warn_of_cut_prompts(prompt, self.tokenizer, self.config.max_prompt_length, "the pipeline")
@@ -409,29 +475,46 @@ class URSAPipeline(PromptCutter, UDMPipeline):
         output_type: Literal["pil", "np", "pt"] = "pil",
     ) -> Any:
         """
-        Decodes tokens to images.
+        Decodes tokens to images or videos.
 
         Args:
             clean_samples (`torch.LongTensor` of shape `(B, N)`):
                 Codes.
             latent_shape (`tuple[int, int, int]`):
-                From `latent_shape`, of one frame.
+                From `latent_shape`. With an image tokenizer it has one frame.
             output_type (`str`, *optional*, defaults to `"pil"`):
                 `"pil"`, `"np"` or `"pt"`.
 
         Returns:
-            `list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`: As in [`URSAPipelineOutput`].
+            `list[PIL.Image.Image]`, `list[list[PIL.Image.Image]]`, `np.ndarray` or `torch.Tensor`: As in
+            [`URSAPipelineOutput`].
 
         Raises:
-            ValueError: If there is more than one frame, or no image tokenizer.
+            ValueError: If there is more than one frame for an image tokenizer, or no tokenizer.
         """
         vae = self._check_vae()
-        if latent_shape[0] != 1:
+        if latent_shape[0] == 1:
+            images = vae.decode_ids(clean_samples.view(-1, *latent_shape[1:])).sample
+            return self.image_processor.postprocess(images.float(), output_type=output_type)
+        if vae.temporal_stride is None:
             raise ValueError(f"`decode` takes images, of one frame, got {latent_shape[0]} frames.")
-        images = vae.decode_ids(clean_samples.view(-1, *latent_shape[1:])).sample
-        return self.image_processor.postprocess(images.float(), output_type=output_type)
+        videos = vae.decode_ids(clean_samples.view(-1, *latent_shape)).sample
+        return self.image_processor.postprocess_video(videos.float(), output_type=output_type)
 
-    def _check_vae(self) -> AutoencoderVQ:
+    @contextlib.contextmanager
+    def _use_shift(self, flow_shift: float | None) -> Iterator[None]:
+        """A context in which the scheduler has another `shift`. Its own is restored, also after an error."""
+        if flow_shift is None:
+            yield
+            return
+        shift = self.scheduler.config.shift
+        self.scheduler.register_to_config(shift=flow_shift)
+        try:
+            yield
+        finally:
+            self.scheduler.register_to_config(shift=shift)
+
+    def _check_vae(self) -> AutoencoderVQ | AutoencoderVQCosmos3D:
         if self.vae is None:
             raise ValueError("The pipeline has no `vae` to decode images with. Pass one, or `output_type='latent'`.")
         return self.vae
@@ -494,13 +577,22 @@ class URSAPipeline(PromptCutter, UDMPipeline):
         return_trajectory: bool = False,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        num_frames: int = 1,
+        image: Any = None,
+        video: Any = None,
+        cond_latents: torch.Tensor | None = None,
+        cond_indices: Sequence[int] | None = None,
+        cond_noise_scale: float = 0.0,
+        condition: Literal["clamp", "redraw"] = "clamp",
+        motion_score: float | None = None,
+        flow_shift: float | None = None,
     ) -> URSAPipelineOutput | tuple:
         """
-        Generates images.
+        Generates images, or videos with `num_frames` above 1.
 
         Args:
             prompt (`str` or `list[str]`):
-                What the images show.
+                What the images or videos show.
             negative_prompt (`str` or `list[str]`, *optional*):
                 What to guide away from. Defaults to the empty prompt. Not used without guidance.
             height (`int`, *optional*):
@@ -532,9 +624,32 @@ class URSAPipeline(PromptCutter, UDMPipeline):
                 `pipeline._interrupt` to end with the state as it is.
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
                 What goes into `callback_kwargs`: `"latents"` (the state) and `"logits"`.
+            num_frames (`int`, *optional*, defaults to `1`):
+                Number of frames, 1 more than a multiple of the video tokenizer's `temporal_stride`.
+            image (`PIL.Image.Image`, `np.ndarray` or `torch.Tensor`, *optional*):
+                First frame, of the output's size: an RGB image, or an array or tensor of shape `(height, width, 3)` or
+                `(3, height, width)`, of `uint8` or of floats in `[0, 1]`. A list has one for each prompt.
+            video (list of frames, `np.ndarray` or `torch.Tensor`, *optional*):
+                First frames, each as `image`, in a list or along the first axis. Their number is one that `num_frames`
+                may be. A list of videos, all of the same length, has one for each prompt.
+            cond_latents (`torch.LongTensor` of shape `(num_prompts, num_latent_frames, rows, columns)`, *optional*):
+                First latent frames as token ids, for each prompt or with one row for all. Only one of `image`, `video`
+                and `cond_latents` may be given.
+            cond_indices (`list[int]`, *optional*):
+                Latent frames of the condition that are used, each at its own place. By default all are used.
+            cond_noise_scale (`float`, *optional*, defaults to `0.0`):
+                Noise s in `[0, 1]` of the condition in the state, whose tokens are drawn from p_t at t = 1 − s once
+                for all samples of a condition. The sample has the clean condition with `condition="clamp"`.
+            condition (`str`, *optional*, defaults to `"clamp"`):
+                `"clamp"` keeps the frames of the condition, `"redraw"` draws them anew.
+            motion_score (`float`, *optional*):
+                Amount of motion in `[1, 10]`, which the prompts then begin with, as those of URSA's training:
+                `"motion=9.0, a red cat"`. Prompts may also begin so themselves.
+            flow_shift (`float`, *optional*):
+                Shift of the time grid in this call, > 0. Defaults to the scheduler's `shift`.
 
         Returns:
-            [`URSAPipelineOutput`] or `tuple`: The images, in the order of the prompts.
+            [`URSAPipelineOutput`] or `tuple`: The images or videos, in the order of the prompts.
 
         Raises:
             ValueError: If an argument is out of its range.
@@ -549,23 +664,46 @@ class URSAPipeline(PromptCutter, UDMPipeline):
             raise ValueError(f"`negative_prompt` must be a string or a list of strings, got {negative_prompt!r}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+        if condition not in ("clamp", "redraw"):
+            raise ValueError(f"`condition` must be 'clamp' or 'redraw', got {condition!r}.")
+        if not 0 <= cond_noise_scale <= 1:
+            nearest = float(cond_noise_scale > 1)
+            raise ValueError(f"`cond_noise_scale` must be in [0, 1], got {cond_noise_scale}. Try {nearest}.")
+        if motion_score is not None:
+            if not 1 <= motion_score <= 10:
+                nearest = 10.0 if motion_score > 10 else 1.0
+                raise ValueError(f"`motion_score` must be in [1, 10], got {motion_score}. Try {nearest}.")
+            prompts = [f"motion={motion_score:.1f}, {text}" for text in prompts]
+        if flow_shift is not None and ("shift" not in self.scheduler.config or not 0 < flow_shift < math.inf):
+            raise ValueError(
+                f"`flow_shift` must be a number > 0, and None for a scheduler without `shift`, got {flow_shift} for "
+                f"`{type(self.scheduler).__name__}`."
+            )
         if output_type != "latent":
             self._check_vae()
-        latent_shape = self.latent_shape(height=height, width=width)
-        output = self._sample_prompts(
-            prompts,
-            negative_prompts,
-            latent_shape,
-            num_inference_steps,
-            guidance_trunc,
-            {"num_images_per_prompt": num_images_per_prompt},
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            guidance_scale=guidance_scale,
-            latents=latents,
-            generator=generator,
-            return_trajectory=return_trajectory,
-        )
+        latent_shape = self.latent_shape(height=height, width=width, num_frames=num_frames)
+        is_kept = condition == "clamp"
+        known = self.prepare_condition(image, video, cond_latents, cond_indices, latent_shape, len(prompts), is_kept)
+        if known is None and cond_noise_scale != 0:
+            raise ValueError(f"`cond_noise_scale` must be 0 without a condition, got {cond_noise_scale}.")
+        with self._use_shift(flow_shift):
+            output = self._sample_prompts(
+                prompts,
+                negative_prompts,
+                latent_shape,
+                num_inference_steps,
+                guidance_trunc,
+                {"num_images_per_prompt": num_images_per_prompt},
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
+                guidance_scale=guidance_scale,
+                latents=latents,
+                condition=known,
+                condition_t=1 - cond_noise_scale,
+                keep_condition=is_kept,
+                generator=generator,
+                return_trajectory=return_trajectory,
+            )
         if output_type == "latent":
             images: Any = output.clean_samples.view(-1, *latent_shape)
         else:
