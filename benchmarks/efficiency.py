@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 SAMPLES_BETWEEN_EVALUATIONS = 1280
 TARGET = 0.90
 NUM_EVAL_SAMPLES = 4  # per held-out prompt
-WORLDS = {"shapes": "shapes_paper.yaml", "words": "words_paper.yaml", "sums": "arithmetic_paper.yaml"}
+WORLDS = {"shapes": "shapes.yaml", "words": "words.yaml", "sums": "arithmetic.yaml"}
 
 ALL_STEPS = {"num_train_timesteps": 8, "timestep_window": [0, 2], "timestep_sampling": "stratified"}
 # Rows of a rollout in four parts, with an update for each. The average stands in for a schedule that ends.
