@@ -300,18 +300,7 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
             )
         return outputs.logits.reshape(*noised_samples.shape, -1)  # (B, N, V)
 
-    def _prepare_scoring(
-        self,
-        model: nn.Module,
-        prompt_ids: torch.Tensor,
-        prompt_mask: torch.Tensor,
-        noised_samples: torch.Tensor,
-        latent_shape: tuple[int, ...],
-        labels: torch.Tensor,
-        t: torch.Tensor | None,
-    ) -> dict[str, torch.Tensor]:
-        # `prompt_ids` and `prompt_mask` are from `extend_prompt`
-        inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape, labels=labels)
+    def _complete_scoring_inputs(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if self.self_conditioning:
             with torch.no_grad():
                 unlabeled = {name: value for name, value in inputs.items() if name != "shift_labels"}

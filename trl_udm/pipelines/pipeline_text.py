@@ -223,19 +223,6 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
         logits = self._denoise(model, prompt_ids, prompt_mask, noised_samples, latent_shape, t)
         return self._score_logits(logits, labels)
 
-    def predict_tokens(
-        self,
-        model: nn.Module,
-        prompt_ids: torch.Tensor,
-        prompt_mask: torch.Tensor,
-        noised_samples: torch.Tensor,
-        latent_shape: tuple[int, ...],
-        labels: torch.Tensor,
-        t: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, nn.Module]:
-        logits = self._denoise(model, prompt_ids, prompt_mask, noised_samples, latent_shape, t)
-        return logits, nn.Identity()
-
     @overload
     def __call__(
         self,

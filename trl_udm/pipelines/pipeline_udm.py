@@ -312,21 +312,13 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         if self._has_adapter_on_head:
             logits, _ = self.predict_tokens(model, prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
             return self._score_logits(logits, labels)
-        inputs = self._prepare_scoring(model, prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
+        inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
+        inputs = self._complete_scoring_inputs(model, inputs)
         return self._select_labels(model(**inputs, fused_lm_head=True), inputs["shift_labels"], labels)
 
-    def _prepare_scoring(
-        self,
-        model: nn.Module,
-        prompt_ids: torch.Tensor,
-        prompt_mask: torch.Tensor,
-        noised_samples: torch.Tensor,
-        latent_shape: tuple[int, ...],
-        labels: torch.Tensor,
-        t: torch.Tensor | None,
-    ) -> dict[str, torch.Tensor]:
-        """Keyword arguments of the network in `score`, with `shift_labels`."""
-        return self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape, labels=labels, t=t)
+    def _complete_scoring_inputs(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Adds what a network takes in `score` beside what `prepare_denoiser_inputs` gives with labels."""
+        return inputs
 
     def predict_tokens(
         self,
@@ -350,7 +342,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         Returns:
             `tuple`: A tensor of shape `(B, N, D)`, and a module that maps it to logits of shape `(B, N, V)`.
         """
-        inputs = self._prepare_scoring(model, prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
+        inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
+        inputs = self._complete_scoring_inputs(model, inputs)
         is_label = inputs.pop("shift_labels") != -100
         return model(**inputs).logits[is_label].view(*labels.shape, -1), nn.Identity()
 
