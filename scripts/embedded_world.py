@@ -12,19 +12,20 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Shared code of the worlds' training scripts: trains a VQ image tokenizer and a small URSA on rendered scenes."""
+"""Shared code of the worlds' training scripts: trains a tokenizer and a small URSA on rendered scenes."""
 
 import argparse
 import json
+import math
 import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -34,10 +35,14 @@ from torch.optim.lr_scheduler import OneCycleLR
 from transformers import PreTrainedTokenizerFast
 
 from trl_udm.models.autoencoder_vq import AutoencoderVQ
+from trl_udm.models.autoencoder_vq_cosmos3d import AutoencoderVQCosmos3D
 from trl_udm.models.configuration_ursa import URSAConfig
 from trl_udm.models.modeling_ursa import URSAForImageGeneration
 from trl_udm.pipelines.pipeline_ursa import URSAPipeline
 from trl_udm.schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
+
+
+Autoencoder = AutoencoderVQ | AutoencoderVQCosmos3D
 
 
 @dataclass
@@ -47,15 +52,16 @@ class World:
 
     Args:
         sample_captioned_images (`Callable`):
-            Draws images and captions, given their number, the share of wrong captions and a `random.Random`.
+            Draws images or videos, and captions, given their number, the share of wrong captions and a
+            `random.Random`.
         build_autoencoder (`Callable`):
-            Builds the untrained image tokenizer.
+            Builds the untrained tokenizer.
         tokenizer (`PreTrainedTokenizerFast`):
             Text tokenizer, from [`build_tokenizer`].
         max_prompt_length (`int`):
             Maximum number of text tokens in a prompt.
-        image_size (`tuple[int, int]`):
-            Height and width in pixels.
+        image_size (`tuple[int, ...]`):
+            Height and width in pixels, and the number of frames of videos.
         training_shift (`float`):
             Shift of the times at which the network is trained. A larger shift means more noise.
         description (`str`):
@@ -64,22 +70,31 @@ class World:
             Default number of training steps of the network.
         caption_error (`float`):
             Default share of wrong captions.
+        known_frame_share (`float`, *optional*, defaults to `0.0`):
+            Share of the videos whose first latent frame is not noised, so that the network learns to continue images.
+        num_vq_steps (`int`, *optional*, defaults to `1200`):
+            Default number of training steps of the tokenizer.
+        vq_batch_size (`int`, *optional*, defaults to `32`):
+            Scenes per step of the tokenizer.
     """
 
-    sample_captioned_images: Callable[[int, float, random.Random], tuple[list[Image.Image], list[str]]]
-    build_autoencoder: Callable[[], AutoencoderVQ]
+    sample_captioned_images: Callable[[int, float, random.Random], tuple[list[Any], list[str]]]
+    build_autoencoder: Callable[[], Autoencoder]
     tokenizer: PreTrainedTokenizerFast
     max_prompt_length: int
-    image_size: tuple[int, int]
+    image_size: tuple[int, ...]
     training_shift: float
     description: str
     num_steps: int
     caption_error: float
+    known_frame_share: float = 0.0
+    num_vq_steps: int = 1200
+    vq_batch_size: int = 32
 
 
 def to_tensor(images) -> torch.Tensor:
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (B, H, W, 3)
-    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))  # (B, H, W, 3) or (B, T, H, W, 3)
+    return pixels.movedim(-1, 1).float() / 127.5 - 1
 
 
 def farthest_points(points: torch.Tensor, num_points: int) -> torch.Tensor:
@@ -150,9 +165,20 @@ def train_autoencoder(world: World, output_dir: Path, num_steps: int, batch_size
     return autoencoder.eval()
 
 
+def encode_frames(encode: Callable[[torch.Tensor], torch.Tensor], frames: torch.Tensor, dim: int) -> torch.Tensor:
+    """
+    Encodes images, or videos of shape (B, 3, T, H, W), whose latent frames are in dimension `dim`. The first one is
+    encoded without the others, as where an image is continued.
+    """
+    if frames.ndim == 4:
+        return encode(frames)
+    encoded = encode(frames)
+    return torch.cat([encode(frames[:, :, :1]), encoded.narrow(dim, 1, encoded.size(dim) - 1)], dim=dim)
+
+
 @torch.no_grad()
 def build_token_dataset(
-    world: World, output_dir: Path, autoencoder: AutoencoderVQ, num_images: int, caption_error: float, seed: int
+    world: World, output_dir: Path, autoencoder: Autoencoder, num_images: int, caption_error: float, seed: int
 ):
     """Encodes all scenes once. The network then trains on token ids."""
     tokens_path, captions_path = output_dir / "tokens.safetensors", output_dir / "captions.json"
@@ -161,7 +187,8 @@ def build_token_dataset(
         tokens, captions = [], []
         for _ in range(0, num_images, 256):
             images, texts = world.sample_captioned_images(256, caption_error, rng)
-            tokens.append(autoencoder.encode_to_ids(to_tensor(images)).flatten(1).to(torch.int16))
+            ids = encode_frames(autoencoder.encode_to_ids, to_tensor(images), dim=1)
+            tokens.append(ids.flatten(1).to(torch.int16))
             captions += texts
         save_file({"tokens": torch.cat(tokens)}, tokens_path)
         captions_path.write_text(json.dumps(captions))
@@ -184,7 +211,7 @@ def build_tokenizer(words: set[str], pre_tokenizer: PreTokenizer) -> PreTrainedT
     )
 
 
-def build_scheduler(autoencoder: AutoencoderVQ) -> KineticOptimalScheduler:
+def build_scheduler(autoencoder: Autoencoder) -> KineticOptimalScheduler:
     """
     Builds a scheduler with the path of URSA, but with a larger alpha, which makes the early steps noisier.
 
@@ -192,11 +219,14 @@ def build_scheduler(autoencoder: AutoencoderVQ) -> KineticOptimalScheduler:
     half it decides their outlines.
     """
     scheduler = KineticOptimalScheduler(alpha=1.5, c=3.0, shift=2.0)
-    scheduler.set_codebook(autoencoder.codebook.detach())
+    if isinstance(autoencoder, AutoencoderVQ):
+        scheduler.set_codebook(autoencoder.codebook.detach())
+    else:
+        scheduler.set_codebook(autoencoder.quantizer.decode(torch.arange(autoencoder.config.num_vq_embeddings)))
     return scheduler
 
 
-def build_network(text_vocab_size: int, autoencoder: AutoencoderVQ) -> URSAForImageGeneration:
+def build_network(text_vocab_size: int, autoencoder: Autoencoder) -> URSAForImageGeneration:
     config = URSAConfig(
         text_vocab_size=text_vocab_size,
         codebook_size=autoencoder.config.num_vq_embeddings,
@@ -289,6 +319,10 @@ def train_network(
         mask = torch.where(dropped, empty_mask, prompt_mask[rows])
         clean_samples = tokens[rows]
         t = times.sample_timesteps((batch_size,), generator=generator)
+        if world.known_frame_share > 0:
+            t = t.unsqueeze(1).repeat(1, clean_samples.size(1))
+            is_known = torch.rand(batch_size, generator=generator) < world.known_frame_share
+            t[is_known, : math.prod(latent_shape[1:])] = 1.0
         noised_samples = scheduler.add_noise(clean_samples, t, generator=generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             logits = pipeline.denoise(ids, mask, noised_samples, latent_shape)  # (B, N, V)
@@ -303,12 +337,12 @@ def train_network(
     network.eval()
 
 
-def main(world: World):
+def main(world: World, train_autoencoder: Callable[..., Autoencoder] = train_autoencoder):
     parser = argparse.ArgumentParser(
         description=world.description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder of the checkpoint.")
-    parser.add_argument("--num_vq_steps", type=int, default=1200, help="Steps of the tokenizer.")
+    parser.add_argument("--num_vq_steps", type=int, default=world.num_vq_steps, help="Steps of the tokenizer.")
     parser.add_argument(
         "--num_images", type=int, default=65536, help="Number of scenes on which the network is trained."
     )
@@ -321,7 +355,7 @@ def main(world: World):
     args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
 
-    autoencoder = train_autoencoder(world, args.output_dir, args.num_vq_steps, 32, args.seed)
+    autoencoder = train_autoencoder(world, args.output_dir, args.num_vq_steps, world.vq_batch_size, args.seed)
     tokens, captions = build_token_dataset(
         world, args.output_dir, autoencoder, args.num_images, args.caption_error, args.seed
     )

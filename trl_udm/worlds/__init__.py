@@ -35,7 +35,7 @@ class World:
         name (`str`):
             The name of its folder, and of its model and its benchmark on the command line.
         modality (`str`):
-            What its model generates: `"image"` or `"text"`.
+            What its model generates: `"image"`, `"video"` or `"text"`.
 
     Example:
 
@@ -49,7 +49,7 @@ class World:
     """
 
     name: str
-    modality: Literal["image", "text"]
+    modality: Literal["image", "video", "text"]
 
     @property
     def checkpoint_path(self) -> Path:
@@ -90,6 +90,7 @@ class World:
 WORLDS = {
     world.name: world
     for world in (
+        World("moving", modality="video"),
         World("shapes", modality="image"),
         World("sums", modality="text"),
         World("words", modality="image"),
@@ -98,4 +99,4 @@ WORLDS = {
 """All worlds by name."""
 
 IMAGE_WORLDS = {name: world for name, world in WORLDS.items() if world.modality == "image"}
-"""The worlds whose models draw."""
+"""The worlds whose models draw images."""
