@@ -49,7 +49,7 @@ from trl_udm.worlds.moving import CHECKPOINT_PATH
 from trl_udm.worlds.moving.benchmark import load_eval_rows
 from trl_udm.worlds.moving.prompts import TAGS, TRAIN_NUM_PROMPTS, sample_scene, split_metadata
 from trl_udm.worlds.moving.reward import MovingReward
-from trl_udm.worlds.moving.world import render
+from trl_udm.worlds.moving.world import NUM_FRAMES, render
 from trl_udm.worlds.shapes.prompts import balance_metadata
 
 
@@ -128,6 +128,11 @@ def save_samples(path: Path, rows: list[dict[str, Any]], videos: list[list[Image
 def main(argv: list[str]) -> dict[str, Any]:
     with mistakes_in_one_line("train_video.py"):
         script_args, training_args, model_args = parse_arguments(ScriptArguments, argv, "moving.yaml")
+        if training_args.pipeline_kwargs != (expected := {"num_frames": NUM_FRAMES}):
+            raise ValueError(
+                f"`pipeline_kwargs` must be {expected}, as in examples/configs/moving.yaml, got "
+                f"{training_args.pipeline_kwargs}: the world's videos have {NUM_FRAMES} frames."
+            )
         train_rows, _ = split_metadata()
         trainer = VideoTrainer(
             load_pipeline(URSAPipeline, model_args.model_name_or_path or CHECKPOINT_PATH, model_args),

@@ -13,7 +13,8 @@
 # limitations under the License.
 
 """
-Trains the model of the embedded world that moves: a video tokenizer and a small URSA, on rendered scenes with captions.
+Trains the model of the embedded world that moves: a video tokenizer and a small URSA, on rendered scenes with
+captions.
 
     python scripts/train_moving.py --output_dir moving_checkpoint
 
@@ -113,7 +114,7 @@ if __name__ == "__main__":
             num_steps=4000,
             caption_error=0.4,
             known_frame_share=0.25,
-            num_vq_steps=2500,
+            num_vq_steps=1500,
             vq_batch_size=16,
         ),
         train_autoencoder,

@@ -40,6 +40,7 @@ INTERNAL = {
     "trl_udm.rewards.images",
     "trl_udm.rewards.remote.wire",
     "trl_udm.schedulers.draws",
+    "trl_udm.worlds.moving.benchmark",
     "trl_udm.worlds.shapes.benchmark",
     "trl_udm.worlds.sums.benchmark",
     "trl_udm.worlds.words.benchmark",

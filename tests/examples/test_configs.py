@@ -26,6 +26,7 @@ from . import EXAMPLES_DIR, load_example
         ("shapes", "train_geneval", 8),
         ("words", "train_ocr", 8),
         ("arithmetic", "train_text", 8),
+        ("moving", "train_video", 8),
         ("ursa_geneval", "train_geneval", 8),
         ("ursa_ocr", "train_ocr", 16),
         ("ursa_pickscore", "train_pickscore", 16),

@@ -59,6 +59,8 @@ MISTAKES = [
     ("train_text", ["--beta", "inf"], "`beta` must be >= 0, got inf"),
     ("train_text", ["--epsilon", "-1"], "`epsilon` must be >= 0, got -1.0"),
     ("train_text", ["--seed", "abc"], "invalid int value: 'abc'"),
+    ("train_video", ["--num_eval_videos", "0"], "`--num_eval_videos` must be >= 1, got 0"),
+    ("train_video", ["--pipeline_kwargs", '{"num_frames": 9}'], "`pipeline_kwargs` must be {'num_frames': 5}, as in"),
     ("train_text", ["--dtype", "float7"], "argument --dtype: invalid choice: 'float7'"),
 ]
 

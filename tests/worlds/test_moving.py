@@ -16,8 +16,12 @@ import random
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from trl_udm import URSAPipeline
+from trl_udm.worlds.moving import CHECKPOINT_PATH
+from trl_udm.worlds.moving.benchmark import load_eval_rows
 from trl_udm.worlds.moving.detector import MovingDetector, Track
 from trl_udm.worlds.moving.prompts import TAGS, all_metadata, corrupt, sample_scene, split_metadata
 from trl_udm.worlds.moving.reward import MovingReward
@@ -50,12 +54,12 @@ def test_what_is_unclear_or_does_not_stay_is_no_object():
     (both,) = MovingDetector()([render(list(PARTS))])
     assert both == [Track("circle", "red", "left", "quickly"), Track("cross", "blue", "right", "slowly")]
     first, second = (render([part]) for part in PARTS)
-    assert MovingDetector()([[Image.new("RGB", (20, 20), BACKGROUND)] * 9]) == [[]]
-    assert MovingDetector()([[first[0]] * 9]) == [[Track("circle", "red", None, None)]]
-    assert MovingDetector()([first[:5] + second[5:]]) == [[]]  # a jump
-    assert MovingDetector()([[*first[:8], Image.new("RGB", (20, 20), BACKGROUND)]]) == [[]]
+    assert MovingDetector()([[Image.new("RGB", (20, 20), BACKGROUND)] * 5]) == [[]]
+    assert MovingDetector()([[first[0]] * 5]) == [[Track("circle", "red", None, None)]]
+    assert MovingDetector()([first[:3] + second[3:]]) == [[]]  # a jump
+    assert MovingDetector()([[*first[:4], Image.new("RGB", (20, 20), BACKGROUND)]]) == [[]]
     blue = render([MovingObject("square", "blue", row=0, column=3, direction="left", speed="quickly")])
-    assert MovingDetector()([first[:5] + blue[5:]]) == [[Track(None, None, "left", "quickly")]]
+    assert MovingDetector()([first[:3] + blue[3:]]) == [[Track(None, None, "left", "quickly")]]
 
 
 @pytest.mark.parametrize("tag", TAGS)
@@ -89,8 +93,8 @@ def test_the_dense_reward_is_the_mean_of_what_is_asked():
     ("change", "error", "message"),
     [
         ({"completions": []}, ValueError, "must have a video for each of 1 prompts, got 0 videos"),
-        ({"completions": [render(list(PARTS))[:5]]}, ValueError, "must have 9 frames of 20 x 20 pixels, got 5 of"),
-        ({"completions": [[Image.new("RGB", (32, 32))] * 9]}, ValueError, r"got 9 of \[\(32, 32\)\]"),
+        ({"completions": [render(list(PARTS))[:3]]}, ValueError, "must have 5 frames of 20 x 20 pixels, got 3 of"),
+        ({"completions": [[Image.new("RGB", (32, 32))] * 5]}, ValueError, r"got 5 of \[\(32, 32\)\]"),
         ({"completions": [Image.new("RGB", (20, 20))]}, TypeError, "must be lists of PIL images, got Image"),
         ({"tag": ["position"]}, ValueError, r"Row 0 \('a circle'\): `tag` must be one of .* got 'position'"),
     ],
@@ -118,3 +122,39 @@ def test_training_and_evaluation_prompts_are_disjoint_and_cover_all_kinds():
     assert split_metadata() == (train, evaluation)
     with pytest.raises(ValueError, match="`tag` must be one of .* got 'size'"):
         all_metadata("size")
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = URSAPipeline.from_pretrained(CHECKPOINT_PATH)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_the_tokenizer_keeps_what_is_shown(pipeline):
+    rng = random.Random(1)
+    rows = load_eval_rows()
+    videos = torch.stack(
+        [torch.from_numpy(np.stack(render(sample_scene(row, rng)))).permute(3, 0, 1, 2) for row in rows]
+    )
+    ids = pipeline.vae.encode_to_ids(videos / 127.5 - 1)
+    decoded = pipeline.decode(ids.flatten(1), (2, 5, 5))
+    columns = {"prompts": [row["prompt"] for row in rows], **column(rows, "tag", "include")}
+    assert np.mean(MovingReward()(completions=decoded, **columns)) >= 0.97
+
+
+def test_the_shipped_model_draws_clearly_and_often_something_else(pipeline):
+    rows, rng = load_eval_rows(), random.Random(0)
+    options = {"num_frames": 5, "num_inference_steps": 10, "guidance_scale": 1.0}
+    columns = {"prompts": [row["prompt"] for row in rows], **column(rows, "tag", "include")}
+    videos = pipeline(columns["prompts"], generator=torch.Generator().manual_seed(0), **options).frames
+    assert 0.45 < np.mean(MovingReward()(completions=videos, **columns)) < 0.65
+    assert np.mean([len(tracks) in (1, 2) for tracks in MovingDetector()(videos)]) > 0.9
+
+    images = [render(sample_scene(row, rng))[0] for row in rows]
+    videos = pipeline(columns["prompts"], image=images, generator=torch.Generator().manual_seed(0), **options).frames
+    errors = [
+        np.abs(np.subtract(video[0], image, dtype=float)).mean() for video, image in zip(videos, images, strict=True)
+    ]
+    assert np.mean(errors) < 8  # of 255
+    assert np.mean(MovingReward()(completions=videos, **columns)) > 0.45

@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""The world that moves: videos of 9 frames, drawn by a model that is small enough for a CPU."""
+"""The world that moves: videos of 5 frames, drawn by a model that is small enough for a CPU."""
 
 from pathlib import Path
 

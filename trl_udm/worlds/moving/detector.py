@@ -107,7 +107,7 @@ class MovingDetector:
 
         Args:
             videos (`list[list[PIL.Image.Image]]`):
-                Videos of 9 RGB frames of 20 x 20 pixels.
+                Videos of 5 RGB frames of 20 x 20 pixels.
 
         Returns:
             `list[list[Track]]`: The objects of each video.

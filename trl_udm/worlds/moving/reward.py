@@ -88,7 +88,7 @@ class MovingReward:
             prompts (`list[str]`):
                 The prompts, for messages.
             completions (`list[list[PIL.Image.Image]]`):
-                The generated videos, of 9 frames of 20 x 20 pixels.
+                The generated videos, of 5 frames of 20 x 20 pixels.
             tag (`list[str]`):
                 The kind of each prompt, one of `TAGS`.
             include (`list[list[dict]]`):
@@ -114,7 +114,7 @@ class MovingReward:
                 raise ValueError(f"Row {index} ({prompts[index]!r}): `tag` must be one of {TAGS}, got {name!r}.")
         rewards = []
         for tracks, name, clauses in zip(self.detector(completions), tag, include, strict=True):
-            scores = [score for clause in clauses for score in score_clause(tracks, clause)]
+            scores = [score for clause in clauses for score in _score_clause(tracks, clause)]
             is_right = float(min(scores) == 1)
             rewards.append(is_right if self.mode == "strict" else sum(scores) / len(scores))
             if log_metric is not None:
@@ -122,19 +122,8 @@ class MovingReward:
         return rewards
 
 
-def score_clause(tracks: list[Track], clause: dict[str, Any]) -> list[float]:
-    """
-    Scores one clause of a prompt.
-
-    Args:
-        tracks (`list[Track]`):
-            The objects of a video.
-        clause (`dict`):
-            With `class` and `count`, and `color`, `direction` and `speed` where the prompt names them.
-
-    Returns:
-        `list[float]`: Scores in `[0, 1]` of the count, and of each property that the clause names.
-    """
+def _score_clause(tracks: list[Track], clause: dict[str, Any]) -> list[float]:
+    """Scores in `[0, 1]` of the count, and of each property that the clause names."""
     found, count = [track for track in tracks if track.class_name == clause["class"]], clause["count"]
     # `datasets` fills missing keys with `None`
     asked = [name for name in ("color", "direction", "speed") if clause.get(name) is not None]

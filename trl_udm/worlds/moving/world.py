@@ -26,13 +26,12 @@ CLASS_NAMES = ("circle", "square", "triangle", "cross")
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 """Rows and columns of a step in each direction."""
 SPEEDS = {"slowly": 1, "quickly": 3}
-"""Number of cells that an object passes in a video."""
+"""Number of pixels that an object moves in a frame, and so the number of cells in a video."""
 IMAGE_SIZE = 20  # pixels
-NUM_FRAMES = 9
+NUM_FRAMES = 5
 CELL_SIZE = 4  # pixels a token covers
 NUM_CELLS = IMAGE_SIZE // CELL_SIZE
 OBJECT_SIZE = 8  # pixels, 2 x 2 cells
-_SUPERSAMPLING = 2  # slow objects move half a pixel a frame
 
 
 @dataclass(frozen=True)
@@ -72,20 +71,17 @@ def render(objects: list[MovingObject]) -> list[Image.Image]:
             What to draw. Later objects cover earlier ones.
 
     Returns:
-        `list[PIL.Image.Image]`: 9 RGB frames of 20 x 20 pixels.
+        `list[PIL.Image.Image]`: 5 RGB frames of 20 x 20 pixels.
     """
-    side, size = IMAGE_SIZE * _SUPERSAMPLING, OBJECT_SIZE * _SUPERSAMPLING
-    video = np.empty((NUM_FRAMES, side, side, 3), dtype=np.float32)
+    video = np.empty((NUM_FRAMES, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=np.float32)
     video[:] = BACKGROUND
     for shape in objects:
-        coverage, color = class_mask(shape.class_name, size)[..., None], np.asarray(COLORS[shape.color], np.float32)
+        coverage = class_mask(shape.class_name, OBJECT_SIZE)[..., None]
+        color = np.asarray(COLORS[shape.color], dtype=np.float32)
+        row_step, column_step = DIRECTIONS[shape.direction]
         for number, frame in enumerate(video):
-            num_cells = SPEEDS[shape.speed] * number / (NUM_FRAMES - 1)
-            top, left = (
-                round((start + step * num_cells) * CELL_SIZE * _SUPERSAMPLING)
-                for start, step in zip((shape.row, shape.column), DIRECTIONS[shape.direction], strict=True)
-            )
-            patch = frame[top : top + size, left : left + size]
+            distance = number * SPEEDS[shape.speed]
+            top, left = shape.row * CELL_SIZE + distance * row_step, shape.column * CELL_SIZE + distance * column_step
+            patch = frame[top : top + OBJECT_SIZE, left : left + OBJECT_SIZE]
             patch += coverage * (color - patch)
-    video = video.reshape(NUM_FRAMES, IMAGE_SIZE, _SUPERSAMPLING, IMAGE_SIZE, _SUPERSAMPLING, 3).mean(axis=(2, 4))
     return [Image.fromarray(frame) for frame in video.round().astype(np.uint8)]
