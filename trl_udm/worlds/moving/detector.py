@@ -148,8 +148,8 @@ class MovingDetector:
             mask = weights > weights.max() / 2
             if mask.sum() < self.min_area:
                 continue
-            outline = Image.fromarray(mask)
-            outline = np.asarray(outline.crop(outline.getbbox()).resize((24, 24), Image.Resampling.NEAREST))
+            region = Image.fromarray(mask)
+            outline = np.asarray(region.crop(region.getbbox()).resize((24, 24), Image.Resampling.NEAREST))
             overlaps = (outline & self.outlines).sum(axis=(1, 2)) / (outline | self.outlines).sum(axis=(1, 2))
             best = overlaps.argmax()
             regions.append(

@@ -133,7 +133,7 @@ def corrupt(metadata: dict[str, Any], rng: random.Random) -> dict[str, Any]:
         "class": rng.choice([other for other in CLASS_NAMES if other not in used]),
         "color": rng.choice([color for color in COLORS if color != clause.get("color")]),
         "count": 3 - clause["count"],
-        "direction": _OPPOSITES.get(clause.get("direction")),
+        "direction": _OPPOSITES.get(clause.get("direction", "")),
         "speed": rng.choice([speed for speed in SPEEDS if speed != clause.get("speed")]),
     }[name]
     return {**metadata, "include": include}
