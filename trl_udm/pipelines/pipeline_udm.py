@@ -25,6 +25,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..models.token_scores import compute_kl, score_tokens
@@ -140,26 +141,27 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
         """
-        As in [`~diffusers.DiffusionPipeline.from_pretrained`], with `use_safetensors=True` by default. A weight of the
-        transformer that is missing or that it does not have is an error, where transformers would warn.
+        As in [`~diffusers.DiffusionPipeline.from_pretrained`], with `use_safetensors=True` by default. A weight that
+        is missing in a model of transformers, or that it does not have, is an error, where transformers would warn.
 
         Raises:
-            ValueError: If the weights of the transformer are not those that its configuration says.
+            ValueError: If the weights of such a model are not those that its configuration says.
         """
         kwargs = {"use_safetensors": True, **kwargs}
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        # ZeRO-3 refuses a device map
-        if cls.transformer_name not in kwargs and not is_deepspeed_zero3_enabled():
-            # What the loader saw of the weights is not kept. On the meta device it reads their names and shapes alone.
-            names = (*HUB_KWARGS, "variant", "use_safetensors")
-            options = {name: kwargs[name] for name in names if name in kwargs}
-            load_every_weight(
-                type(pipeline.transformer).from_pretrained,
-                pretrained_model_name_or_path,
-                subfolder=cls.transformer_name,
-                device_map="meta",
-                **options,
-            )
+        for name, component in pipeline.components.items():
+            # ZeRO-3 refuses a device map
+            if isinstance(component, PreTrainedModel) and name not in kwargs and not is_deepspeed_zero3_enabled():
+                # What the loader saw of the weights is not kept. On the meta device it reads their names and shapes.
+                names = (*HUB_KWARGS, "variant", "use_safetensors")
+                options = {name: kwargs[name] for name in names if name in kwargs}
+                load_every_weight(
+                    type(component).from_pretrained,
+                    pretrained_model_name_or_path,
+                    subfolder=name,
+                    device_map="meta",
+                    **options,
+                )
         return pipeline
 
     def latent_shape(self, *args: Any, **kwargs: Any) -> tuple[int, ...]:
@@ -310,8 +312,9 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
             may be `None` for a reference model.
         """
         if self._has_adapter_on_head:
-            logits, _ = self.predict_tokens(model, prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
-            return self._score_logits(logits, labels)
+            args = (prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
+            logps, entropies, _ = self.score_with_kl(model, None, *args)
+            return logps, entropies
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
         inputs = self._complete_scoring_inputs(model, inputs)
         return self._select_labels(model(**inputs, fused_lm_head=True), inputs["shift_labels"], labels)
@@ -541,8 +544,9 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                     raise ValueError(
                         f"`guidance_scale` must be 1.0 without `negative_prompt_ids`, got {self.guidance_scale}."
                     )
-                negative_inputs = (negative_prompt_ids, negative_prompt_mask, latents)
-                inputs = (torch.cat(pair) for pair in zip(inputs, negative_inputs, strict=True))
+                prompts = (prompt_ids, prompt_mask)
+                negatives = self._complete_negatives(*prompts, negative_prompt_ids, negative_prompt_mask)
+                inputs = (torch.cat(pair) for pair in zip(inputs, (*negatives, latents), strict=True))
                 t, scale = torch.cat([t, t]), self.guidance_scale
             logits = None
             if needs_logits or return_trajectory or needs_model_output(timestep):
@@ -570,6 +574,16 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 pred_original_samples=torch.stack(pred_original_samples),
             )
         return UDMSamplerOutput(clean_samples=latents, trajectory=trajectory)
+
+    def _complete_negatives(
+        self,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        negative_prompt_ids: torch.Tensor,
+        negative_prompt_mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What z_uncond is conditioned on. A family may derive it from the prompts."""
+        return negative_prompt_ids, negative_prompt_mask
 
     def _show_condition(
         self,
