@@ -30,6 +30,8 @@ _MODULES = {
     "CLIPReward": ".rewards.clip",
     "CLIPScoreReward": ".rewards.clip",
     "CompactProgressCallback": ".callbacks.progress",
+    "DFlowGRPOConfig": ".dflow_grpo.dflow_grpo_config",
+    "DFlowGRPOTrainer": ".dflow_grpo.dflow_grpo_trainer",
     "DiagnosticsCallback": ".callbacks.diagnostics",
     "DiffusionGemmaUDMPipeline": ".pipelines.pipeline_diffusion_gemma",
     "EMACallback": ".trainer.ema",
@@ -62,6 +64,8 @@ if TYPE_CHECKING:
     from .callbacks.diagnostics import DiagnosticsCallback as DiagnosticsCallback
     from .callbacks.guardrails import GuardrailCallback as GuardrailCallback
     from .callbacks.progress import CompactProgressCallback as CompactProgressCallback
+    from .dflow_grpo.dflow_grpo_config import DFlowGRPOConfig as DFlowGRPOConfig
+    from .dflow_grpo.dflow_grpo_trainer import DFlowGRPOTrainer as DFlowGRPOTrainer
     from .memory import MemoryEstimate as MemoryEstimate
     from .memory import estimate_memory as estimate_memory
     from .models.autoencoder_vq import AutoencoderVQ as AutoencoderVQ
