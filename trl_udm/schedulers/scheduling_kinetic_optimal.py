@@ -68,7 +68,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
     `codebook_size`.
 
     **Metric path** (`alpha` is a number). The codes are the L2-normalized rows e of a codebook, `d(j, k) = ‖e_j −
-    e_k‖²`, `beta_t = c · (t / (1 − t))^alpha`, and
+    e_k‖^metric_power`, `beta_t = c · (t / (1 − t))^alpha`, and
 
         p_t(k | x₁) = softmax_k(−beta_t · d(x₁, k)).
 
@@ -110,6 +110,9 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
             Number of codes V. Taken from the codebook if there is one.
         codebook_dim (`int`, *optional*):
             Length of a code. Taken from the codebook if there is one.
+        metric_power (`float`, defaults to 2.0):
+            Power of the distance between two codes that d is, in `(0, ∞)`: 2 for URSA, 4 for FUDOKI. Not used by the
+            mixture path.
 
     Raises:
         ValueError: If a setting is not in its range.
@@ -147,16 +150,16 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         eps: float = 1e-5,
         codebook_size: int | None = None,
         codebook_dim: int | None = None,
+        metric_power: float = 2.0,
     ):
-        for name, value in {"shift": shift, "eps": eps, "alpha": alpha, "c": c}.items():
+        settings = {"alpha": alpha, "c": c, "shift": shift, "eps": eps, "metric_power": metric_power}
+        for name, value in settings.items():
             is_unused = alpha is None and name in ("alpha", "c")
             if not is_unused and (value is None or not 0 < value < math.inf):
                 raise ValueError(f"`{name}` must be a number > 0, got {value}.")
 
         # Diffusers' decorator would mark arguments given by position as defaults, which `from_config` leaves out
-        self.register_to_config(
-            alpha=alpha, c=c, shift=shift, eps=eps, codebook_size=codebook_size, codebook_dim=codebook_dim
-        )
+        self.register_to_config(**settings, codebook_size=codebook_size, codebook_dim=codebook_dim)
         self.num_inference_steps: Any = None  # a number then
         self.timesteps: Any = None  # a tensor after `set_timesteps`
         self._normed: torch.Tensor | None = None  # the codebook that `_squared_norms` is of
@@ -341,7 +344,14 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         codebook, squared_norms = self._codes(token_ids.device)
         with torch.autocast(token_ids.device.type, enabled=False):
             distances = torch.addmm(squared_norms, codebook[token_ids], codebook.T, alpha=-2)  # (T, V)
-        return distances.add_(squared_norms[token_ids].unsqueeze(-1)).clamp_(min=torch.finfo(torch.float32).tiny)
+        distances.add_(squared_norms[token_ids].unsqueeze(-1)).clamp_(min=torch.finfo(torch.float32).tiny)
+        return self._raise_squares(distances)
+
+    def _raise_squares(self, squared_distances: torch.Tensor) -> torch.Tensor:
+        """The metric d from squared distances, which it overwrites."""
+        if self.config.metric_power == 2:
+            return squared_distances
+        return squared_distances.pow_(self.config.metric_power / 2).clamp_(min=torch.finfo(torch.float32).tiny)
 
     def _path_logits(self, original_samples: torch.Tensor, beta: torch.Tensor) -> Compute:
         """The metric path's logits −beta_t · d(x₁, k) of T tokens, tile by tile. `beta` has shape `(T,)` or none."""
@@ -349,12 +359,16 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         norms = squared_norms[original_samples].unsqueeze(-1)
         # d = ‖x₁‖² + ‖k‖² − 2 x₁ · k is a product of two rows
         rows_of_tokens = torch.cat([2 * codebook[original_samples], -norms, -torch.ones_like(norms)], dim=-1)
-        rows_of_tokens *= beta.unsqueeze(-1)  # (T, D + 2)
+        beta = beta.unsqueeze(-1).expand_as(norms)  # (T, 1)
+        is_square = self.config.metric_power == 2
+        if is_square:  # the product is that of the logits then
+            rows_of_tokens *= beta  # (T, D + 2)
 
         def compute(rows: slice | torch.Tensor, codes: slice) -> torch.Tensor:
             norms = squared_norms[codes].unsqueeze(-1)
             with torch.autocast(norms.device.type, enabled=False):
-                return rows_of_tokens[rows] @ torch.cat([codebook[codes], torch.ones_like(norms), norms], dim=-1).T
+                logits = rows_of_tokens[rows] @ torch.cat([codebook[codes], torch.ones_like(norms), norms], dim=-1).T
+            return logits if is_square else self._raise_squares(logits.neg_().clamp_(min=0)).mul_(-beta[rows])
 
         return compute
 
@@ -627,7 +641,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         is_moving = prev_samples != original_samples
         if self._is_tiled:
             codebook, _ = self._codes(prev_samples.device)
-            gains = (codebook[prev_samples] - codebook[original_samples]).square().sum(dim=-1)
+            gains = self._raise_squares((codebook[prev_samples] - codebook[original_samples]).square().sum(dim=-1))
             # No gain is larger than d(x_t, x₁), here without what rounding may take from it
             rates = self.beta_derivative(t).to(gains.device) * (1e-5 + 1.0001 * gains)
             is_moving &= _is_jumping(rates, step_size, uniforms[:, 0])
@@ -675,7 +689,8 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         codebook, _ = self._codes(device)
         beta = self.beta(t).to(device)
         logits = self._path_logits(x_1, beta)
-        logits_of_state = -beta * (codebook[x_t] - codebook[x_1]).square().sum(dim=-1, keepdim=True)  # (T, 1)
+        squared_distances = (codebook[x_t] - codebook[x_1]).square().sum(dim=-1, keepdim=True)
+        logits_of_state = -beta * self._raise_squares(squared_distances)  # (T, 1)
 
         def weigh(logits: torch.Tensor, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             probabilities = logits.exp()  # not normalized
