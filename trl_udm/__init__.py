@@ -35,6 +35,8 @@ _MODULES = {
     "DiagnosticsCallback": ".callbacks.diagnostics",
     "DiffusionGemmaUDMPipeline": ".pipelines.pipeline_diffusion_gemma",
     "EMACallback": ".trainer.ema",
+    "FUDOKIForImageGeneration": ".models.modeling_fudoki",
+    "FUDOKIPipeline": ".pipelines.pipeline_fudoki",
     "GenEvalReward": ".rewards.geneval",
     "GuardrailCallback": ".callbacks.guardrails",
     "HPSv2Reward": ".rewards.clip",
@@ -71,9 +73,11 @@ if TYPE_CHECKING:
     from .models.autoencoder_vq import AutoencoderVQ as AutoencoderVQ
     from .models.autoencoder_vq_cosmos3d import AutoencoderVQCosmos3D as AutoencoderVQCosmos3D
     from .models.configuration_ursa import URSAConfig as URSAConfig
+    from .models.modeling_fudoki import FUDOKIForImageGeneration as FUDOKIForImageGeneration
     from .models.modeling_ursa import URSAForImageGeneration as URSAForImageGeneration
     from .models.modeling_ursa import URSAModel as URSAModel
     from .pipelines.pipeline_diffusion_gemma import DiffusionGemmaUDMPipeline as DiffusionGemmaUDMPipeline
+    from .pipelines.pipeline_fudoki import FUDOKIPipeline as FUDOKIPipeline
     from .pipelines.pipeline_text import TextUDMPipeline as TextUDMPipeline
     from .pipelines.pipeline_udm import UDMPipeline as UDMPipeline
     from .pipelines.pipeline_ursa import URSAPipeline as URSAPipeline

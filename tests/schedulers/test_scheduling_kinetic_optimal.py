@@ -403,7 +403,8 @@ def make_large_scheduler(**kwargs):
 
 @pytest.mark.parametrize("max_chunk_elements", [1000, 2**17, 2**24])
 @pytest.mark.parametrize(
-    ("dtype", "metric_power"), [(torch.float32, 2.0), (torch.bfloat16, 2.0), (torch.float32, 4.0), (torch.float32, 1.5)]
+    ("dtype", "metric_power"),
+    [(torch.float32, 2.0), (torch.bfloat16, 2.0), (torch.float32, 4.0), (torch.float32, 1.5)],
 )
 def test_rows_that_are_computed_in_parts_give_the_same_draws(max_chunk_elements, dtype, metric_power):
     tiled, whole = (make_large_scheduler(metric_power=metric_power) for _ in range(2))

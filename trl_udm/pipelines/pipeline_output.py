@@ -77,7 +77,7 @@ class UDMSamplerOutput(BaseOutput):
 @dataclass
 class URSAPipelineOutput(BaseOutput, Generic[Images]):
     """
-    Output of [`URSAPipeline`].
+    Output of [`URSAPipeline`] and [`FUDOKIPipeline`].
 
     Args:
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):

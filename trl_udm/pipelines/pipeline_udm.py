@@ -25,6 +25,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..models.token_scores import compute_kl, score_tokens
@@ -140,26 +141,27 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
         """
-        As in [`~diffusers.DiffusionPipeline.from_pretrained`], with `use_safetensors=True` by default. A weight of the
-        transformer that is missing or that it does not have is an error, where transformers would warn.
+        As in [`~diffusers.DiffusionPipeline.from_pretrained`], with `use_safetensors=True` by default. A weight that
+        is missing in a model of transformers, or that it does not have, is an error, where transformers would warn.
 
         Raises:
-            ValueError: If the weights of the transformer are not those that its configuration says.
+            ValueError: If the weights of such a model are not those that its configuration says.
         """
         kwargs = {"use_safetensors": True, **kwargs}
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        # ZeRO-3 refuses a device map
-        if cls.transformer_name not in kwargs and not is_deepspeed_zero3_enabled():
-            # What the loader saw of the weights is not kept. On the meta device it reads their names and shapes alone.
-            names = (*HUB_KWARGS, "variant", "use_safetensors")
-            options = {name: kwargs[name] for name in names if name in kwargs}
-            load_every_weight(
-                type(pipeline.transformer).from_pretrained,
-                pretrained_model_name_or_path,
-                subfolder=cls.transformer_name,
-                device_map="meta",
-                **options,
-            )
+        for name, component in pipeline.components.items():
+            # ZeRO-3 refuses a device map
+            if isinstance(component, PreTrainedModel) and name not in kwargs and not is_deepspeed_zero3_enabled():
+                # What the loader saw of the weights is not kept. On the meta device it reads their names and shapes.
+                names = (*HUB_KWARGS, "variant", "use_safetensors")
+                options = {name: kwargs[name] for name in names if name in kwargs}
+                load_every_weight(
+                    type(component).from_pretrained,
+                    pretrained_model_name_or_path,
+                    subfolder=name,
+                    device_map="meta",
+                    **options,
+                )
         return pipeline
 
     def latent_shape(self, *args: Any, **kwargs: Any) -> tuple[int, ...]:
@@ -311,12 +313,10 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
             `tuple`: log p_θ(labels | x_t, c), of the shape of the labels, and the entropies of the tokens, of shape
             `(B, N)`. The entropies may be `None` for a reference model.
         """
-        if labels.ndim == 3:  # TRL's fused head scores one label
-            inputs = (prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
-            return self.score_with_kl(model, None, *inputs)[:2]
-        if self._has_adapter_on_head:
-            logits, _ = self.predict_tokens(model, prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
-            return self._score_logits(logits, labels)
+        if labels.ndim == 3 or self._has_adapter_on_head:  # TRL's fused head scores one label, without an adapter
+            args = (prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
+            logps, entropies, _ = self.score_with_kl(model, None, *args)
+            return logps, entropies
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
         inputs = self._complete_scoring_inputs(model, inputs)
         return self._select_labels(model(**inputs, fused_lm_head=True), inputs["shift_labels"], labels)
@@ -384,12 +384,6 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
     def _has_adapter_on_head(self) -> bool:
         """Whether TRL's fused head, which multiplies by the weight of the head, would leave out an adapter on it."""
         return isinstance(self.transformer.get_output_embeddings(), BaseTunerLayer)
-
-    @staticmethod
-    def _score_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        log_probs = logits.float().log_softmax(dim=-1)  # (B, N, V)
-        entropies = -(log_probs.exp() * log_probs).sum(dim=-1)
-        return log_probs.gather(-1, labels.view(*entropies.shape, -1)).view_as(labels), entropies
 
     @staticmethod
     def _select_labels(
@@ -550,8 +544,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                     raise ValueError(
                         f"`guidance_scale` must be 1.0 without `negative_prompt_ids`, got {self.guidance_scale}."
                     )
-                negative_inputs = (negative_prompt_ids, negative_prompt_mask, latents)
-                inputs = (torch.cat(pair) for pair in zip(inputs, negative_inputs, strict=True))
+                negatives = self._complete_negatives(*inputs[:2], negative_prompt_ids, negative_prompt_mask)
+                inputs = (torch.cat(pair) for pair in zip(inputs, (*negatives, latents), strict=True))
                 t, scale = torch.cat([t, t]), self.guidance_scale
             logits = None
             if needs_logits or return_trajectory or needs_model_output(timestep):
@@ -579,6 +573,16 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 pred_original_samples=torch.stack(pred_original_samples),
             )
         return UDMSamplerOutput(clean_samples=latents, trajectory=trajectory)
+
+    def _complete_negatives(
+        self,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        negative_prompt_ids: torch.Tensor,
+        negative_prompt_mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What z_uncond is conditioned on. A family may derive it from the prompts."""
+        return negative_prompt_ids, negative_prompt_mask
 
     def _show_condition(
         self,

@@ -39,6 +39,7 @@ from ..models.token_scores import TILE_WIDTH, is_matrix
 from ..schedulers.draws import TiledLogits
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
 from .conditions import ConditionMixin
+from .images import check_image_prompts
 from .original_checkpoint import (
     check_configs,
     find_vae_class,
@@ -654,16 +655,7 @@ class URSAPipeline(ConditionMixin, PromptCutter, UDMPipeline):
         Raises:
             ValueError: If an argument is out of its range.
         """
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
-            raise ValueError(f"`prompt` must be a string or a non-empty list of strings, got {prompt!r}.")
-        negative_prompts = negative_prompt
-        if not isinstance(negative_prompts, list):
-            negative_prompts = [negative_prompts or ""] * len(prompts)
-        if not all(isinstance(text, str) for text in negative_prompts):
-            raise ValueError(f"`negative_prompt` must be a string or a list of strings, got {negative_prompt!r}.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+        prompts, negative_prompts = check_image_prompts(prompt, negative_prompt, output_type)
         if condition not in ("clamp", "redraw"):
             raise ValueError(f"`condition` must be 'clamp' or 'redraw', got {condition!r}.")
         if not 0 <= cond_noise_scale <= 1:
