@@ -46,7 +46,7 @@ class EMAMixin:
 
     The average is diffusers' [`~diffusers.training_utils.EMAModel`]. Evaluation uses it, `save_model` and checkpoints
     hold it beside the raw weights, and a resumed run continues it. It follows the weights closely at first: the decay
-    of step n is at most n / (9 + n). It is updated in every step, or in those that `args.ema_steps` divides.
+    of step n > 1 is at most n / (9 + n). It is updated in every step, or in those that `args.ema_steps` divides.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
