@@ -13,7 +13,7 @@
 # limitations under the License.
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ..trainer.udm_grpo_config import UDMGRPOConfig
 
@@ -151,3 +151,18 @@ class DFlowGRPOConfig(UDMGRPOConfig):
                 "`clip_token_ratios` must be False with `importance_sampling_level='token'`, got True: the loss clips "
                 "the ratios of tokens there. Set the level to 'sequence'."
             )
+
+
+def check_scheduler(args: DFlowGRPOConfig, scheduler: Any) -> None:
+    """Raises a `ValueError` if the scheduler lacks a method that the algorithm or an option needs."""
+    name = type(scheduler).__name__
+    if not hasattr(scheduler, "transition_probabilities"):
+        raise ValueError(
+            f"`pipeline.scheduler` must have `transition_probabilities`, got a `{name}`: the ratio of a step needs "
+            "them. `KineticOptimalScheduler` and `UniformDDIMScheduler` have them."
+        )
+    if args.average_rates and not hasattr(scheduler, "velocity"):
+        raise ValueError(
+            f"`average_rates` must be False with a `{name}`, got True: its steps have no rates. A "
+            "`KineticOptimalScheduler` has."
+        )

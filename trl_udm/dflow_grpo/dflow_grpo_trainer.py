@@ -21,8 +21,10 @@ from torch import nn
 from trl.extras.profiling import profiling_decorator
 
 from ..models.layers import without_checkpointing
+from ..pipelines.pipeline_output import UDMSamplerOutput
+from ..pipelines.pipeline_udm import UDMPipeline
 from ..trainer.udm_grpo_trainer import Rollout, UDMGRPOTrainer
-from .dflow_grpo_config import DFlowGRPOConfig
+from .dflow_grpo_config import DFlowGRPOConfig, check_scheduler
 from .old_policy import OldPolicyMixin
 
 
@@ -87,39 +89,32 @@ class DFlowGRPOTrainer(OldPolicyMixin, UDMGRPOTrainer):
             args = DFlowGRPOConfig(f"{type(pipeline).__name__}-dFlowGRPO")
         if not isinstance(args, DFlowGRPOConfig):
             raise TypeError(f"`args` must be a `DFlowGRPOConfig`, got {type(args).__name__}.")
-        self._sampler_kwargs = {"step_kwargs": {"num_draws": args.num_draws}}
-        if args.average_rates:
-            self._sampler_kwargs["step_kwargs"]["average_rates"] = True
+        if isinstance(pipeline, UDMPipeline):  # anything else is refused below
+            check_scheduler(args, pipeline.scheduler)
+        average_rates = {"average_rates": True} if args.average_rates else {}
+        self._sampler_kwargs = {"step_kwargs": {"num_draws": args.num_draws, **average_rates}}
         super().__init__(pipeline, reward_funcs, args, **kwargs)
 
     @torch.no_grad()
     def _score_rows(self, rollout: Rollout, mode: str) -> dict[str, torch.Tensor]:
         """The rows (B * K) of B samples: their steps, and what the ratios and the KL divergence are computed from."""
-        scheduler, output, num_timesteps = self.pipeline.scheduler, rollout.output, self.args.num_train_timesteps
-        num_samples, device = len(output.clean_samples), output.clean_samples.device
+        clean_samples = rollout.output.clean_samples
+        num_samples, device = len(clean_samples), clean_samples.device
         group_size = self.num_generations if mode == "train" and self.args.shared_noise else 1
         timesteps = self._draw_timesteps(num_samples, group_size, device)  # (B * K,)
-        rows = torch.arange(num_samples, device=device).repeat_interleave(num_timesteps)  # (B * K,)
-        states = torch.cat([output.trajectory.noised_samples, output.clean_samples.unsqueeze(0)])  # (S + 1, B, N)
-        noised_samples, next_samples = states[timesteps, rows], states[timesteps + 1, rows]  # (B * K, N)
-        draws = output.trajectory.pred_original_samples[timesteps, rows]  # (B * K, N, n)
-        probabilities = torch.empty(draws.shape, device=device)
-        for timestep in timesteps.unique():
-            of_step = timesteps == timestep
-            step = (noised_samples[of_step], next_samples[of_step], draws[of_step])
-            probabilities[of_step] = scheduler.transition_probabilities(*step, timestep)
-        grid = torch.tensor([scheduler.timestep_to_t(timestep) for timestep in scheduler.timesteps.tolist()])
-        completion_mask = self.pipeline.completion_mask(output.clean_samples[rows])
+        rows = torch.arange(num_samples, device=device).repeat_interleave(self.args.num_train_timesteps)  # (B * K,)
+        states, next_states, draws, t, transition_logps = find_steps(
+            self.pipeline.scheduler, rollout.output, rows, timesteps
+        )
         batch = {
-            "prompt_ids": torch.cat([rollout.prompt_ids[rows], noised_samples], dim=1),
+            "prompt_ids": torch.cat([rollout.prompt_ids[rows], states], dim=1),
             "prompt_mask": rollout.prompt_mask[rows],
-            "completion_ids": next_samples,
-            "completion_mask": completion_mask,
+            "completion_ids": next_states,
+            "completion_mask": self.pipeline.completion_mask(clean_samples[rows]),
             "timesteps": timesteps,
-            "t": grid.to(device)[timesteps],
+            "t": t,
             "draws": draws,
-            # A draw that cannot have led to the next state must not have an infinite logarithm
-            "transition_logps": probabilities.clamp(min=torch.finfo(torch.float32).tiny).log(),
+            "transition_logps": transition_logps,
         }
         generate_every = self.args.steps_per_generation * self.num_iterations  # generation frequency
         with without_checkpointing(self.model):
@@ -135,19 +130,18 @@ class DFlowGRPOTrainer(OldPolicyMixin, UDMGRPOTrainer):
     @profiling_decorator
     def _score_draws(
         self, model: nn.Module, batch: dict[str, torch.Tensor], mode: str
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the draws (B, N, n), and entropies (B, N)."""
         args = self.args
         batch_size = args.per_device_train_batch_size if mode == "train" else args.per_device_eval_batch_size
-        names = ("prompt_ids", "prompt_mask", "draws", "t")
-        scores = []
+        names, scores = ("prompt_ids", "prompt_mask", "draws", "t"), []
         for ids, prompt_mask, draws, t in zip(*(batch[name].split(batch_size) for name in names), strict=True):
-            prompt_ids, noised_samples = ids.split([prompt_mask.size(1), draws.size(1)], dim=1)
+            prompt_ids, states = ids.split([prompt_mask.size(1), draws.size(1)], dim=1)
             with self.accelerator.autocast():
-                inputs = (prompt_ids, prompt_mask, noised_samples, self.latent_shape, draws, t)
+                inputs = (prompt_ids, prompt_mask, states, self.latent_shape, draws, t)
                 scores.append(self.pipeline.score(model, *inputs))
         logps, entropies = zip(*scores, strict=True)
-        return torch.cat(logps), None if entropies[0] is None else torch.cat(entropies)
+        return torch.cat(logps), torch.cat(entropies)
 
     def _compute_log_ratios(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], mode: str
@@ -167,8 +161,10 @@ class DFlowGRPOTrainer(OldPolicyMixin, UDMGRPOTrainer):
         self._log_mean(mode, "entropy", entropies)
         return log_ratio, log_ratio_to_reference
 
-    def _log_mean(self, mode: str, name: str, values: torch.Tensor) -> None:
-        self._metrics[mode][name].append(self.accelerator.gather(values.detach().float().mean()).mean().item())
+    def _log_mean(self, mode: str, name: str, values: torch.Tensor, weights: float | torch.Tensor = 1.0) -> None:
+        weights = torch.as_tensor(weights, device=values.device).expand_as(values)
+        mean = (values.detach() * weights).sum() / weights.sum().clamp(min=1e-8)
+        self._metrics[mode][name].append(self.accelerator.gather(mean).mean().item())
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         args, mode = self.args, "train" if self.model.training else "eval"
@@ -195,12 +191,31 @@ class DFlowGRPOTrainer(OldPolicyMixin, UDMGRPOTrainer):
             kl = (delta.exp() - 1 - delta).mean()  # over B rows
             loss = loss + self.beta * kl
             self._log_mean(mode, "kl", kl)
-        is_low, is_high = (ratio < 1 - self.epsilon_low, ratio > 1 + self.epsilon_high)
-        self._log_mean(mode, "ratio", ratio)
-        self._log_mean(mode, "clip_ratio/low_mean", is_low & (advantages < 0))
-        self._log_mean(mode, "clip_ratio/high_mean", is_high & (advantages > 0))
-        self._log_mean(mode, "clip_ratio/region_mean", (is_low & (advantages < 0)) | (is_high & (advantages > 0)))
+        self._log_mean(mode, "ratio", ratio, weights)
+        self._log_mean(mode, "clip_ratio/low_mean", (ratio < clipped) & (advantages < 0), weights)
+        self._log_mean(mode, "clip_ratio/high_mean", (ratio > clipped) & (advantages > 0), weights)
         return loss / (self.current_gradient_accumulation_steps if mode == "train" else 1.0)
+
+
+def find_steps(
+    scheduler: Any, output: UDMSamplerOutput, rows: torch.Tensor, timesteps: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """
+    Some steps of a sampler, each of one sample: its states before and after the step (R, N), its draws (R, N, n), its
+    time (R,), and the logarithms of the probabilities of the step given each draw (R, N, n).
+    """
+    states = torch.cat([output.trajectory.noised_samples, output.clean_samples.unsqueeze(0)])  # (S + 1, B, N)
+    states, next_states = states[timesteps, rows], states[timesteps + 1, rows]
+    draws = output.trajectory.pred_original_samples[timesteps, rows]
+    probabilities = torch.empty(draws.shape, device=draws.device)
+    for timestep in timesteps.unique():
+        is_in_step = timesteps == timestep
+        step = (states[is_in_step], next_states[is_in_step], draws[is_in_step])
+        probabilities[is_in_step] = scheduler.transition_probabilities(*step, timestep)
+    grid = torch.tensor([scheduler.timestep_to_t(timestep) for timestep in scheduler.timesteps.tolist()])
+    # A draw that cannot have led to the next state must not have an infinite logarithm
+    transition_logps = probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
+    return states, next_states, draws, grid.to(draws.device)[timesteps], transition_logps
 
 
 def log_mean_exp(logits: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,6 @@
 
 """A policy that draws the samples of several updates."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,8 @@ class OldPolicyMixin:
 
     def _load_rng_state(self, checkpoint: str) -> None:
         super()._load_rng_state(checkpoint)
-        with contextlib.suppress(FileNotFoundError):  # of a run without an old policy
-            weights = load_tensors(Path(checkpoint, OLD_POLICY_NAME))
+        path = Path(checkpoint, OLD_POLICY_NAME)
+        if path.exists():  # unless that run had no old policy
+            weights = load_tensors(path)
             self._old_step = int(weights["step"])
             self._old_weights = {weight: weights[name].to(weight.device) for name, weight in self._trained_weights()}
