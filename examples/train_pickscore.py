@@ -30,9 +30,10 @@ from typing import Any
 from common import ImageArguments, load_pipeline, parse_arguments, train_images
 from trl import get_peft_config
 
-from trl_udm import UDMGRPOTrainer, URSAPipeline
+from trl_udm import UDMGRPOTrainer
 from trl_udm.cli.mistakes import mistakes_in_one_line
 from trl_udm.data.loading import load_prompts
+from trl_udm.pipelines.image_families import find_image_pipeline_class
 from trl_udm.rewards.loading import load_reward
 
 
@@ -55,6 +56,7 @@ def main(argv: list[str]) -> dict[str, Any]:
         script_args, training_args, model_args = parse_arguments(ScriptArguments, argv)
         if model_args.model_name_or_path is None:
             raise ValueError("`--model_name_or_path` is needed, such as BAAI/URSA-1.7B-IBQ512.")
+        path = model_args.model_name_or_path
         names = {"model_name_or_path": script_args.pickscore_model}
         names["processor_name_or_path"] = script_args.pickscore_processor
         reward = load_reward("pickscore", names)  # called once, so that a mistake is told now
@@ -64,7 +66,7 @@ def main(argv: list[str]) -> dict[str, Any]:
             return [26 * value for value in reward(**kwargs)]
 
         trainer = UDMGRPOTrainer(
-            load_pipeline(URSAPipeline, model_args.model_name_or_path, model_args),
+            load_pipeline(find_image_pipeline_class(path), path, model_args),
             reward_funcs=reward,
             args=training_args,
             train_dataset=load_prompts(script_args.dataset_name),

@@ -41,6 +41,8 @@ def models(tmp_path_factory, oracle_dir):
     """A folder of small networks under the names of large ones on the Hub."""
     folder = tmp_path_factory.mktemp("models")
     shutil.copytree(oracle_dir / "tiny-ursa", folder / "BAAI" / "URSA-1.7B-IBQ512")
+    shutil.copytree(oracle_dir / "fudoki" / "tiny-fudoki", folder / "LucasJinWang" / "FUDOKI")
+    shutil.copytree(oracle_dir / "fudoki" / "release_layout", folder / "release")
     for name in CLIPS:
         save_tiny_clip(folder / name, max_length=77)
     build_tiny_mask2former().save_pretrained(folder / "facebook" / "mask2former-swin-small-coco-instance")

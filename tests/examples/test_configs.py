@@ -29,6 +29,8 @@ from . import EXAMPLES_DIR, load_example
         ("ursa_geneval", "train_geneval", 8),
         ("ursa_ocr", "train_ocr", 16),
         ("ursa_pickscore", "train_pickscore", 16),
+        ("fudoki_geneval", "train_geneval", 24),
+        ("fudoki_pickscore", "train_pickscore", 24),
     ],
 )
 def test_the_settings_of_a_file_are_those_of_the_paper(tmp_path, config, example, num_generations):
@@ -41,7 +43,8 @@ def test_the_settings_of_a_file_are_those_of_the_paper(tmp_path, config, example
     # 16 prompts a step, one update a rollout
     assert args.generation_batch_size == 16 * num_generations * args.num_train_timesteps
     assert args.steps_per_generation == args.gradient_accumulation_steps
-    assert (args.num_inference_steps, args.num_train_timesteps, args.timestep_window) == (10, 3, [0, 2])
+    assert args.num_inference_steps == (8 if config.startswith("fudoki") else 10)
+    assert (args.num_train_timesteps, args.timestep_window) == (3, [0, 2])
     assert (args.action, args.trajectory, args.guidance_scale) == ("clean", "forward", 1.0)
     if config.startswith("ursa"):
         assert model_args.model_name_or_path == "BAAI/URSA-1.7B-IBQ512"
@@ -49,5 +52,11 @@ def test_the_settings_of_a_file_are_those_of_the_paper(tmp_path, config, example
         assert (args.learning_rate, args.adam_beta1, args.adam_beta2, args.weight_decay) == (1e-6, 0.9, 0.95, 0.01)
         assert (args.beta, args.epsilon, args.max_grad_norm, args.bf16) == (0.05, 1e-4, 1.0, True)
         assert (args.num_inference_steps_eval, args.guidance_scale_eval) == (25, 1.0)
+    elif config.startswith("fudoki"):
+        assert model_args.model_name_or_path == "LucasJinWang/FUDOKI" and args.bf16
+        assert (args.learning_rate, args.adam_beta1, args.adam_beta2, args.weight_decay) == (1e-5, 0.9, 0.999, 1e-4)
+        assert (args.beta, args.epsilon, args.epsilon_high, args.max_grad_norm) == (0.0, 1e-3, 1.5e-3, 1.0)
+        assert (args.num_inference_steps_eval, args.guidance_scale_eval) == (20, 1.0)
+        assert (model_args.lora_r, model_args.lora_alpha, model_args.use_peft) == (48, 96, True)
     else:
         assert model_args.model_name_or_path is None

@@ -26,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_udm import FUDOKIPipeline, UDMGRPOConfig, UDMGRPOTrainer
+from trl_udm import FUDOKIPipeline, UDMGRPOConfig, UDMGRPOTrainer, estimate_memory
+from trl_udm.cli import main, memory
 from trl_udm.weights import load_embedding
 
 
@@ -431,3 +432,50 @@ def test_a_step_of_training_is_saved_and_loads_again(oracle, tmp_path, peft_conf
     after = predict(pipe)
     assert (after - before).abs().max() > 1e-4
     torch.testing.assert_close(predict(loaded), after, atol=0 if peft_config is None else 1e-5, rtol=0)
+
+
+# The command line
+
+
+def test_memory_is_computed_from_configurations(oracle, tmp_path, pipe):
+    pipe.save_pretrained(tmp_path)
+    published = memory.build_pipeline("LucasJinWang/FUDOKI", torch.bfloat16)
+    assert published.latent_shape() == (24, 24) and published.config.uncond_token_id == 100015
+    assert published.transformer.num_parameters() == 1_485_053_952
+    assert published.scheduler.config.metric_power == 4.0
+    args = UDMGRPOConfig(str(tmp_path), use_cpu=True, guidance_scale=3.0, report_to="none")
+    estimates = [
+        estimate_memory(memory.build_pipeline(path, torch.float32), args)
+        for path in (oracle / "tiny-fudoki", tmp_path)
+    ]
+    assert estimates[0] == estimates[1]
+    assert estimates[0].trained_weights == sum(weight.nbytes for weight in pipe.transformer.parameters())
+
+
+def test_the_command_line_draws_evaluates_and_merges(oracle, tmp_path, capsys):
+    tiny, adapter, merged = (
+        str(path) for path in (oracle / "tiny-fudoki", oracle / "release_layout", tmp_path / "merged")
+    )
+    main(["merge", "--model", tiny, "--adapter", adapter, "--output_dir", merged])
+    for model, folder in (([tiny, "--adapter", adapter], "adapted"), ([merged], "merged"), ([tiny], "base")):
+        flags = ["--num_inference_steps", "8", "--guidance_scale", "6", "--output_dir", str(tmp_path / folder)]
+        main(["generate", *PROMPTS, "--model", *model, *flags])
+    images = {
+        name: [(tmp_path / name / f"0000{i}.png").read_bytes() for i in range(2)]
+        for name in ("adapted", "merged", "base")
+    }
+    assert images["adapted"] == images["merged"] != images["base"]
+    flags = [
+        "--benchmark",
+        "shapes",
+        "--num_inference_steps",
+        "2",
+        "--num_images_per_prompt",
+        "1",
+        "--batch_size",
+        "64",
+    ]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):  # what it has drawn is not of this world
+        main(["evaluate", "--model", tiny, *flags, "--output_dir", str(tmp_path / "evaluation")])
+    assert "Images must be 32 x 32 pixels, got (64, 64)" in capsys.readouterr().err

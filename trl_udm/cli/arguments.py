@@ -111,7 +111,7 @@ def load_pipeline(arguments: ModelArguments, adapter: str | None = None, pipelin
         adapter (`str`, *optional*):
             Folder or Hub repository of a PEFT adapter.
         pipeline_class (`type[UDMPipeline]`, *optional*):
-            Class of the pipeline. By default [`URSAPipeline`].
+            Class of the pipeline. By default that of the model, [`URSAPipeline`] or [`FUDOKIPipeline`].
 
     Returns:
         [`UDMPipeline`]: The pipeline.
@@ -119,16 +119,19 @@ def load_pipeline(arguments: ModelArguments, adapter: str | None = None, pipelin
     import torch
     from accelerate import PartialState
 
-    from ..pipelines.lora import read_adapter
-    from ..pipelines.pipeline_ursa import URSAPipeline
+    from ..pipelines.image_families import find_image_pipeline_class
 
-    weights = None if adapter is None else read_adapter(adapter)  # a mistake is told before a large model is loaded
+    path = arguments.checkpoint_path
+    pipeline_class = pipeline_class or find_image_pipeline_class(path)
+    weights = None
+    if adapter is not None:
+        weights = pipeline_class.read_adapter(adapter)  # a mistake is told before a large model is loaded
     size = {name: getattr(arguments, name, None) for name in ("height", "width")}
     if any(size.values()):
-        URSAPipeline.from_configs(arguments.checkpoint_path).latent_shape(**size)
+        pipeline_class.from_configs(path).latent_shape(**size)
     device = PartialState().device
     dtype = arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    pipeline = (pipeline_class or URSAPipeline).from_pretrained(arguments.checkpoint_path, dtype=getattr(torch, dtype))
+    pipeline = pipeline_class.from_pretrained(path, dtype=getattr(torch, dtype))
     if weights is not None:
         pipeline.load_lora_weights(weights)
     return pipeline.to(device)

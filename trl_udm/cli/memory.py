@@ -120,22 +120,21 @@ def build_pipeline(model: str | Path, dtype: Any) -> Any:
             Dtype of its weights.
 
     Returns:
-        [`URSAPipeline`]: The pipeline.
+        [`URSAPipeline`] or [`FUDOKIPipeline`]: The pipeline.
 
     Raises:
         FileNotFoundError: If there is no such model.
     """
-    from ..pipelines.pipeline_ursa import URSAPipeline
-    from ..pipelines.ursa_sizes import PUBLISHED_SIZES
+    from ..pipelines.image_families import PUBLISHED_NAMES, build_published_pipeline, find_image_pipeline_class
 
-    if model in PUBLISHED_SIZES and not Path(model).is_dir():
-        return PUBLISHED_SIZES[model].build_pipeline(dtype)
+    if model in PUBLISHED_NAMES and not Path(model).is_dir():
+        return build_published_pipeline(str(model), dtype)
     try:
-        return URSAPipeline.from_configs(model, dtype=dtype)
+        return find_image_pipeline_class(model).from_configs(model, dtype=dtype)
     except FileNotFoundError as error:
         if Path(model).is_dir():
             raise
-        raise FileNotFoundError(f"{error} These need no network: {', '.join(PUBLISHED_SIZES)}.") from error
+        raise FileNotFoundError(f"{error} These need no network: {', '.join(PUBLISHED_NAMES)}.") from error
 
 
 def run(arguments: Arguments) -> None:

@@ -221,9 +221,7 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
         # From logits: many of these networks have more than a linear head on the backbone, such as BERT's transform,
         # which TRL's fused head would leave out
         logits = self._denoise(model, prompt_ids, prompt_mask, noised_samples, latent_shape, t)
-        log_probs = logits.float().log_softmax(dim=-1)  # (B, N, V)
-        entropies = -(log_probs.exp() * log_probs).sum(dim=-1)
-        return log_probs.gather(-1, labels.view(*entropies.shape, -1)).view_as(labels), entropies
+        return self._score_logits(logits, labels)
 
     @overload
     def __call__(

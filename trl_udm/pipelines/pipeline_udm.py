@@ -386,6 +386,12 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         return isinstance(self.transformer.get_output_embeddings(), BaseTunerLayer)
 
     @staticmethod
+    def _score_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        log_probs = logits.float().log_softmax(dim=-1)  # (B, N, V)
+        entropies = -(log_probs.exp() * log_probs).sum(dim=-1)
+        return log_probs.gather(-1, labels.view(*entropies.shape, -1)).view_as(labels), entropies
+
+    @staticmethod
     def _select_labels(
         outputs: Any, shift_labels: torch.Tensor, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
