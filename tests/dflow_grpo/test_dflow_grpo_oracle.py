@@ -199,10 +199,15 @@ def test_losses_and_gradients(tmp_path, pipe, folder, rollout, results, case):
         assert trainer._metrics["train"]["kl"][-1] == pytest.approx(kl, abs=1e-6)
 
 
-def test_advantages(tmp_path, pipe, folder, rollout):
-    trainer = build_trainer(tmp_path, pipe, folder)
-    advantages, _, _ = trainer._compute_advantages(rollout["rewards"].unsqueeze(1), num_generations=2)
-    torch.testing.assert_close(advantages.float(), rollout["advantages"], atol=1e-6, rtol=1e-6)
+@pytest.mark.parametrize("scale_rewards", ["batch", "group"])
+def test_advantages(tmp_path, pipe, folder, results, scale_rewards):
+    options = {"num_generations": 4, "per_device_train_batch_size": 24, "scale_rewards": scale_rewards}
+    trainer = build_trainer(tmp_path, pipe, folder, **options)
+    for case in results["advantages"][scale_rewards]:
+        rewards = torch.tensor(case["rewards"], dtype=torch.float64).unsqueeze(1)
+        advantages, _, _ = trainer._compute_advantages(rewards, num_generations=4)
+        # Theirs are computed in float32, of rewards of up to 22
+        assert advantages.tolist() == pytest.approx(case["advantages"], abs=1e-5)
 
 
 @pytest.mark.parametrize("level", ["token", "sample"])

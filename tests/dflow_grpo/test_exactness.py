@@ -145,7 +145,7 @@ def test_the_sampler_draws_what_the_ratio_assumes(path, average_rates, has_gener
 
 
 @pytest.mark.parametrize("path", ["metric", "mixture", "ddim"])
-def test_further_draws_change_no_sample(path):
+def test_further_draws_do_not_change_a_step(path):
     scheduler, logits, sample = build_scheduler(path), torch.randn(2, 5, NUM_CODES), torch.randint(3, (2, 5))
     for timestep in (1, NUM_STEPS - 1):
         outputs = [

@@ -40,14 +40,14 @@ class DFlowGRPOTrainer(OldPolicyMixin, UDMGRPOTrainer):
         r = Σ_j b(x₁ʲ) · p_θ(x₁ʲ) / p_old(x₁ʲ) / Σ_j b(x₁ʲ).
 
     The sampler uses the first draw, and the others only make the ratio less noisy. Since the draws are exchangeable,
-    this is the same as to jump with the mean of all b. So the expectation of r is exactly 1 for p_θ = p_old, and its
-    gradient there is the policy gradient. The ratio of a row, which is one *(sample, step)* pair, is the geometric
-    mean of its tokens' ratios. With δ the mean of log(Σ_j b p_θ / p_old / Σ_j b p_ref / p_old), the loss is
+    this is the same as to jump with the mean of all b. So the expectation of r is exactly 1, and its gradient at p_θ =
+    p_old is the policy gradient. The ratio ρ of a row, which is one *(sample, step)* pair, is the geometric mean of
+    its tokens' ratios. With δ the mean of log(Σ_j b p_θ / p_old / Σ_j b p_ref / p_old), the loss is
 
-        −min(r Â, clip(r, 1 − ε, 1 + ε_high) Â) + β · (exp(δ) − 1 − δ).
+        −min(ρ Â, clip(ρ, 1 − ε, 1 + ε_high) Â) + β · (exp(δ) − 1 − δ).
 
-    Advantages are divided by the sample standard deviation plus 1e-8. All else, rollouts, rewards, adapters and
-    checkpoints, is that of [`UDMGRPOTrainer`], with its arguments.
+    Advantages are divided by the sample standard deviation plus 1e-8. All else, and the arguments, are those of
+    [`UDMGRPOTrainer`].
 
     Example:
 
@@ -103,18 +103,12 @@ class DFlowGRPOTrainer(OldPolicyMixin, UDMGRPOTrainer):
         group_size = self.num_generations if mode == "train" and self.args.shared_noise else 1
         timesteps = self._draw_timesteps(num_samples, group_size, device)  # (B * K,)
         rows = torch.arange(num_samples, device=device).repeat_interleave(self.args.num_train_timesteps)  # (B * K,)
-        states, next_states, draws, t, transition_logps = find_steps(
-            self.pipeline.scheduler, rollout.output, rows, timesteps
-        )
+        states, steps = find_steps(self.pipeline.scheduler, rollout.output, rows, timesteps)
         batch = {
             "prompt_ids": torch.cat([rollout.prompt_ids[rows], states], dim=1),
             "prompt_mask": rollout.prompt_mask[rows],
-            "completion_ids": next_states,
             "completion_mask": self.pipeline.completion_mask(clean_samples[rows]),
-            "timesteps": timesteps,
-            "t": t,
-            "draws": draws,
-            "transition_logps": transition_logps,
+            **steps,
         }
         generate_every = self.args.steps_per_generation * self.num_iterations  # generation frequency
         with without_checkpointing(self.model):
@@ -199,10 +193,23 @@ class DFlowGRPOTrainer(OldPolicyMixin, UDMGRPOTrainer):
 
 def find_steps(
     scheduler: Any, output: UDMSamplerOutput, rows: torch.Tensor, timesteps: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """
-    Some steps of a sampler, each of one sample: its states before and after the step (R, N), its draws (R, N, n), its
-    time (R,), and the logarithms of the probabilities of the step given each draw (R, N, n).
+    Steps of a sampler, each of one sample.
+
+    Args:
+        scheduler (`SchedulerMixin`):
+            The scheduler, with the grid of the sampler.
+        output ([`UDMSamplerOutput`]):
+            The samples, with their trajectory.
+        rows (`torch.LongTensor` of shape `(R,)`):
+            The sample of each step.
+        timesteps (`torch.LongTensor` of shape `(R,)`):
+            The index of each step.
+
+    Returns:
+        `tuple`: The states before the steps `(R, N)`, and a dictionary of the states after them, their indices and
+        times, their draws `(R, N, n)`, and the logarithms of their probabilities given each draw `(R, N, n)`.
     """
     states = torch.cat([output.trajectory.noised_samples, output.clean_samples.unsqueeze(0)])  # (S + 1, B, N)
     states, next_states = states[timesteps, rows], states[timesteps + 1, rows]
@@ -213,9 +220,14 @@ def find_steps(
         step = (states[is_in_step], next_states[is_in_step], draws[is_in_step])
         probabilities[is_in_step] = scheduler.transition_probabilities(*step, timestep)
     grid = torch.tensor([scheduler.timestep_to_t(timestep) for timestep in scheduler.timesteps.tolist()])
-    # A draw that cannot have led to the next state must not have an infinite logarithm
-    transition_logps = probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
-    return states, next_states, draws, grid.to(draws.device)[timesteps], transition_logps
+    return states, {
+        "completion_ids": next_states,
+        "timesteps": timesteps,
+        "t": grid.to(draws.device)[timesteps],
+        "draws": draws,
+        # A draw that cannot have led to the next state must not have an infinite logarithm
+        "transition_logps": probabilities.clamp(min=torch.finfo(torch.float32).tiny).log(),
+    }
 
 
 def log_mean_exp(logits: torch.Tensor) -> torch.Tensor:
