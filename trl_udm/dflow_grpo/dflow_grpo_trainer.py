@@ -122,9 +122,7 @@ class DFlowGRPOTrainer(OldPolicyMixin, UDMGRPOTrainer):
         return batch
 
     @profiling_decorator
-    def _score_draws(
-        self, model: nn.Module, batch: dict[str, torch.Tensor], mode: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _score_draws(self, model: nn.Module, batch: dict[str, torch.Tensor], mode: str) -> tuple[torch.Tensor, ...]:
         """Log-probabilities of the draws (B, N, n), and entropies (B, N)."""
         args = self.args
         batch_size = args.per_device_train_batch_size if mode == "train" else args.per_device_eval_batch_size

@@ -372,7 +372,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         """
         labels = args[4]
         one_label = labels if labels.ndim == 2 else labels[..., 0]
-        hidden_states, head = self.predict_tokens(model, *args[:4], one_label, *args[5:])
+        inputs = (*args[:4], one_label, *args[5:])
+        hidden_states, head = self.predict_tokens(model, *inputs)
         hidden_states = hidden_states.flatten(0, 1)
         logps, entropies = score_tokens(head, hidden_states, labels.flatten(0, 1))
         kl = None
