@@ -198,7 +198,7 @@ def read_shapes(folder: str | os.PathLike, name: str) -> dict[str, torch.Size]:
     Raises:
         FileNotFoundError, ValueError: As `load_state_dict`.
     """
-    shapes = {}
+    shapes: dict[str, torch.Size] = {}
     for file in find_weights(folder, name):
         try:
             with safe_open(file, "pt") as opened:

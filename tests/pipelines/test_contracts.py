@@ -19,13 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_udm import KineticOptimalScheduler, TextUDMPipeline, URSAPipeline
+from trl_udm import FUDOKIPipeline, KineticOptimalScheduler, TextUDMPipeline, URSAPipeline
 
 from .text_families import NUM_TOKENS, build_text_pipeline
 
 
-FAMILIES = ["ursa", "text", "kinetic-text"]
-PROMPTS = {"ursa": ["a photo of a red car", "a sign"], "text": ["ab c", "b"], "kinetic-text": ["ab c", "b"]}
+FAMILIES = ["ursa", "fudoki", "text", "kinetic-text"]
+IMAGE_PROMPTS, TEXT_PROMPTS = ["a photo of a red car", "a sign"], ["ab c", "b"]
+PROMPTS = {"ursa": IMAGE_PROMPTS, "fudoki": IMAGE_PROMPTS, "text": TEXT_PROMPTS, "kinetic-text": TEXT_PROMPTS}
 LATENT = {"output_type": "latent", "num_inference_steps": 4}
 
 
@@ -36,6 +37,8 @@ def seeded(seed=0):
 def build(family, oracle_dir):
     if family == "ursa":
         pipe = URSAPipeline.from_pretrained(oracle_dir / "tiny-ursa", max_prompt_length=16)
+    elif family == "fudoki":
+        pipe = FUDOKIPipeline.from_pretrained(oracle_dir / "fudoki" / "tiny-fudoki")
     else:
         pipe = build_text_pipeline("bert")
         if family == "kinetic-text":
@@ -55,7 +58,7 @@ def pipe(family, oracle_dir):
 
 
 def test_each_sample_is_what_its_generator_alone_gives(pipe, family):
-    num = "num_images_per_prompt" if family == "ursa" else "num_completions_per_prompt"
+    num = "num_images_per_prompt" if PROMPTS[family] is IMAGE_PROMPTS else "num_completions_per_prompt"
     options = {**LATENT, "guidance_scale": 3.0}
     together = pipe(PROMPTS[family], **{num: 2}, generator=[seeded(seed) for seed in range(4)], **options)[0]
     for i, sample in enumerate(together):

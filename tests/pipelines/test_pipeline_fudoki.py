@@ -86,7 +86,7 @@ def test_prompts_become_the_references_ids(pipe, oracle):
     prompt_ids, prompt_mask = pipe.encode_prompt([case["prompt"] for case in cases])
     for ids, mask, case in zip(prompt_ids, prompt_mask.bool(), cases, strict=True):
         *expected, end_of_image = case["input_ids_without_image"]
-        assert ids[mask].tolist() == expected and pipe.image_token_ids[1] == end_of_image
+        assert ids[mask].tolist() == expected and pipe.end_token_id == end_of_image
         state = torch.zeros(1, 16, dtype=torch.long)
         inputs = pipe.prepare_denoiser_inputs(ids[None], mask[None].long(), state, SHAPE)
         text = inputs["input_ids"][inputs["attention_mask"].bool() & (inputs["input_ids"] < 384)]
@@ -197,10 +197,11 @@ def test_long_prompts_are_cut_before_the_end_of_the_template(oracle, caplog):
     long, short = "a photo of " * 20, "a photo"
     (ids, _), mask = pipe.encode_prompt([long, short])
     assert mask[0].all() and len(ids) == 20 and mask.sum(dim=1)[1] < 20
-    assert ids[-3:].tolist() == [*pipe.tokenizer("Assistant:")["input_ids"], pipe.image_token_ids[0]]
-    assert ids[: 19 - 3].tolist() == load(oracle / "tiny-fudoki").encode_prompt([long])[0][0, : 19 - 3].tolist()
+    whole = load(oracle / "tiny-fudoki").encode_prompt([long])[0][0].tolist()
+    assert ids.tolist() == whole[:15] + whole[-5:]
+    assert pipe.tokenizer.decode(ids[-5:]) == "\n\nAssistant:<begin_of_image>"
     assert "1 of 2 prompts are longer than" in caplog.text
-    with pytest.raises(ValueError, match="`max_prompt_length` must be at least 5, got 3"):
+    with pytest.raises(ValueError, match="`max_prompt_length` must be at least 7, got 3"):
         load(oracle / "tiny-fudoki", max_prompt_length=3)
 
 

@@ -42,6 +42,8 @@ from trl_udm import (
     DiagnosticsCallback,
     DiffusionGemmaUDMPipeline,
     EMACallback,
+    FUDOKIForImageGeneration,
+    FUDOKIPipeline,
     GenEvalReward,
     GuardrailCallback,
     HPSv2Reward,
@@ -129,6 +131,13 @@ prompt_ids, prompt_mask = pipe.encode_prompt(["a red car"])
 samples = pipe.sample_tokens(prompt_ids, prompt_mask, pipe.latent_shape(height=512, width=512), 10)
 assert_type(samples.clean_samples, torch.Tensor)
 assert_type(pipe.decode(samples.clean_samples, (1, 32, 32))[0], Image.Image)
+
+fudoki = FUDOKIPipeline.from_pretrained("LucasJinWang/FUDOKI", dtype=torch.bfloat16).to("cuda")
+assert_type(fudoki, FUDOKIPipeline)
+assert_type(fudoki.transformer, FUDOKIForImageGeneration)
+assert_type(fudoki("a red car", num_inference_steps=50).images[0], Image.Image)
+assert_type(fudoki("a red car", output_type="latent").images, torch.Tensor)
+fudoki.load_lora_weights("release", subfolder="lora_adapter")
 
 config = URSAConfig(text_vocab_size=320, codebook_size=256, bov_token_id=315, hidden_size=64)
 network = URSAForImageGeneration(config)

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import JanusConfig, JanusPreTrainedModel, LlamaModel
 from transformers import PreTrainedModel as PreTrainedModel  # diffusers looks a component's loader up by this name
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers.models.janus import JanusConfig, JanusPreTrainedModel
 from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, JanusVQVAEHead
+from transformers.models.llama import LlamaModel
 from transformers.utils import can_return_tuple
 
 

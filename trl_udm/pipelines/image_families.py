@@ -15,22 +15,23 @@
 """Which family of images a model is of, and the published sizes of all of them."""
 
 import os
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import JanusConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from ..weights import find_file
-from .original_checkpoint import load_json
-from .original_fudoki import is_original_fudoki
-from .pipeline_fudoki import FUDOKIPipeline
+from .original_checkpoint import is_original_fudoki, load_json
 from .pipeline_ursa import URSAPipeline
 from .ursa_sizes import PUBLISHED_SIZES
 
 
-ImagePipeline: TypeAlias = URSAPipeline | FUDOKIPipeline
+if TYPE_CHECKING:  # Janus takes a while to import
+    from .pipeline_fudoki import FUDOKIPipeline
+
+ImagePipeline: TypeAlias = "URSAPipeline | FUDOKIPipeline"
 
 FUDOKI_NAME = "LucasJinWang/FUDOKI"
 """Repository of the published FUDOKI on the Hub."""
@@ -54,16 +55,16 @@ def find_image_pipeline_class(pretrained_model_name_or_path: str | os.PathLike) 
         FileNotFoundError: If there is no model.
     """
     try:
+        is_fudoki = is_original_fudoki(pretrained_model_name_or_path)
+    except FileNotFoundError:
+        is_fudoki = False
+    if not is_fudoki:
         index = load_json(find_file(pretrained_model_name_or_path, ["model_index.json"]))
-    except FileNotFoundError as error:
-        try:
-            is_fudoki = is_original_fudoki(pretrained_model_name_or_path)
-        except FileNotFoundError:
-            is_fudoki = False
-        if is_fudoki:
-            return FUDOKIPipeline
-        raise error
-    return FUDOKIPipeline if index.get("_class_name") == FUDOKIPipeline.__name__ else URSAPipeline
+        if index.get("_class_name") != "FUDOKIPipeline":
+            return URSAPipeline
+    from .pipeline_fudoki import FUDOKIPipeline
+
+    return FUDOKIPipeline
 
 
 def build_published_pipeline(name: str, dtype: torch.dtype = torch.float32) -> ImagePipeline:
@@ -92,6 +93,10 @@ def build_published_pipeline(name: str, dtype: torch.dtype = torch.float32) -> I
     """
     if name != FUDOKI_NAME:
         return PUBLISHED_SIZES[name].build_pipeline(dtype)
+    from transformers.models.janus import JanusConfig
+
+    from .pipeline_fudoki import FUDOKIPipeline
+
     text_config = {"model_type": "llama", "vocab_size": 102_400, "hidden_size": 2048, "intermediate_size": 5632}
     text_config |= {"num_hidden_layers": 24, "num_attention_heads": 16, "max_position_embeddings": 16_384}
     config = JanusConfig(text_config=text_config, vision_config={"image_size": 384}, tie_word_embeddings=False)

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft.utils import CONFIG_NAME
-from transformers import JanusConfig, JanusVQVAE, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+from transformers.models.janus import JanusConfig, JanusVQVAE
 
 from ..models.modeling_fudoki import FUDOKIForImageGeneration
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
@@ -60,23 +61,6 @@ _RENAMES = {
 
 _ADAPTED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """In the order of the original's parameters, and so of the tensors in `ema_state.pt`."""
-
-
-def is_original_fudoki(pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs: Any) -> bool:
-    """
-    Whether a folder or Hub repository is in the original layout, which has a `config.json` and no `model_index.json`.
-
-    Args:
-        pretrained_model_name_or_path (`str` or `Path`):
-            Folder or repository.
-        hub_kwargs:
-            Hub options.
-
-    Returns:
-        `bool`: Whether it is.
-    """
-    file = find_file(pretrained_model_name_or_path, ["model_index.json", "config.json"], **hub_kwargs)
-    return file.name == "config.json" and load_json(file).get("model_type") == "multi_modality"
 
 
 def rename_weights(weights: Mapping[str, Any], component: str) -> dict[str, Any]:
@@ -276,7 +260,7 @@ def read_fudoki_adapter(
     }
     if ema_file is not None:
         weights = _replace_weights(weights, ema_file)
-    config = copy.copy(adapter.config)
+    config: Any = copy.copy(adapter.config)
     # Suffixes such as `q_proj` may be those of other modules too
     config.target_modules = {name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in weights}
     return Adapter(weights, config, adapter.label, adapter.base_sample)

@@ -15,7 +15,7 @@
 import functools
 import logging
 import os
-from typing import Any, Literal, Self, Unpack, overload
+from typing import Any, Literal, Self, Unpack, cast, overload
 
 import numpy as np
 import torch
@@ -24,17 +24,17 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, JanusConfig, JanusVQVAE, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.janus import JanusConfig, JanusVQVAE
 
 from ..cut_prompts import PromptCutter
 from ..models.modeling_fudoki import FUDOKIForImageGeneration
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
 from .images import check_image_prompts
 from .lora import Adapter
-from .original_checkpoint import load_json
+from .original_checkpoint import is_original_fudoki, load_json
 from .original_fudoki import (
     find_folder,
-    is_original_fudoki,
     load_original_fudoki,
     load_original_tokenizer,
     read_fudoki_adapter,
@@ -50,8 +50,11 @@ UNCOND_TOKEN_ID = 100015
 """The token that FUDOKI has in place of a prompt where it is unconditional. No file of the model names it."""
 
 
-PROMPT_END = "Assistant:<begin_of_image>"
+PROMPT_END = "\n\nAssistant:<begin_of_image>"
 """What comes after the text of a prompt."""
+
+EMPTY_PROMPT = "User:Assistant:<begin_of_image>"
+"""What a prompt without a text is."""
 
 
 class FUDOKICallArguments(CallArguments, total=False):
@@ -140,12 +143,14 @@ class FUDOKIPipeline(PromptCutter, UDMPipeline):
                     "`uncond_token_id`."
                 )
         self.register_to_config(max_prompt_length=max_prompt_length, uncond_token_id=uncond_token_id)
-        self.image_token_ids = tokenizer.convert_tokens_to_ids(["<begin_of_image>", "<end_of_image>"])
-        tokens = {
+        begin, end = (tokenizer.convert_tokens_to_ids(f"<{name}_of_image>") for name in ("begin", "end"))
+        self.end_token_id: Any = end
+        tokens: dict[str, Any] = {
             "uncond_token_id": uncond_token_id,
             "tokenizer.bos_token_id": tokenizer.bos_token_id,
-            "<begin_of_image>": self.image_token_ids[0],
-            "<end_of_image>": self.image_token_ids[1],
+            "tokenizer.pad_token_id": tokenizer.pad_token_id,
+            "<begin_of_image>": begin,
+            "<end_of_image>": end,
         }
         for name, token_id in tokens.items():
             if token_id is None or not 0 <= token_id < vocab_size:
@@ -211,13 +216,11 @@ class FUDOKIPipeline(PromptCutter, UDMPipeline):
         patterns = ["*.json", "*.safetensors"] if is_original else ["*.json"]
         folder = find_folder(pretrained_model_name_or_path, patterns, **hub_kwargs)
         if is_original:
-            config, tokenizer, options = read_original_config(folder), load_original_tokenizer(folder), {}
-        else:
-            config: Any = JanusConfig.from_pretrained(folder / "transformer")
-            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-            index = load_json(folder / cls.config_name)
-            options = {name: index[name] for name in ("max_prompt_length", "uncond_token_id")}
-        return cls.from_janus_config(config, tokenizer, dtype, **options)
+            return cls.from_janus_config(read_original_config(folder), load_original_tokenizer(folder), dtype)
+        config = JanusConfig.from_pretrained(folder / "transformer")
+        index = load_json(folder / cls.config_name)
+        options = {name: index[name] for name in ("max_prompt_length", "uncond_token_id")}
+        return cls.from_janus_config(config, AutoTokenizer.from_pretrained(folder / "tokenizer"), dtype, **options)
 
     @classmethod
     def from_janus_config(
@@ -276,11 +279,13 @@ class FUDOKIPipeline(PromptCutter, UDMPipeline):
 
     def encode_prompt(self, prompt: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         max_length, (end,) = self.config.max_prompt_length, self._tokenize([PROMPT_END])
-        tokenizer: Any = functools.partial(self.tokenizer, add_special_tokens=False)
+        tokenizer: Any = functools.partial(cast(Any, self.tokenizer), add_special_tokens=False)
         max_text_length = max_length - len(end) - 1  # without BOS
         self._warn_of_cut_prompts(prompt, tokenizer, max_text_length, "the pipeline", prefix="User: ")
         texts = [text.strip() for text in prompt]
-        encoded = self._tokenize([f"User: {text}\n\n{PROMPT_END}" if text else f"User:{PROMPT_END}" for text in texts])
+        encoded = self._tokenize(
+            [f"User: {text}{PROMPT_END}" if text else f"User:{PROMPT_END.strip()}" for text in texts]
+        )
         rows = [[self.tokenizer.bos_token_id, *ids] for ids in encoded]
         ids = [torch.tensor(row if len(row) <= max_length else row[: max_length - len(end)] + end) for row in rows]
         padded: dict[str, Any] = {"batch_first": True, "padding_side": "left"}
@@ -290,7 +295,7 @@ class FUDOKIPipeline(PromptCutter, UDMPipeline):
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
         # Without special tokens: some tokenizers would put a second BOS before them
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return cast(Any, self.tokenizer)(texts, add_special_tokens=False)["input_ids"]
 
     def _complete_negatives(
         self,
@@ -322,7 +327,7 @@ class FUDOKIPipeline(PromptCutter, UDMPipeline):
     ) -> dict[str, torch.Tensor]:
         # `t` is not used: FUDOKI was trained without the time
         codes = noised_samples + self.transformer.config.text_config.vocab_size
-        end_of_image = codes.new_full((len(codes), 1), self.image_token_ids[1])
+        end_of_image = codes.new_full((len(codes), 1), self.end_token_id)
         visible = torch.ones_like(torch.cat([codes, end_of_image], dim=1))
         attention_mask = torch.cat([prompt_mask, visible], dim=1)  # (B, T + N + 1)
         inputs = {

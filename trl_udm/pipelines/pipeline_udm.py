@@ -551,7 +551,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                     raise ValueError(
                         f"`guidance_scale` must be 1.0 without `negative_prompt_ids`, got {self.guidance_scale}."
                     )
-                negatives = self._complete_negatives(*inputs[:2], negative_prompt_ids, negative_prompt_mask)
+                prompts = (prompt_ids, prompt_mask)
+                negatives = self._complete_negatives(*prompts, negative_prompt_ids, negative_prompt_mask)
                 inputs = (torch.cat(pair) for pair in zip(inputs, (*negatives, latents), strict=True))
                 t, scale = torch.cat([t, t]), self.guidance_scale
             logits = None
