@@ -34,7 +34,7 @@ from typing import Any
 from common import ImageArguments, load_pipeline, parse_arguments, resolve_callable, train_images
 from trl import get_peft_config
 
-from trl_udm import DiagnosticsCallback, GenEvalReward, UDMGRPOTrainer
+from trl_udm import DiagnosticsCallback, GenEvalReward
 from trl_udm.cli.mistakes import mistakes_in_one_line
 from trl_udm.data.geneval import generate_geneval_prompts, geneval_dataset
 from trl_udm.data.loading import load_prompts
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     with mistakes_in_one_line("train_geneval.py"):
         script_args, training_args, model_args = parse_arguments(ScriptArguments, argv, "shapes.yaml")
         path, *judges, train_dataset, eval_dataset = load_task(script_args, model_args.model_name_or_path)
-        trainer = UDMGRPOTrainer(
+        trainer = script_args.trainer_class(
             load_pipeline(find_image_pipeline_class(path), path, model_args),
             reward_funcs=GenEvalReward(*judges, mode=script_args.reward_mode),
             args=training_args,

@@ -30,7 +30,6 @@ from typing import Any
 from common import ImageArguments, load_pipeline, parse_arguments, train_images
 from trl import get_peft_config
 
-from trl_udm import UDMGRPOTrainer
 from trl_udm.cli.mistakes import mistakes_in_one_line
 from trl_udm.data.loading import load_prompts
 from trl_udm.pipelines.image_families import find_image_pipeline_class
@@ -65,7 +64,7 @@ def main(argv: list[str]) -> dict[str, Any]:
             # The scale of the figures in papers. The large model of the reward is loaded once
             return [26 * value for value in reward(**kwargs)]
 
-        trainer = UDMGRPOTrainer(
+        trainer = script_args.trainer_class(
             load_pipeline(find_image_pipeline_class(path), path, model_args),
             reward_funcs=reward,
             args=training_args,

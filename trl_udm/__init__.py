@@ -30,6 +30,10 @@ _MODULES = {
     "CLIPReward": ".rewards.clip",
     "CLIPScoreReward": ".rewards.clip",
     "CompactProgressCallback": ".callbacks.progress",
+    "DFlowDPOConfig": ".dflow_grpo.dflow_dpo_trainer",
+    "DFlowDPOTrainer": ".dflow_grpo.dflow_dpo_trainer",
+    "DFlowGRPOConfig": ".dflow_grpo.dflow_grpo_config",
+    "DFlowGRPOTrainer": ".dflow_grpo.dflow_grpo_trainer",
     "DiagnosticsCallback": ".callbacks.diagnostics",
     "DiffusionGemmaUDMPipeline": ".pipelines.pipeline_diffusion_gemma",
     "EMACallback": ".trainer.ema",
@@ -64,6 +68,10 @@ if TYPE_CHECKING:
     from .callbacks.diagnostics import DiagnosticsCallback as DiagnosticsCallback
     from .callbacks.guardrails import GuardrailCallback as GuardrailCallback
     from .callbacks.progress import CompactProgressCallback as CompactProgressCallback
+    from .dflow_grpo.dflow_dpo_trainer import DFlowDPOConfig as DFlowDPOConfig
+    from .dflow_grpo.dflow_dpo_trainer import DFlowDPOTrainer as DFlowDPOTrainer
+    from .dflow_grpo.dflow_grpo_config import DFlowGRPOConfig as DFlowGRPOConfig
+    from .dflow_grpo.dflow_grpo_trainer import DFlowGRPOTrainer as DFlowGRPOTrainer
     from .memory import MemoryEstimate as MemoryEstimate
     from .memory import estimate_memory as estimate_memory
     from .models.autoencoder_vq import AutoencoderVQ as AutoencoderVQ

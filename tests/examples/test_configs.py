@@ -15,7 +15,7 @@
 import pytest
 from trl import ModelConfig, TrlParser
 
-from trl_udm import UDMGRPOConfig
+from trl_udm import DFlowGRPOConfig, DFlowGRPOTrainer, UDMGRPOConfig
 
 from . import EXAMPLES_DIR, load_example
 
@@ -60,3 +60,18 @@ def test_the_settings_of_a_file_are_those_of_the_paper(tmp_path, config, example
         assert (model_args.lora_r, model_args.lora_alpha, model_args.use_peft) == (48, 96, True)
     else:
         assert model_args.model_name_or_path is None
+
+
+def test_a_file_may_choose_another_algorithm(tmp_path):
+    load_example("train_geneval")  # so that `common` is found
+    from common import ImageArguments, parse_arguments
+
+    argv = ["--config", str(EXAMPLES_DIR / "configs" / "fudoki_dflow.yaml"), "--output_dir", str(tmp_path)]
+    script_args, args, model_args = parse_arguments(ImageArguments, [*argv, "--use_cpu", "True"])
+    assert script_args.trainer_class is DFlowGRPOTrainer and isinstance(args, DFlowGRPOConfig)
+    assert args.generation_batch_size == 16 * 24 * args.num_train_timesteps and args.num_generations == 24
+    assert args.steps_per_generation == args.gradient_accumulation_steps
+    assert (args.num_draws, args.old_policy_steps, args.ema_decay, args.ema_steps) == (24, 48, 0.9, 10)
+    assert (args.learning_rate, args.adam_beta1, args.adam_beta2, args.weight_decay) == (1e-5, 0.9, 0.999, 1e-4)
+    assert (args.beta, args.epsilon, args.epsilon_high, args.scale_rewards) == (0.0, 1e-3, 1.5e-3, "batch")
+    assert (model_args.lora_r, model_args.lora_alpha, model_args.use_peft) == (48, 96, True)

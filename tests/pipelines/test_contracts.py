@@ -17,6 +17,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from trl.trainer.utils import add_fused_lm_head
 
 from trl_udm import FUDOKIPipeline, KineticOptimalScheduler, TextUDMPipeline, URSAPipeline
 
@@ -126,6 +127,20 @@ def test_a_callback_changes_the_guidance_of_the_next_step(pipe, family, initial)
     conditional, unconditional = pipe.denoise(ids, mask, state, latent_shape, t=torch.full((2,), 0.25))
     expected = unconditional + 3.0 * (conditional - unconditional)
     torch.testing.assert_close(seen[1][2][0], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_several_labels_of_a_token_have_the_scores_that_they_have_alone(pipe, family):
+    latent_shape, model = pipe.latent_shape(), pipe.transformer
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    size = (2, torch.Size(latent_shape).numel())
+    state, labels = (torch.randint(8, shape, generator=seeded()) for shape in (size, (*size, 3)))
+    inputs = (*pipe.encode_prompt(PROMPTS[family]), state, latent_shape)
+    log_probs, entropies = pipe.score(model, *inputs, labels, torch.full((2,), 0.5))
+    for i in range(3):
+        one, expected_entropies = pipe.score(model, *inputs, labels[..., i], torch.full((2,), 0.5))
+        torch.testing.assert_close(log_probs[..., i], one, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(entropies, expected_entropies, atol=1e-5, rtol=1e-5)
 
 
 def test_guidance_without_negative_prompts_is_refused(pipe, family):

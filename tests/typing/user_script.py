@@ -35,6 +35,10 @@ from trl_udm import (
     CLIPReward,
     CLIPScoreReward,
     CompactProgressCallback,
+    DFlowDPOConfig,
+    DFlowDPOTrainer,
+    DFlowGRPOConfig,
+    DFlowGRPOTrainer,
     DiagnosticsCallback,
     DiffusionGemmaUDMPipeline,
     EMACallback,
@@ -400,3 +404,5 @@ dice = DicePipeline(DiceModel(DiceConfig()), UniformDDIMScheduler(6), AutoTokeni
 assert_type(dice.to("cuda"), DicePipeline)
 assert_type(DicePipeline.from_pretrained("folder"), DicePipeline)
 UDMGRPOTrainer(dice, has_prompt, args, train_dataset=prompts)
+DFlowGRPOTrainer(dice, has_prompt, DFlowGRPOConfig("run", num_draws=4, old_policy_steps=48), train_dataset=prompts)
+DFlowDPOTrainer(dice, [has_prompt], DFlowDPOConfig("run", num_pairs=2), train_dataset=prompts)

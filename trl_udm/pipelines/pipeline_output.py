@@ -36,7 +36,8 @@ class UDMTrajectory(BaseOutput):
         noised_samples (`torch.LongTensor` of shape `(S, batch_size, num_tokens)`):
             The state x_t before each step. The first is uniform noise.
         pred_original_samples (`torch.LongTensor` of shape `(S, batch_size, num_tokens)`):
-            The clean tokens x₁ drawn in each step. The last are the sample.
+            The clean tokens x₁ drawn in each step. The last are the sample. With several draws a step, the first of
+            which it uses, they have a last dimension.
     """
 
     timesteps: torch.Tensor

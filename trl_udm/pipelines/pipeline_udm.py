@@ -304,14 +304,16 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
             model (`nn.Module`):
                 The transformer as the trainer holds it: with TRL's fused head, and possibly wrapped for several
                 devices.
-            prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t:
+            prompt_ids, prompt_mask, noised_samples, latent_shape, t:
                 As in `prepare_denoiser_inputs`.
+            labels (`torch.LongTensor` of shape `(B, N)` or `(B, N, n)`):
+                Tokens to score: one for each token, or several.
 
         Returns:
-            `tuple`: log p_θ(labels | x_t, c) and the entropies of the tokens, each of shape `(B, N)`. The entropies
-            may be `None` for a reference model.
+            `tuple`: log p_θ(labels | x_t, c), of the shape of the labels, and the entropies of the tokens, of shape
+            `(B, N)`. The entropies may be `None` for a reference model.
         """
-        if self._has_adapter_on_head:
+        if labels.ndim == 3 or self._has_adapter_on_head:  # TRL's fused head scores one label, without an adapter
             args = (prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
             logps, entropies, _ = self.score_with_kl(model, None, *args)
             return logps, entropies
@@ -365,17 +367,19 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 The other arguments of `score`.
 
         Returns:
-            `tuple`: log p_θ(labels | x_t, c), the entropies of the tokens, and with a `reference` the divergences
-            KL(p_θ(· | x_t, c) ‖ p_ref(· | x_t, c)), each of shape `(B, N)`.
+            `tuple`: log p_θ(labels | x_t, c), of the shape of the labels, the entropies of the tokens, and with a
+            `reference` the divergences KL(p_θ(· | x_t, c) ‖ p_ref(· | x_t, c)), each of shape `(B, N)`.
         """
         labels = args[4]
-        hidden_states, head = self.predict_tokens(model, *args)
+        one_label = labels if labels.ndim == 2 else labels[..., 0]
+        inputs = (*args[:4], one_label, *args[5:])
+        hidden_states, head = self.predict_tokens(model, *inputs)
         hidden_states = hidden_states.flatten(0, 1)
-        logps, entropies = score_tokens(head, hidden_states, labels.flatten())
+        logps, entropies = score_tokens(head, hidden_states, labels.flatten(0, 1))
         kl = None
         if reference is not None:
-            kl = compute_kl(head, hidden_states, reference[1], reference[0].flatten(0, 1)).view_as(labels)
-        return logps.view_as(labels), entropies.view_as(labels), kl
+            kl = compute_kl(head, hidden_states, reference[1], reference[0].flatten(0, 1)).view_as(one_label)
+        return logps.view_as(labels), entropies.view_as(one_label), kl
 
     @property
     def _has_adapter_on_head(self) -> bool:
@@ -386,7 +390,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
     def _score_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         log_probs = logits.float().log_softmax(dim=-1)  # (B, N, V)
         entropies = -(log_probs.exp() * log_probs).sum(dim=-1)
-        return log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropies
+        return log_probs.gather(-1, labels.view(*entropies.shape, -1)).view_as(labels), entropies
 
     @staticmethod
     def _select_labels(
@@ -442,6 +446,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         keep_condition: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_trajectory: bool = False,
+        step_kwargs: dict[str, Any] | None = None,
         callback: Callable[[int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
         callback_tensor_inputs: Sequence[str] = ("latents", "logits"),
         **denoise_kwargs,
@@ -482,6 +487,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 would give.
             return_trajectory (`bool`, *optional*, defaults to `False`):
                 Whether to return the states that the sampler passed through.
+            step_kwargs (`dict[str, Any]`, *optional*):
+                Further arguments of the scheduler's `step`, such as `num_draws`.
             callback (`Callable`, *optional*):
                 Called after each step with the step's number, its timestep and a dictionary of tensors. The `latents`
                 in the dictionary that it returns replace the state. It may also set `_guidance_scale` and `_interrupt`
@@ -551,7 +558,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
             logits = None
             if needs_logits or return_trajectory or needs_model_output(timestep):
                 logits = predict(*inputs, latent_shape, t, scale, **denoise_kwargs)  # (B, N, V)
-            output = self.scheduler.step(logits, timestep, latents, generator=generator)
+            output = self.scheduler.step(logits, timestep, latents, generator=generator, **(step_kwargs or {}))
             if condition is not None and keep_condition:
                 is_last = i == self.num_timesteps - 1
                 output.prev_sample = output.prev_sample.where(condition < 0, condition if is_last else shown)

@@ -435,7 +435,7 @@ class URSAPipeline(ConditionMixin, PromptCutter, UDMPipeline):
         adapter on the head, or is slow, with a large codebook on a CPU, where it has no Triton kernel.
         """
         is_fast = labels.device.type != "cpu" or self.scheduler.config.codebook_size <= TILE_WIDTH
-        if is_fast and not self._has_adapter_on_head:
+        if labels.ndim == 3 or (is_fast and not self._has_adapter_on_head):
             return super().score(model, prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape, labels=labels)
         return self._select_labels(model(**inputs), inputs["shift_labels"], labels)

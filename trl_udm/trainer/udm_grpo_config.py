@@ -132,6 +132,8 @@ class UDMGRPOConfig(GRPOConfig):
             Decay per step of an exponential moving average of the trained weights, in `[0, 1)`. 0.99 averages over
             about the last 100 steps. Evaluation then uses the average, and it is saved beside the weights. By default
             there is none.
+        ema_steps (`int`, *optional*, defaults to `1`):
+            Number of optimization steps between updates of the average.
 
         > Parameters that control evaluation
 
@@ -263,6 +265,7 @@ class UDMGRPOConfig(GRPOConfig):
     ema_decay: float | None = field(
         default=None, metadata={"help": "Decay per step of an average of the weights, in [0, 1). By default none."}
     )
+    ema_steps: int = field(default=1, metadata={"help": "Optimization steps between updates of the average."})
 
     # Parameters that control evaluation
     num_inference_steps_eval: int = field(default=25, metadata={"help": "Denoising steps in evaluation."})
@@ -318,6 +321,7 @@ class UDMGRPOConfig(GRPOConfig):
             ("guidance_trunc", 0 <= self.guidance_trunc <= 1, "in [0, 1]"),
             ("advantage_clip", self.advantage_clip is None or self.advantage_clip > 0, "> 0 or None"),
             ("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "in [0, 1) or None"),
+            ("ema_steps", self.ema_steps > 0, "> 0"),
             ("reward_timeout", self.reward_timeout is None or self.reward_timeout > 0, "> 0 or None"),
             ("reward_error", self.reward_error in ("raise", "none"), "'raise' or 'none'"),
             ("max_failed_steps", self.max_failed_steps >= 0, ">= 0"),

@@ -131,6 +131,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
 
     args: UDMGRPOConfig
     model: Any  # not `None`, as transformers says
+    _sampler_kwargs: dict[str, Any] = {}  # further arguments of `pipeline.sample_tokens`
     _tag_names = ["trl", "trl-udm", "udm-grpo"]
     _name = "UDM-GRPO"
     _paper = {
@@ -325,6 +326,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
                     negative_prompt_ids=negative_ids,
                     negative_prompt_mask=negative_mask,
                     return_trajectory=return_trajectory,
+                    **self._sampler_kwargs,
                 )
                 outputs.append(output)
                 parts = output.clean_samples.split(args.decode_batch_size or batch_size)
@@ -378,6 +380,20 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
                     batch["ref_per_token_logps"] = score(reference)[0]
         return batch
 
+    def _draw_timesteps(self, num_samples: int, group_size: int, device: torch.device) -> torch.Tensor:
+        """Timesteps of the rows (B * K,), sample by sample. Those of each `group_size` samples are the same."""
+        first, last = self.args.timestep_window
+        num_groups, num_timesteps = num_samples // group_size, self.args.num_train_timesteps
+        if self.args.timestep_sampling == "stratified":
+            num_steps = last + num_timesteps - first
+            parts = torch.arange(num_timesteps, device=device) + torch.rand(num_groups, num_timesteps, device=device)
+            # Rounding may take the last part beyond its end
+            timesteps = first + (parts * (num_steps / num_timesteps)).long().clamp(max=num_steps - 1)
+        else:
+            starts = torch.randint(first, last + 1, (num_groups, 1), device=device)
+            timesteps = starts + torch.arange(num_timesteps, device=device)
+        return timesteps.repeat_interleave(group_size, dim=0).flatten()  # (B / group_size, K) to (B * K,)
+
     @torch.no_grad()
     def _build_rows(
         self, output: UDMSamplerOutput, group_size: int = 1
@@ -388,17 +404,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         """
         args, scheduler = self.args, self.pipeline.scheduler
         num_samples, device = output.clean_samples.size(0), output.clean_samples.device
-        first, last = args.timestep_window
-        num_groups, num_timesteps = num_samples // group_size, args.num_train_timesteps
-        if args.timestep_sampling == "stratified":
-            num_steps = last + num_timesteps - first
-            parts = torch.arange(num_timesteps, device=device) + torch.rand(num_groups, num_timesteps, device=device)
-            # Rounding may take the last part beyond its end
-            timesteps = first + (parts * (num_steps / num_timesteps)).long().clamp(max=num_steps - 1)
-        else:
-            starts = torch.randint(first, last + 1, (num_groups, 1), device=device)
-            timesteps = starts + torch.arange(num_timesteps, device=device)
-        timesteps = timesteps.repeat_interleave(group_size, dim=0).flatten()  # (B / group_size, K) to (B * K,)
+        timesteps = self._draw_timesteps(num_samples, group_size, device)
         rows = torch.arange(num_samples, device=device).repeat_interleave(args.num_train_timesteps)  # (B * K,)
         clean_samples = output.clean_samples[rows]  # (B * K, N)
         grid = torch.tensor([scheduler.timestep_to_t(timestep) for timestep in scheduler.timesteps.tolist()])
@@ -406,7 +412,9 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         if args.trajectory == "forward":
             generators = None
             if group_size > 1:
-                seeds = torch.randint(2**62, (num_groups, num_timesteps)).repeat_interleave(group_size, dim=0)
+                seeds = torch.randint(2**62, (num_samples // group_size, args.num_train_timesteps)).repeat_interleave(
+                    group_size, dim=0
+                )
                 generators = [torch.Generator().manual_seed(seed) for seed in seeds.flatten().tolist()]
             noised_samples = scheduler.add_noise(clean_samples, t, generators)
         else:
