@@ -33,6 +33,7 @@ _MODULES = {
     "DiagnosticsCallback": ".callbacks.diagnostics",
     "DiffusionGemmaUDMPipeline": ".pipelines.pipeline_diffusion_gemma",
     "EMACallback": ".trainer.ema",
+    "FrameReward": ".rewards.frames",
     "GenEvalReward": ".rewards.geneval",
     "GuardrailCallback": ".callbacks.guardrails",
     "HPSv2Reward": ".rewards.clip",
@@ -78,6 +79,7 @@ if TYPE_CHECKING:
     from .rewards.clip import HPSv2Reward as HPSv2Reward
     from .rewards.clip import PickScoreReward as PickScoreReward
     from .rewards.clip_color import CLIPColorClassifier as CLIPColorClassifier
+    from .rewards.frames import FrameReward as FrameReward
     from .rewards.geneval import GenEvalReward as GenEvalReward
     from .rewards.mask2former import Mask2FormerDetector as Mask2FormerDetector
     from .rewards.ocr import OCRReward as OCRReward

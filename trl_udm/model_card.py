@@ -32,10 +32,10 @@ from . import __version__
 if TYPE_CHECKING:
     from .trainer.udm_grpo_trainer import UDMGRPOTrainer
 
-CARD_FILES = ("README.md", "results.json", "samples.png", "reward_curve.png")
+CARD_FILES = ("README.md", "results.json", "samples.png", "samples.gif", "reward_curve.png")
 """Files of the output folder that are the card, or that it shows. [`train_and_compare`] leaves all but the first."""
 
-_PIPELINE_TAGS = {"image": "text-to-image", "text": "text-generation"}
+_PIPELINE_TAGS = {"image": "text-to-image", "text": "text-generation", "video": "text-to-video"}
 
 # Shown in every card, whether changed or not
 _CENTRAL_ARGUMENTS = (

@@ -14,7 +14,9 @@
 
 """The numbers come from an independent run of the public reference code, baaivision/URSA at commit 29284bb."""
 
+import copy
 import json
+import math
 import re
 
 import numpy as np
@@ -238,6 +240,34 @@ def test_each_frame_has_its_own_time(pipe, video_dir):
     noised_samples = pipe.scheduler.add_noise(oracle["i2v_like.x1"], clean_first, seeded())
     assert torch.equal(noised_samples[:, 0], oracle["i2v_like.x1"][:, 0])
     assert not torch.equal(noised_samples[:, 1], oracle["i2v_like.x1"][:, 1])
+
+
+@pytest.mark.parametrize("run", ["train_async", "train_sync"])
+def test_loss_and_gradients_of_videos_are_the_references(loaded, video_dir, run):
+    oracle = load_file(video_dir / "forward_noise.safetensors")
+    recorded = json.loads((video_dir / "forward_noise.json").read_text(encoding="utf-8"))[run]
+    oracle = {name.removeprefix(f"{run}."): value for name, value in oracle.items() if name.startswith(f"{run}.")}
+    x_1, input_ids = oracle["x1"], oracle["input_ids"]
+    prompt_ids, noised_samples = input_ids[:, :24], input_ids[:, 25:] - loaded.transformer.config.text_vocab_size
+    rows = (prompt_ids, torch.ones_like(prompt_ids), noised_samples, tuple(x_1.shape[1:]), x_1.flatten(1))
+    inputs = loaded.prepare_denoiser_inputs(*rows)
+    assert torch.equal(inputs["input_ids"], input_ids)
+    assert torch.equal(inputs["position_ids"], oracle["rope_pos"])
+    assert torch.equal(inputs["shift_labels"], oracle["labels"].roll(-1, dims=1))
+    t = oracle["t"].view(2, -1).expand(2, 3)  # of each frame
+    table = loaded.scheduler.probabilities(x_1, t).flatten(1, 3)
+    assert table.gather(-1, noised_samples.unsqueeze(-1)).min() > 0  # what was drawn can be drawn
+
+    network = copy.deepcopy(loaded.transformer)
+    logps, _, _ = loaded.score_with_kl(network, None, *rows, t.repeat_interleave(16, dim=1))
+    loss = -logps.mean()
+    loss.backward()
+    assert loss.item() == pytest.approx(recorded["loss"], abs=1e-5)
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    norms = {name: gradient.norm().item() for name, gradient in gradients.items()}
+    norms["__total__"] = math.hypot(*norms.values())
+    assert norms == pytest.approx(recorded["grad_norm"], abs=1e-6 * norms["__total__"])
+    torch.testing.assert_close(gradients["model.norm.weight"], oracle["grad.model.norm.weight"], atol=1e-6, rtol=0)
 
 
 def test_conditions_start_as_the_references(pipe, i2v):

@@ -159,7 +159,7 @@ def _train_between(trainer: UDMGRPOTrainer, evaluate_model: Callable[[str], Any]
     """Trains and saves between two evaluations. Returns the first, the seconds of training, and the second."""
     if trainer.accelerator.is_main_process:
         # Else the model card would show those of an earlier run
-        for name in ("results.json", "samples.png", "reward_curve.png"):
+        for name in ("results.json", "samples.png", "samples.gif", "reward_curve.png"):
             Path(trainer.args.output_dir, name).unlink(missing_ok=True)
     before = evaluate_model("before")
     output = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)

@@ -116,6 +116,36 @@ class ConditionMixin:
         known[:, list(indices)] = value[:, list(indices)]
         return known.flatten(1)
 
+    def encode_condition(self, rows: list[dict[str, Any]], latent_shape: tuple[int, ...]) -> torch.Tensor | None:
+        """
+        First frames of samples, from the columns `image` and `video` of a dataset.
+
+        Args:
+            rows (`list[dict]`):
+                B rows. Those whose `image` and `video` are missing or `None` give nothing.
+            latent_shape (`tuple[int, int, int]`):
+                From `latent_shape`.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, N)`, *optional*: The tokens of these frames, and -1 for the others. `None`
+            if no row gives a frame, and for models of images, which have no use for the columns.
+
+        Raises:
+            TypeError: If a frame is of no known type.
+            ValueError: If the frames do not fit the output.
+        """
+        if self.config.vae_temporal_scale_factor is None:
+            return None
+        conditions = [
+            self.prepare_condition(row.get("image"), row.get("video"), None, None, latent_shape, num_prompts=1)
+            for row in rows
+        ]
+        known = next((condition for condition in conditions if condition is not None), None)
+        if known is None:
+            return None
+        nothing = torch.full_like(known, -1)
+        return torch.cat([nothing if condition is None else condition for condition in conditions])
+
     def _check_latents(self, latents: Any, latent_shape: tuple[int, ...]) -> None:
         num_frames, *grid = latent_shape
         is_tensor = isinstance(latents, torch.Tensor) and latents.dtype == torch.long and latents.ndim == 4

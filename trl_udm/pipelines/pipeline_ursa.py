@@ -127,6 +127,7 @@ class URSAPipeline(ConditionMixin, PromptCutter, UDMPipeline):
     tokenizer: PreTrainedTokenizerBase
     vae: AutoencoderVQ | AutoencoderVQCosmos3D | None
     model_cpu_offload_seq = "transformer->vae"
+    takes_token_times = True
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents", "logits"]
 
@@ -162,6 +163,7 @@ class URSAPipeline(ConditionMixin, PromptCutter, UDMPipeline):
                 f"pixels and frames a token in the encoder, and {vae.decoded_strides} in the decoder. Add blocks in "
                 "`block_out_channels`, or use strides of which the spatial one is not below the temporal one."
             )
+        self.modality = "image" if vae_temporal_scale_factor is None else "video"
         self.image_processor = VideoProcessor(vae_scale_factor=vae_scale_factor)
 
     @classmethod
