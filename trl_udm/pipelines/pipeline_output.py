@@ -64,7 +64,7 @@ class UDMSamplerOutput(BaseOutput):
 
     @property
     def drawn_samples(self) -> torch.Tensor:
-        """`torch.LongTensor` of shape `(batch_size, num_tokens)`: The drawn tokens, and -1 for those that were given."""
+        """`torch.LongTensor` of shape `(batch_size, num_tokens)`: The drawn tokens, and -1 for the given ones."""
         return self.clean_samples if self.condition is None else self.clean_samples.where(self.condition < 0, -1)
 
     @classmethod
