@@ -471,6 +471,7 @@ def test_pipeline_without_weights_is_one_of_videos(pipe, video_dir, tmp_path):
     for folder in (tmp_path, video_dir / "tiny-ursa-video"):
         planned = URSAPipeline.from_configs(folder)
         assert planned.latent_shape(32, 48, 9) == (3, 4, 6)
+        assert planned.scheduler.config.codebook_dim == 8  # of its own codes, not the 3 of the tokenizer's
         assert {name: x.shape for name, x in planned.vae.state_dict().items()} == {
             name: x.shape for name, x in pipe.vae.state_dict().items()
         }

@@ -20,9 +20,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Image, List
+from peft import LoraConfig
 from PIL import Image as PILImage
 
-from trl_udm import TextUDMPipeline, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
+from trl_udm import FrameReward, TextUDMPipeline, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
+from trl_udm.rewards.frames import flicker, motion_amount
+from trl_udm.rewards.images import as_pil_images
 from trl_udm.worlds.sums import CHECKPOINT_PATH as SUMS_PATH
 
 
@@ -214,3 +217,89 @@ def test_frame_timesteps_need_forward_states_and_times_by_token(oracle_dir, tmp_
     args = UDMGRPOConfig(str(tmp_path), frame_timesteps=True, bf16=False, report_to="none")
     with pytest.raises(ValueError, match="`frame_timesteps` must be False with a TextUDMPipeline, got True"):
         UDMGRPOTrainer(pipeline, brightness, args, train_dataset=Dataset.from_dict({"prompt": PROMPTS}))
+
+
+# Whole runs
+
+
+@pytest.mark.parametrize("is_lora", [False, True], ids=["full", "lora"])
+def test_a_resumed_run_of_videos_equals_an_unbroken_one_and_loads_again(oracle_dir, tmp_path, image_dataset, is_lora):
+    async def redness(completions, **kwargs):
+        return [float(np.asarray(image)[..., 0].mean()) / 255 for image in completions]
+
+    def build(folder, max_steps):
+        return build_trainer(
+            oracle_dir,
+            tmp_path / folder,
+            image_dataset,
+            LoraConfig(r=4, target_modules="all-linear") if is_lora else None,
+            [FrameReward(redness, frames=3, reduce="min"), motion_amount, flicker],
+            reward_weights=[1.0, 0.0, 0.0],
+            frame_timesteps=True,
+            num_iterations=2,
+            save_steps=2,
+            max_steps=max_steps,
+            log_completions=True,
+        )
+
+    trainers = []
+    for folder, max_steps, resume in (("unbroken", 4, False), ("broken", 2, False), ("broken", 4, True)):
+        trainer = build(folder, max_steps)
+        before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+        trainer.train(resume_from_checkpoint=resume)
+        trainers.append([trainer.model.state_dict(), trainer.optimizer.state_dict()["state"], torch.rand(1)])
+    (unbroken, states, draw), _, (resumed, resumed_states, resumed_draw) = trainers
+    assert all(torch.equal(weight, resumed[name]) for name, weight in unbroken.items())
+    assert any(not torch.equal(weight, unbroken[name]) for name, weight in before.items())
+    for index, state in states.items():
+        assert all(torch.equal(value, resumed_states[index][name]) for name, value in state.items())
+    assert torch.equal(draw, resumed_draw)
+
+    logs = trainer.state.log_history[0]
+    assert logs["reward"] == logs["rewards/redness/mean"]
+    assert logs["rewards/motion_amount/mean"] > 0
+    assert logs["rewards/flicker/mean"] > 0
+    assert 0 <= logs["images/dark_fraction"] <= 1
+    completions = tmp_path / "unbroken" / "completions"
+    with PILImage.open(completions / "completions_00001.gif") as video:
+        assert video.n_frames == 9
+        with PILImage.open(completions / "completions_00001.png") as grid:
+            assert grid.size == video.size
+
+    trainer.save_model(str(tmp_path / "saved"))
+    source = oracle_dir / "video" / "tiny-ursa-video" if is_lora else tmp_path / "saved"
+    loaded = URSAPipeline.from_pretrained(source, **{"max_prompt_length": 24} if is_lora else {})
+    if is_lora:
+        loaded.load_lora_weights(tmp_path / "saved")
+    trainer.model.eval()
+    videos = [
+        pipeline(
+            PROMPTS[0],
+            image=image_dataset[0]["image"],
+            generator=torch.Generator().manual_seed(0),
+            num_inference_steps=3,
+            guidance_scale=1.0,
+            output_type="latent",
+            **trainer.args.pipeline_kwargs,
+        ).frames
+        for pipeline in (trainer.pipeline, loaded)
+    ]
+    assert torch.equal(*videos)
+
+
+def test_an_evaluation_of_videos_reads_its_own_frames(oracle_dir, tmp_path, image_dataset):
+    trainer = build_trainer(oracle_dir, tmp_path, per_device_eval_batch_size=2)
+    metrics = trainer.evaluate(image_dataset)
+    assert 0 < metrics["eval_reward"] < 1
+
+
+def test_rewards_of_images_say_how_to_reward_videos(oracle_dir, tmp_path):
+    def reward(prompts, completions, **kwargs):
+        return [0.0 for _ in as_pil_images(completions, len(prompts))]
+
+    trainer = build_trainer(oracle_dir, tmp_path, reward_funcs=reward)
+    with pytest.raises(RuntimeError, match="The reward function 'reward' failed") as error:
+        trainer.train()
+    assert "Wrap the reward in a `FrameReward` for videos." in str(error.value.__cause__)
+    with pytest.raises(TypeError, match="`reward_funcs` must be functions where samples are videos, got 'model'"):
+        build_trainer(oracle_dir, tmp_path, reward_funcs="model")

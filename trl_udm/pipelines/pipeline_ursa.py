@@ -215,7 +215,8 @@ class URSAPipeline(ConditionMixin, PromptCutter, UDMPipeline):
     ) -> Self:
         """
         Builds a pipeline without its weights, on PyTorch's `"meta"` device. [`estimate_memory`] needs no more. From a
-        Hub repository, in either format, only the configurations and the tokenizer are downloaded.
+        Hub repository, in either format, only the configurations and the tokenizer are downloaded, and for videos the
+        scheduler's codes.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`):
@@ -252,7 +253,13 @@ class URSAPipeline(ConditionMixin, PromptCutter, UDMPipeline):
             vae: Any = (vae_class.from_original_config if is_original else vae_class.from_config)(vae_config)
         scheduler_config: Any = KineticOptimalScheduler.load_config(folder / "scheduler")
         if scheduler_config.get("codebook_size") is None:
-            sizes = {"codebook_size": transformer.config.codebook_size, "codebook_dim": vae.config.vq_embed_dim}
+            codebook_dim = vae.config.vq_embed_dim
+            if vae_class is AutoencoderVQCosmos3D:  # whose codes are not those of the scheduler, a small file
+                codes = KineticOptimalScheduler.from_pretrained(
+                    pretrained_model_name_or_path, subfolder="scheduler", **kwargs
+                )
+                codebook_dim = codes.config.codebook_dim
+            sizes = {"codebook_size": transformer.config.codebook_size, "codebook_dim": codebook_dim}
             scheduler_config = {**scheduler_config, **sizes}
         scheduler = KineticOptimalScheduler.from_config(scheduler_config)
         index: Any = cls.load_config(folder)
