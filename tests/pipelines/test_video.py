@@ -545,6 +545,16 @@ IMAGE = np.zeros((32, 48, 3), dtype=np.uint8)
         ({"cond_latents": torch.zeros(1, 1, 4, 6)}, "as the output, got torch.float32 of shape (1, 1, 4, 6)."),
         ({"cond_latents": torch.zeros(3, 1, 4, 6, dtype=torch.long)}, "for each of the 2 prompts, got 3."),
         ({"cond_latents": torch.full((1, 1, 4, 6), 200)}, "must have ids in [0, 200), got ids from 200 to 200."),
+        ({"image": IMAGE, "num_inference_steps": 0}, "`num_inference_steps` must be > 0, got 0."),
+        ({"image": IMAGE, "num_images_per_prompt": 1.5}, "`num_images_per_prompt` must be > 0, got 1.5."),
+        ({"image": IMAGE, "guidance_trunc": 2}, "`guidance_trunc` must be in [0, 1], got 2."),
+        ({"image": IMAGE, "negative_prompt": ["a"]}, "`negative_prompt` must have one entry for each prompt (2), got"),
+        ({"image": IMAGE, "latents": torch.zeros(2, 7, dtype=torch.long)}, "`latents` must have shape (2, 72)"),
+        ({"image": IMAGE, "generator": [seeded()] * 3}, "`generator`"),
+        (
+            {"image": IMAGE, "callback_on_step_end_tensor_inputs": ["x"]},
+            "`callback_on_step_end_tensor_inputs` has to be in",
+        ),
     ],
 )
 def test_bad_arguments_of_videos_are_refused_before_any_compute(pipe, changes, message):

@@ -458,7 +458,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         negative_prompt_ids: torch.Tensor | None = None,
         negative_prompt_mask: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
-        condition: torch.Tensor | None = None,
+        condition: torch.Tensor | Callable[[], torch.Tensor] | None = None,
         condition_t: float = 1.0,
         keep_condition: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -491,8 +491,9 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 Its mask.
             latents (`torch.LongTensor` of shape `(B, N)` or `(B, *latent_shape)`, *optional*):
                 Tokens to start from instead of uniform noise.
-            condition (`torch.LongTensor` of shape `(C, N)`, *optional*):
-                Known tokens, and -1 for those to draw. Each of the C rows is that of B / C samples in a row.
+            condition (`torch.LongTensor` of shape `(C, N)` or `Callable`, *optional*):
+                Known tokens, and -1 for those to draw. Each of the C rows is that of B / C samples in a row. A
+                function that gives them is called once the other arguments are checked.
             condition_t (`float`, *optional*, defaults to `1.0`):
                 Time in `[0, 1]` of the known tokens in the state. Below 1 they are noised once, before the first step.
             keep_condition (`bool`, *optional*, defaults to `True`):
@@ -538,6 +539,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                     f"{tuple(latents.shape)} and ids in [{latents.min().item()}, {latents.max().item()}]."
                 )
             latents = latents.to(device)
+        if callable(condition):
+            condition = condition()
         if condition is not None:
             if condition.ndim != 2 or batch_size % len(condition) or condition.size(1) != size[1]:
                 raise ValueError(
