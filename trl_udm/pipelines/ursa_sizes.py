@@ -205,11 +205,11 @@ _URSA_1_7B_FSQ320 = URSAVideoSize(
 )
 
 PUBLISHED_SIZES = {
-    "BAAI/URSA-0.6B-FSQ320": dataclasses.replace(_URSA_1_7B_FSQ320, hidden_size=1024, intermediate_size=3072),
-    "BAAI/URSA-1.7B-FSQ320": _URSA_1_7B_FSQ320,
     "BAAI/URSA-0.6B-IBQ1024": dataclasses.replace(_URSA_1_7B_IBQ1024, hidden_size=1024, intermediate_size=3072),
     "BAAI/URSA-1.7B-IBQ512": _URSA_1_7B_IBQ512,
     "BAAI/URSA-1.7B-IBQ1024": _URSA_1_7B_IBQ1024,
+    "BAAI/URSA-0.6B-FSQ320": dataclasses.replace(_URSA_1_7B_FSQ320, hidden_size=1024, intermediate_size=3072),
+    "BAAI/URSA-1.7B-FSQ320": _URSA_1_7B_FSQ320,
     "Yovecents/URSA-1.7B-IBQ512-UDMGRPO-GenEval": _URSA_1_7B_IBQ512,
     "Yovecents/URSA-1.7B-IBQ512-UDMGRPO-PickScore": _URSA_1_7B_IBQ512,
 }
