@@ -61,8 +61,8 @@ class ConditionMixin:
                 Whether the condition stays in every step, so that it must leave a frame to draw.
 
         Returns:
-            `Callable[[], torch.Tensor]`, *optional*: Encodes the condition to a `torch.LongTensor` of shape `(1, N)` or
-            `(num_prompts, N)`, with the known tokens, and -1 for the others. `None` without a condition.
+            `Callable[[], torch.Tensor]`, *optional*: Encodes the condition, to a `torch.LongTensor` of shape `(1, N)`
+            or `(num_prompts, N)` with the known tokens, and -1 for the others. `None` without a condition.
 
         Raises:
             TypeError: If a frame is of no known type.
