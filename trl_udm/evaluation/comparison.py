@@ -37,12 +37,13 @@ def train_and_compare(
     curves: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """
-    Trains a model of images. Evaluates it before and after, with the same prompts and seeds.
+    Trains a model of images or videos. Evaluates it before and after, with the same prompts and seeds.
 
     The output folder then has:
 
     - the weights, and what was logged (`trainer_state.json`),
     - `samples_before.png` and `samples_after.png`, and `samples.png`, which shows the same prompts before and after,
+      in `samples.gif` with videos that play,
     - `reward_curve.png`, `results.json`, and the model card, which shows them,
     - `before` and `after`, the folders of the two evaluations, as [`~trl_udm.evaluation.evaluate`] writes them.
 

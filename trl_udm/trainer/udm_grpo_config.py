@@ -107,8 +107,8 @@ class UDMGRPOConfig(GRPOConfig):
             How the K steps are drawn. `"consecutive"`: from a start on. `"stratified"`: one from each of K equal parts
             of the steps that the window reaches, which are `timestep_window[0]` to `timestep_window[1] + K - 1`.
         frame_timesteps (`bool`, *optional*, defaults to `False`):
-            Whether each frame of a video has K steps of its own, as in the training of URSA. Frames are the first axis
-            of the pipeline's latent shape. By default all frames of a sample have the same steps.
+            Whether each frame of a video has K steps of its own. Frames are the first axis of the pipeline's latent
+            shape. By default all frames of a sample have the same steps.
         timestep_weighting (`str`, *optional*, defaults to `"none"`):
             Weights of a sample's tokens in log π. `"none"`: all tokens that count weigh the same. `"elbo"`: as in the
             evidence lower bound of the sample, [`KineticOptimalScheduler.elbo_weights`].
@@ -430,8 +430,8 @@ def check_pipeline(args: UDMGRPOConfig, pipeline: Any) -> None:
         )
     if args.frame_timesteps and not pipeline.takes_token_times:
         raise ValueError(
-            f"`frame_timesteps` must be False with a {type(pipeline).__name__}, got True: all tokens of its samples "
-            "have one time. A `URSAPipeline` takes times by token."
+            f"`frame_timesteps` must be False with a {type(pipeline).__name__}, got True: its `takes_token_times` says "
+            "that all tokens of a sample have one time."
         )
 
 

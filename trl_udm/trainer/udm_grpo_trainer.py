@@ -58,7 +58,7 @@ class Rollout:
         output ([`UDMSamplerOutput`]):
             The samples (B, N) and, where asked for, the sampler's trajectory.
         completions (`list`):
-            The decoded samples: B PIL images, or strings.
+            The decoded samples: B PIL images, videos or strings.
     """
 
     prompt_ids: torch.Tensor
@@ -86,7 +86,8 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             Pipeline whose `transformer` is trained, in place or by an adapter.
         reward_funcs (`Callable` or `list[Callable]`):
             Reward functions `f(prompts, completions, **columns) -> list[float | None]`, synchronous or not, as in
-            [`~trl.GRPOTrainer`]. `completions` are the outputs of `pipeline.decode`: PIL images, or strings.
+            [`~trl.GRPOTrainer`]. `completions` are the outputs of `pipeline.decode`: PIL images, lists of them for
+            videos, or strings.
         args ([`UDMGRPOConfig`], *optional*):
             Configuration.
         train_dataset ([`~datasets.Dataset`]):
