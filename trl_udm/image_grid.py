@@ -16,7 +16,7 @@
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -124,7 +124,7 @@ def save_animation(
 
 
 def make_image_grid(
-    images: list[Picture],
+    images: Sequence[Picture],
     prompts: list[str],
     rewards: list[tuple[float, ...]] | None = None,
     num_columns: int | None = None,
@@ -163,9 +163,9 @@ def make_image_grid(
     Returns:
         `PIL.Image.Image`: The grid.
     """
-    images = list(map(make_contact_sheet, images[:max_images]))
-    num_columns = num_columns or math.ceil(math.sqrt(len(images)))
-    image_height = max(min(tile_size, round(tile_size * image.height / image.width)) for image in images)
+    sheets = list(map(make_contact_sheet, images[:max_images]))
+    num_columns = num_columns or math.ceil(math.sqrt(len(sheets)))
+    image_height = max(min(tile_size, round(tile_size * image.height / image.width)) for image in sheets)
     gap, line_height = tile_size // 20, round(1.3 * font_size)
     frame, mark_height = (tile_size // 32, line_height) if verdicts is not None else (0, 0)
     cell_width = tile_size + 2 * frame + gap
@@ -174,14 +174,14 @@ def make_image_grid(
         return [line for line in wrap_text(text, font_size, tile_size + 2 * frame, max_lines=6) if line]
 
     captions = []
-    for i in range(len(images)):
+    for i in range(len(sheets)):
         numbers = "" if rewards is None else ", ".join(f"{reward:.2f}" for reward in rewards[i]) + " "
         captions.append(wrap(numbers + str(prompts[i])))
     titles = [wrap(title) for title in column_titles or []]
     row_titles = [make_drawable(" ".join(title.split())) for title in row_titles or []]
     margin_left = round(max((text_width(title, font_size) for title in row_titles), default=-gap)) + gap
     margin_top = line_height * max(map(len, titles), default=0)
-    starts = range(0, len(images), num_columns)
+    starts = range(0, len(sheets), num_columns)
     num_lines = [max(map(len, captions[start : start + num_columns])) for start in starts]
     tile_height = image_height + 2 * frame + mark_height
     heights = [tile_height + gap + (number * line_height + gap if number > 0 else 0) for number in num_lines]
@@ -199,7 +199,7 @@ def make_image_grid(
         top = margin_top + sum(heights[:row])
         if row_titles:
             write([row_titles[row]], 0, top + (tile_height - line_height) // 2)
-        for column, image in enumerate(images[start : start + num_columns]):
+        for column, image in enumerate(sheets[start : start + num_columns]):
             i, left = start + column, margin_left + column * cell_width
             if verdicts is not None:
                 color, mark = (GREEN, "✓") if verdicts[i] else (RED, "✗")
@@ -213,7 +213,7 @@ def make_image_grid(
     return grid
 
 
-def image_statistics(images: list[Picture]) -> dict[str, list[float]]:
+def image_statistics(images: Sequence[Picture]) -> dict[str, list[float]]:
     """
     Measures what a hacked reward tends to do to images: darken them, or flood them with color.
 

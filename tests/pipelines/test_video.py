@@ -232,8 +232,8 @@ def test_each_frame_has_its_own_time(pipe, video_dir):
     for case in ("drawn", "i2v_like", "synchronous"):
         x_1, t = oracle[f"{case}.x1"], oracle[f"{case}.t"]
         torch.testing.assert_close(pipe.scheduler.probabilities(x_1, t), oracle[f"{case}.prob"], atol=1e-6, rtol=0)
-        noised_samples = pipe.scheduler.add_noise(x_1, t, seeded())
-        assert oracle[f"{case}.prob"].gather(-1, noised_samples.unsqueeze(-1)).min() > 0
+        for noised_samples in (pipe.scheduler.add_noise(x_1, t, seeded()), oracle[f"{case}.x_t"]):
+            assert pipe.scheduler.probabilities(x_1, t).gather(-1, noised_samples.unsqueeze(-1)).min() > 0
     sigma = 1 - 0.999 * oracle["drawn.uniform_draw"]
     torch.testing.assert_close(1 - 2 * sigma / (1 + sigma), oracle["drawn.t"].flatten(), atol=1e-6, rtol=0)
     clean_first = torch.tensor([[1.0, 0.0, 0.0]])

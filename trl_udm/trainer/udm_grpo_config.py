@@ -430,8 +430,8 @@ def check_pipeline(args: UDMGRPOConfig, pipeline: Any) -> None:
         )
     if args.frame_timesteps and not pipeline.takes_token_times:
         raise ValueError(
-            f"`frame_timesteps` must be False with a {type(pipeline).__name__}, got True: its `takes_token_times` says "
-            "that all tokens of a sample have one time."
+            f"`frame_timesteps` must be False with a {type(pipeline).__name__}, got True: by its `takes_token_times`, "
+            "all tokens of a sample have one time."
         )
 
 
