@@ -39,6 +39,7 @@ _MODULES = {
     "EMACallback": ".trainer.ema",
     "FUDOKIForImageGeneration": ".models.modeling_fudoki",
     "FUDOKIPipeline": ".pipelines.pipeline_fudoki",
+    "FrameReward": ".rewards.frames",
     "GenEvalReward": ".rewards.geneval",
     "GuardrailCallback": ".callbacks.guardrails",
     "HPSv2Reward": ".rewards.clip",
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
     from .rewards.clip import HPSv2Reward as HPSv2Reward
     from .rewards.clip import PickScoreReward as PickScoreReward
     from .rewards.clip_color import CLIPColorClassifier as CLIPColorClassifier
+    from .rewards.frames import FrameReward as FrameReward
     from .rewards.geneval import GenEvalReward as GenEvalReward
     from .rewards.mask2former import Mask2FormerDetector as Mask2FormerDetector
     from .rewards.ocr import OCRReward as OCRReward

@@ -17,6 +17,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 
 from trl_udm import (
     DFlowDPOConfig,
@@ -123,6 +124,27 @@ def test_every_family_is_trained(tmp_path, oracle_dir, family):
     assert any(not torch.equal(*pair) for pair in zip(before, trainer.model.parameters(), strict=True))
     assert logged(trainer, "ratio") == [pytest.approx(1)] and logged(trainer, "kl") == [pytest.approx(0, abs=1e-6)]
     assert logged(trainer, "entropy")[0] > 0 and trainer.evaluate()["eval_loss"] is not None
+
+
+def test_given_frames_of_a_video_are_no_actions(tmp_path, oracle_dir):
+    pipeline = URSAPipeline.from_pretrained(oracle_dir / "video" / "tiny-ursa-video", max_prompt_length=24)
+    image = Image.effect_noise((48, 32), 64).convert("RGB")
+    dataset = Dataset.from_dict({"prompt": ["a red car"] * 2, "image": [image] * 2})
+    trainer = build_trainer(
+        tmp_path,
+        pipeline,
+        reward=lambda completions, **kwargs: [redness(frames)[-1] for frames in completions],
+        prompts=dataset,
+        max_steps=1,
+        pipeline_kwargs={"height": 32, "width": 48, "num_frames": 9},
+    )
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions([dataset[0]] * 24)
+    given = pipeline.encode_condition([dataset[0]], (3, 4, 6)).expand(24, -1) >= 0
+    assert given.any() and torch.equal(batch["completion_mask"] == 0, given)
+    assert torch.equal(batch["completion_ids"][given], batch["prompt_ids"][:, -72:][given])
+    trainer.train()
+    assert logged(trainer, "ratio") == [pytest.approx(1)]
 
 
 @pytest.mark.parametrize("is_ddim", [False, True])

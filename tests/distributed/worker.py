@@ -60,7 +60,7 @@ def fed_tokens(prompt: str, index: int) -> torch.Tensor:
 class FedTrainer(UDMGRPOTrainer):
     """Takes samples and noised states from `fed_tokens`, so that any number of processes sees the same ones."""
 
-    def _rollout(self, prompts, mode, return_trajectory=False, on_decoded=None):
+    def _rollout(self, prompts, mode, return_trajectory=False, on_decoded=None, condition=None):
         self.fed_prompts = prompts
         self.first_index = self.accelerator.process_index * len(prompts)
         prompt_ids, prompt_mask = self.pipeline.encode_prompt(prompts)

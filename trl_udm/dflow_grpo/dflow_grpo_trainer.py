@@ -101,13 +101,16 @@ class DFlowGRPOTrainer(OldPolicyMixin, UDMGRPOTrainer):
         clean_samples = rollout.output.clean_samples
         num_samples, device = len(clean_samples), clean_samples.device
         group_size = self.num_generations if mode == "train" and self.args.shared_noise else 1
-        timesteps = self._draw_timesteps(num_samples, group_size, device)  # (B * K,)
+        timesteps = self._draw_timesteps(num_samples, group_size, device).squeeze(1)  # (B * K,)
         rows = torch.arange(num_samples, device=device).repeat_interleave(self.args.num_train_timesteps)  # (B * K,)
         states, steps = find_steps(self.pipeline.scheduler, rollout.output, rows, timesteps)
+        completion_mask = self.pipeline.completion_mask(clean_samples[rows])
+        if rollout.output.condition is not None:
+            completion_mask = completion_mask * (rollout.output.condition[rows] < 0)
         batch = {
             "prompt_ids": torch.cat([rollout.prompt_ids[rows], states], dim=1),
             "prompt_mask": rollout.prompt_mask[rows],
-            "completion_mask": self.pipeline.completion_mask(clean_samples[rows]),
+            "completion_mask": completion_mask,
             **steps,
         }
         generate_every = self.args.steps_per_generation * self.num_iterations  # generation frequency

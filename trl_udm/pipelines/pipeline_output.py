@@ -55,10 +55,18 @@ class UDMSamplerOutput(BaseOutput):
             The final tokens x̂₁, in `[0, codebook_size)`.
         trajectory ([`UDMTrajectory`], *optional*):
             The states of the sampler, with `return_trajectory=True`.
+        condition (`torch.LongTensor` of shape `(batch_size, num_tokens)`, *optional*):
+            The tokens that were given and kept, and -1 for those that were drawn.
     """
 
     clean_samples: torch.Tensor
     trajectory: UDMTrajectory | None = None
+    condition: torch.Tensor | None = None
+
+    @property
+    def drawn_samples(self) -> torch.Tensor:
+        """`torch.LongTensor` of shape `(batch_size, num_tokens)`: The drawn tokens, and -1 for the given ones."""
+        return self.clean_samples if self.condition is None else self.clean_samples.where(self.condition < 0, -1)
 
     @classmethod
     def cat(cls, outputs: "list[UDMSamplerOutput]", dim: int = 0) -> "UDMSamplerOutput":
@@ -71,7 +79,12 @@ class UDMSamplerOutput(BaseOutput):
                 noised_samples=torch.cat([each.noised_samples for each in trajectories], dim=dim + 1),
                 pred_original_samples=torch.cat([each.pred_original_samples for each in trajectories], dim=dim + 1),
             )
-        return cls(clean_samples=torch.cat([output.clean_samples for output in outputs], dim), trajectory=trajectory)
+        conditions = [output.condition for output in outputs if output.condition is not None]
+        return cls(
+            clean_samples=torch.cat([output.clean_samples for output in outputs], dim),
+            trajectory=trajectory,
+            condition=torch.cat(conditions, dim) if conditions else None,
+        )
 
 
 @dataclass

@@ -71,19 +71,24 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
     It implements the five methods below that raise `NotImplementedError`. It also implements `__call__`, which takes a
     prompt, `num_inference_steps`, `guidance_scale`, `generator` and the size options, and returns an output with
     `images` or `texts`. The sampler, adapters and the Hub are the same for all families. The defaults of `score`,
-    `extend_prompt` and `completion_mask` fit most of them.
+    `extend_prompt`, `encode_condition` and `completion_mask` fit most of them.
 
     Shapes: B samples, N tokens a sample (the product of the latent shape), T prompt tokens, V codes.
 
     Attributes:
         modality (`str`, defaults to `"image"`):
-            What `decode` returns: `"image"` for PIL images, `"text"` for strings.
+            What `decode` returns: `"image"` for PIL images, `"text"` for strings, `"video"` for lists of PIL images,
+            or for PIL images where a sample has one frame.
         transformer_name (`str`, defaults to `"transformer"`):
             Name of the transformer among the components, and of its folder in a saved pipeline.
+        takes_token_times (`bool`, defaults to `False`):
+            Whether a time t may also have the shape `(B, N)`, with a time for each token. Conditions need it: the
+            tokens that they give are clean, at time 1, beside noised ones.
     """
 
-    modality: Literal["image", "text"] = "image"
+    modality: Literal["image", "text", "video"] = "image"
     transformer_name: str = "transformer"
+    takes_token_times: bool = False
     # A family may say what its components are
     transformer: Any
     scheduler: Any
@@ -217,7 +222,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 Tokens to score. With them, the result also has `shift_labels`, as long as the sequence: each label is
                 at the position that predicts it, in the order of the tokens, and all other positions are -100.
             t (`torch.Tensor` of shape `(B,)`, *optional*):
-                Time of each state in `[0, 1]`, for networks that take it. Sampler and trainer always pass it.
+                Time of each state in `[0, 1]`, for networks that take it. Sampler and trainer always pass it. It has
+                the shape `(B, N)` in `score` of a family that `takes_token_times`, and in sampling with a condition.
 
         Returns:
             `dict[str, torch.Tensor]`: The keyword arguments.
@@ -242,6 +248,24 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
             `tuple`: `prompt_ids` and `prompt_mask` for `score` and `prepare_denoiser_inputs`.
         """
         return prompt_ids, prompt_mask
+
+    def encode_condition(self, rows: list[dict[str, Any]], latent_shape: tuple[int, ...]) -> torch.Tensor | None:
+        """
+        Tokens that rows of a dataset give, such as the first frame of a video. By default there are none.
+
+        The trainer draws samples with them, as `condition` of `sample_tokens`. It neither noises nor scores them.
+
+        Args:
+            rows (`list[dict]`):
+                B rows.
+            latent_shape (`tuple[int, ...]`):
+                From `latent_shape`.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, N)`, *optional*: The given tokens, and -1 for those to draw. At least one
+            token of a sample is to be drawn.
+        """
+        return None
 
     def denoise(
         self,
@@ -425,7 +449,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 From `latent_shape`.
 
         Returns:
-            `list[PIL.Image.Image]` or `list[str]`: B of them.
+            `list[PIL.Image.Image]`, `list[list[PIL.Image.Image]]` or `list[str]`: B images, videos or strings.
         """
         raise NotImplementedError
 
@@ -441,7 +465,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         negative_prompt_ids: torch.Tensor | None = None,
         negative_prompt_mask: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
-        condition: torch.Tensor | None = None,
+        condition: torch.Tensor | Callable[[], torch.Tensor] | None = None,
         condition_t: float = 1.0,
         keep_condition: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -475,8 +499,9 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 Its mask.
             latents (`torch.LongTensor` of shape `(B, N)` or `(B, *latent_shape)`, *optional*):
                 Tokens to start from instead of uniform noise.
-            condition (`torch.LongTensor` of shape `(C, N)`, *optional*):
-                Known tokens, and -1 for those to draw. Each of the C rows is that of B / C samples in a row.
+            condition (`torch.LongTensor` of shape `(C, N)` or `Callable`, *optional*):
+                Known tokens, and -1 for those to draw. Each of the C rows is that of B / C samples in a row. A
+                function that gives them is called once the other arguments are checked.
             condition_t (`float`, *optional*, defaults to `1.0`):
                 Time in `[0, 1]` of the known tokens in the state. Below 1 they are noised once, before the first step.
             keep_condition (`bool`, *optional*, defaults to `True`):
@@ -524,6 +549,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                     f"{tuple(latents.shape)} and ids in [{latents.min().item()}, {latents.max().item()}]."
                 )
             latents = latents.to(device)
+        if callable(condition):
+            condition = condition()
         if condition is not None:
             if condition.ndim != 2 or batch_size % len(condition) or condition.size(1) != size[1]:
                 raise ValueError(
@@ -544,6 +571,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
             if self.interrupt:
                 break
             t = torch.full((batch_size,), self.scheduler.timestep_to_t(timestep), device=device)
+            if condition is not None and keep_condition and self.takes_token_times:
+                t = torch.where(condition < 0, t.unsqueeze(1), condition_t)  # (B, N)
             inputs: Any = (prompt_ids, prompt_mask, latents)
             scale = None
             if self.do_classifier_free_guidance and self.scheduler.timestep_to_t(timestep) < guidance_trunc:
@@ -562,8 +591,10 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
             if condition is not None and keep_condition:
                 is_last = i == self.num_timesteps - 1
                 output.prev_sample = output.prev_sample.where(condition < 0, condition if is_last else shown)
-                if output.pred_original_sample is not None:
-                    output.pred_original_sample = output.pred_original_sample.where(condition < 0, condition)
+                drawn = output.pred_original_sample
+                if drawn is not None:
+                    known = condition.view(*condition.shape, *[1] * (drawn.ndim - 2))  # there may be several draws
+                    output.pred_original_sample = drawn.where(known < 0, known)
             if return_trajectory:
                 noised_samples.append(latents)
                 pred_original_samples.append(output.pred_original_sample)
@@ -580,7 +611,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 noised_samples=torch.stack(noised_samples),
                 pred_original_samples=torch.stack(pred_original_samples),
             )
-        return UDMSamplerOutput(clean_samples=latents, trajectory=trajectory)
+        return UDMSamplerOutput(latents, trajectory, condition if keep_condition else None)
 
     def _complete_negatives(
         self,

@@ -128,6 +128,7 @@ class URSAPipeline(ConditionMixin, PromptCutter, UDMPipeline):
     tokenizer: PreTrainedTokenizerBase
     vae: AutoencoderVQ | AutoencoderVQCosmos3D | None
     model_cpu_offload_seq = "transformer->vae"
+    takes_token_times = True
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents", "logits"]
 
@@ -163,6 +164,7 @@ class URSAPipeline(ConditionMixin, PromptCutter, UDMPipeline):
                 f"pixels and frames a token in the encoder, and {vae.decoded_strides} in the decoder. Add blocks in "
                 "`block_out_channels`, or use strides of which the spatial one is not below the temporal one."
             )
+        self.modality = "image" if vae_temporal_scale_factor is None else "video"
         self.image_processor = VideoProcessor(vae_scale_factor=vae_scale_factor)
 
     @classmethod
@@ -214,7 +216,8 @@ class URSAPipeline(ConditionMixin, PromptCutter, UDMPipeline):
     ) -> Self:
         """
         Builds a pipeline without its weights, on PyTorch's `"meta"` device. [`estimate_memory`] needs no more. From a
-        Hub repository, in either format, only the configurations and the tokenizer are downloaded.
+        Hub repository, in either format, only the configurations and the tokenizer are downloaded, and for videos the
+        scheduler's codes.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`):
@@ -251,7 +254,13 @@ class URSAPipeline(ConditionMixin, PromptCutter, UDMPipeline):
             vae: Any = (vae_class.from_original_config if is_original else vae_class.from_config)(vae_config)
         scheduler_config: Any = KineticOptimalScheduler.load_config(folder / "scheduler")
         if scheduler_config.get("codebook_size") is None:
-            sizes = {"codebook_size": transformer.config.codebook_size, "codebook_dim": vae.config.vq_embed_dim}
+            codebook_dim = vae.config.vq_embed_dim
+            if vae_class is AutoencoderVQCosmos3D:  # whose codes are not those of the scheduler, a small file
+                codes = KineticOptimalScheduler.from_pretrained(
+                    pretrained_model_name_or_path, subfolder="scheduler", **kwargs
+                )
+                codebook_dim = codes.config.codebook_dim
+            sizes = {"codebook_size": transformer.config.codebook_size, "codebook_dim": codebook_dim}
             scheduler_config = {**scheduler_config, **sizes}
         scheduler = KineticOptimalScheduler.from_config(scheduler_config)
         index: Any = cls.load_config(folder)

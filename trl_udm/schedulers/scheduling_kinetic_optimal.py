@@ -440,8 +440,8 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
                 Clean token ids x₁.
             noised_samples (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
                 Token ids of the states x_t.
-            t (`torch.Tensor` of shape `(batch_size,)`):
-                Their times, in `[0, 1)`.
+            t (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_tokens)`):
+                Their times, in `[0, 1]`. A token at time 1 counts as one at the last step.
             num_inference_steps (`int`):
                 Number of steps N of the grid.
 

@@ -106,6 +106,9 @@ class UDMGRPOConfig(GRPOConfig):
         timestep_sampling (`str`, *optional*, defaults to `"consecutive"`):
             How the K steps are drawn. `"consecutive"`: from a start on. `"stratified"`: one from each of K equal parts
             of the steps that the window reaches, which are `timestep_window[0]` to `timestep_window[1] + K - 1`.
+        frame_timesteps (`bool`, *optional*, defaults to `False`):
+            Whether each frame of a video has K steps of its own. Frames are the first axis of the pipeline's latent
+            shape. By default all frames of a sample have the same steps.
         timestep_weighting (`str`, *optional*, defaults to `"none"`):
             Weights of a sample's tokens in log π. `"none"`: all tokens that count weigh the same. `"elbo"`: as in the
             evidence lower bound of the sample, [`KineticOptimalScheduler.elbo_weights`].
@@ -242,6 +245,9 @@ class UDMGRPOConfig(GRPOConfig):
         default="consecutive",
         metadata={"help": "'consecutive': K steps from a start on. 'stratified': one from each of K equal parts."},
     )
+    frame_timesteps: bool = field(
+        default=False, metadata={"help": "Whether each frame of a video has its own K steps."}
+    )
     timestep_weighting: Literal["none", "elbo"] = field(
         default="none", metadata={"help": "Weights of the tokens in log π: equal, or those of the ELBO."}
     )
@@ -342,6 +348,13 @@ class UDMGRPOConfig(GRPOConfig):
                 f"`timestep_weighting` must be 'none' with `action={self.action!r}` and `trajectory="
                 f"{self.trajectory!r}`, got 'elbo': the bound is of the clean sample at forward states."
             )
+        is_forward = (self.action, self.trajectory, self.timestep_weighting) == ("clean", "forward", "none")
+        if self.frame_timesteps and not is_forward:
+            raise ValueError(
+                f"`frame_timesteps` must be False with `action={self.action!r}`, `trajectory={self.trajectory!r}` and "
+                f"`timestep_weighting={self.timestep_weighting!r}`, got True: all frames of a sampler's state, and of "
+                "the bound's, have one time. Set 'clean', 'forward' and 'none'."
+            )
         if self.top_entropy_quantile < 1.0 and self.importance_sampling_level == "sequence":
             raise ValueError(
                 f"`top_entropy_quantile` must be 1.0 with `importance_sampling_level='sequence'`, got "
@@ -412,12 +425,17 @@ def _find_nearest(fits: Callable[[int], bool], value: int, first: int, last: int
     return " or ".join(str(size) for side in sides for size in itertools.islice(filter(fits, side), 1)) or "none"
 
 
-def check_scheduler(args: UDMGRPOConfig, scheduler: Any) -> None:
-    """Raises a `ValueError` if an option needs a method that the scheduler does not have."""
-    if args.timestep_weighting == "elbo" and not hasattr(scheduler, "elbo_weights"):
+def check_pipeline(args: UDMGRPOConfig, pipeline: Any) -> None:
+    """Raises a `ValueError` if an option needs what the pipeline or its scheduler does not have."""
+    if args.timestep_weighting == "elbo" and not hasattr(pipeline.scheduler, "elbo_weights"):
         raise ValueError(
-            f"`timestep_weighting` must be 'none' with a {type(scheduler).__name__}, got 'elbo': it has no "
+            f"`timestep_weighting` must be 'none' with a {type(pipeline.scheduler).__name__}, got 'elbo': it has no "
             "`elbo_weights`. A `KineticOptimalScheduler` has."
+        )
+    if args.frame_timesteps and not pipeline.takes_token_times:
+        raise ValueError(
+            f"`frame_timesteps` must be False with a {type(pipeline).__name__}, got True: by its `takes_token_times`, "
+            "all tokens of a sample have one time."
         )
 
 
