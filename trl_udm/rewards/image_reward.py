@@ -108,7 +108,7 @@ class ImageRewardReward(ModelReward):
 
     def _load(self) -> None:
         file = find_file(self.model_name_or_path, ["ImageReward.pt"])
-        model = load_image_reward(load_tensors(file), str(file))
+        model = _build_model(load_tensors(file), str(file))
         self._tokenizer = BertTokenizer.from_pretrained(self.tokenizer_name_or_path)
         image_size = model["vision"].config.image_size
         # CLIP's: the shorter edge is resized, the center cropped, and the same means and deviations are used.
@@ -134,7 +134,7 @@ class ImageRewardReward(ModelReward):
         return (self._model["head"](states[:, 0].float()).squeeze(-1) - MEAN) / STD  # (B,)
 
 
-def load_image_reward(weights: dict[str, torch.Tensor], source: str) -> nn.ModuleDict:
+def _build_model(weights: dict[str, torch.Tensor], source: str) -> nn.ModuleDict:
     """
     Make the network of ImageReward, of the sizes that the weights have.
 
