@@ -67,10 +67,8 @@ def build_tokenizer():
     return tokenizer
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """The authors' files and the base model, small."""
-    folder = tmp_path_factory.mktemp("hpsv3")
+def save_original_files(folder):
+    """Save the authors' files and the base model, small, and return the weights and the network that has them."""
     tokenizer = build_tokenizer()
     config = Qwen2VLConfig(
         text_config={
@@ -106,7 +104,13 @@ def files(tmp_path_factory):
     weights = {name.replace("language_model.", "model.", 1): weight for name, weight in weights.items()}
     save_file(weights, folder / "HPSv3.safetensors")
     (folder / "data_collator_qwen.py").write_text(SOURCE)
-    return folder, weights, model
+    return weights, model
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hpsv3")
+    return folder, *save_original_files(folder)
 
 
 def convert(folder, output_dir, checkpoint="HPSv3.safetensors", source="data_collator_qwen.py"):

@@ -126,11 +126,16 @@ def score_by_hand(weights, ids, pixels):
     return (state.item() - 0.16717362830052426) / 1.0333394966054072
 
 
+def save_tiny_image_reward(folder, tokenizer_folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(build_original_weights(), folder / "ImageReward.pt")
+    BertTokenizer(vocab={word: index for index, word in enumerate(WORDS)}).save_pretrained(tokenizer_folder)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("image_reward")
-    torch.save(build_original_weights(), path / "ImageReward.pt")
-    BertTokenizer(vocab={word: index for index, word in enumerate(WORDS)}).save_pretrained(path)
+    save_tiny_image_reward(path, path)
     return str(path)
 
 

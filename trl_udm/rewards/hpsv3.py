@@ -165,5 +165,5 @@ class HPSv3Reward(ModelReward):
         for token in self._tokenizer.get_added_vocab():  # a prompt cannot add an image or a second reward token
             prompt = prompt.replace(token, token.replace("|", " "))
         text = self._template.replace("{text_prompt}", prompt)
-        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-        return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        messages: Any = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+        return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

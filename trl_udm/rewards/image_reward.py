@@ -20,13 +20,14 @@ layer, and gives the state of its first token to a head of five linear layers. T
 """
 
 import math
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from PIL import Image
 from torch import nn
 from transformers import (
-    BertTokenizer,
+    AutoTokenizer,
     BlipTextConfig,
     BlipTextModel,
     BlipVisionConfig,
@@ -108,8 +109,8 @@ class ImageRewardReward(ModelReward):
 
     def _load(self) -> None:
         file = find_file(self.model_name_or_path, ["ImageReward.pt"])
-        model = _build_model(load_tensors(file), str(file))
-        self._tokenizer = BertTokenizer.from_pretrained(self.tokenizer_name_or_path)
+        model: Any = _build_model(load_tensors(file), str(file))
+        self._tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name_or_path)
         image_size = model["vision"].config.image_size
         # CLIP's: the shorter edge is resized, the center cropped, and the same means and deviations are used.
         self._image_processor = CLIPImageProcessorPil(size=image_size, crop_size=image_size)
