@@ -142,6 +142,8 @@ class Handler(BaseHTTPRequestHandler):
                 choice["finish_reason"] = "content_filter"
             elif word == "garbage":
                 message["content"] = "a lovely picture"
+            elif word == "parts":
+                message["content"] = [{"type": "text", "text": "10"}]
             elif word == "long":
                 choice["finish_reason"] = "length"
             elif word == "yes":
@@ -188,13 +190,14 @@ PLAIN = JudgeTemplate("{prompt}", high=10)
 
 
 def test_no_failure_of_a_judge_is_a_reward_of_zero(server, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")  # as from a file
     problems = {
         "good": None,
         "busy": None,
         "refused": "refused",
         "filtered": "refused",
         "garbage": "unparsable",
+        "parts": "unparsable",
         "long": "unparsable",
         "broken": "failed",
         "slow": "failed",
@@ -212,10 +215,10 @@ def test_no_failure_of_a_judge_is_a_reward_of_zero(server, monkeypatch):
     assert rewards == [1.0 if problem is None else None for problem in problems.values()]
     for kind in ("refused", "unparsable", "failed"):
         assert logged[f"vlm_judge/{kind}"] == [float(problem == kind) for problem in problems.values()]
-    assert logged["vlm_judge/prompt_tokens"] == [100] * 6 + [0] * 5
-    assert logged["vlm_judge/cost"] == pytest.approx([2e-4] * 6 + [0] * 5)
+    assert logged["vlm_judge/prompt_tokens"] == [100] * 7 + [0] * 5
+    assert logged["vlm_judge/cost"] == pytest.approx([2e-4] * 7 + [0] * 5)
     assert extras["vlm_judge_answer"][:3] == ["10", "10", "I cannot help with that."]
-    assert "500" in extras["vlm_judge_answer"][6]
+    assert "500" in extras["vlm_judge_answer"][7]
     assert server.counts["busy"] == server.counts["broken"] == 2
     assert 2 <= server.max_running <= 4 + 1  # the client left a slow answer, which the server still works on
 

@@ -216,7 +216,7 @@ class VLMJudgeReward:
         api_key_variable (`str`, *optional*, defaults to `"OPENAI_API_KEY"`):
             Environment variable with the key. With a `base_url`, it may be unset.
         max_concurrency (`int`, *optional*, defaults to `8`):
-            Number of requests at a time.
+            Number of requests at a time, in each process.
         timeout (`float`, *optional*, defaults to `60.0`):
             Seconds for a request. A judgment takes `(max_retries + 1) * timeout` at most, with all waiting.
         max_retries (`int`, *optional*, defaults to `4`):
@@ -328,7 +328,7 @@ dtype `torch.uint8`):
             import openai
         except ImportError as error:
             raise ImportError("`VLMJudgeReward` needs OpenAI's client: `pip install trl-udm[judge]`.") from error
-        api_key = os.environ.get(self.api_key_variable)
+        api_key = os.environ.get(self.api_key_variable, "").strip()
         if not api_key and self.base_url is None:
             raise ValueError(f"The environment variable {self.api_key_variable} must have the key of OpenAI's server.")
         videos = self._select_frames(completions, len(prompts))
@@ -407,8 +407,7 @@ dtype `torch.uint8`):
                     completion = await client.chat.completions.create(
                         model=self.model, messages=[{"role": "user", "content": content}], **options
                     )
-                    choice = completion.choices[0]
-                    answer = choice.message.content or ""
+                choice, answer, probability = _read_completion(completion)
             except TimeoutError:
                 return _Judgment("no answer in time", problem="failed")
             except openai.APIStatusError as error:
@@ -417,24 +416,24 @@ dtype `torch.uint8`):
                     # Not `from error`, whose own message may have the key
                     raise RuntimeError(f"The judge {self.model} rejected a request: {message}") from None
                 return _Judgment(message, problem="failed")
-            except openai.APIConnectionError as error:
-                return _Judgment(f"{error} {error.__cause__ or ''}".strip(), problem="failed")
-            except (AttributeError, IndexError, TypeError, ValueError) as error:
+            except openai.APIError as error:
+                # Without the words of the cause, which may be about a header with the key
+                return _Judgment(f"{error} ({type(error.__cause__).__name__})", problem="failed")
+            except ValueError as error:
                 return _Judgment(f"no answer of a chat: {error}", problem="failed")
 
         judgment = _Judgment(answer)
         if completion.usage is not None:
-            judgment.num_prompt_tokens = completion.usage.prompt_tokens
-            judgment.num_completion_tokens = completion.usage.completion_tokens
+            judgment.num_prompt_tokens = completion.usage.prompt_tokens or 0
+            judgment.num_completion_tokens = completion.usage.completion_tokens or 0
         refusal = getattr(choice.message, "refusal", None)
         if refusal or not answer.strip() or choice.finish_reason == "content_filter":
             judgment.answer, judgment.problem = refusal or answer, "refused"
             return judgment
-        if self.template.answer == "yes_no":
-            judgment.reward = _compute_yes_probability(choice.logprobs)
-        # A number may lack its last digits where the answer was cut
-        if judgment.reward is None and (self.template.answer == "yes_no" or choice.finish_reason != "length"):
-            judgment.reward = self.template.parse(answer)
+        if self.template.answer == "yes_no" and probability is not None:
+            judgment.reward = probability
+        elif self.template.answer == "yes_no" or choice.finish_reason != "length":
+            judgment.reward = self.template.parse(answer)  # not of an answer that may lack its last digits
         if judgment.reward is None:
             judgment.problem = "unparsable"
         return judgment
@@ -461,6 +460,15 @@ def _make_content(question: str, frames: list[Image.Image]) -> list[dict[str, An
     if len(frames) > 1:
         question = f"These are {len(frames)} frames of one video, in their order. {question}"
     return [*content, {"type": "text", "text": question}]
+
+
+def _read_completion(completion: Any) -> tuple[Any, str, float | None]:
+    """The choice, its text, and the probability of yes. The client checks nothing of what a server answers."""
+    try:
+        choice = completion.choices[0]
+        return choice, str(choice.message.content or ""), _compute_yes_probability(choice.logprobs)
+    except (AttributeError, IndexError, TypeError) as error:
+        raise ValueError(str(error)) from error
 
 
 def _compute_yes_probability(logprobs: Any) -> float | None:
