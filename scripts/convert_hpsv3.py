@@ -16,8 +16,8 @@
 Converts HPS v3 from its authors' files to a folder that `HPSv3Reward` loads.
 
     hf download MizzenAI/HPSv3 HPSv3.safetensors --local-dir .
-    curl -O https://raw.githubusercontent.com/MizzenAI/HPSv3/master/hpsv3/dataset/data_collator_qwen.py
-    python scripts/convert_hpsv3.py HPSv3.safetensors data_collator_qwen.py hpsv3
+    git clone --depth 1 https://github.com/MizzenAI/HPSv3
+    python scripts/convert_hpsv3.py HPSv3.safetensors HPSv3/hpsv3/dataset/data_collator_qwen.py hpsv3
 
 HPS v3 is a fine-tuned `Qwen/Qwen2-VL-7B-Instruct` with one more token and a head. The configuration, the tokenizer and
 the image processor are those of that model. The instruction that the model was trained with is read from the authors'
