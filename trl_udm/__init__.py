@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 # A name is imported when it is first asked for (PEP 562): `import trl_udm` alone loads neither PyTorch nor TRL.
 _MODULES = {
     "AdaptiveKLCallback": ".callbacks.adaptive_kl",
+    "AestheticReward": ".rewards.clip",
     "AutoencoderVQ": ".models.autoencoder_vq",
     "AutoencoderVQCosmos3D": ".models.autoencoder_vq_cosmos3d",
     "CLIPColorClassifier": ".rewards.clip_color",
@@ -43,6 +44,9 @@ _MODULES = {
     "GenEvalReward": ".rewards.geneval",
     "GuardrailCallback": ".callbacks.guardrails",
     "HPSv2Reward": ".rewards.clip",
+    "HPSv3Reward": ".rewards.hpsv3",
+    "ImageRewardReward": ".rewards.image_reward",
+    "JudgeTemplate": ".rewards.vlm_judge",
     "KineticOptimalScheduler": ".schedulers.scheduling_kinetic_optimal",
     "Mask2FormerDetector": ".rewards.mask2former",
     "MemoryEstimate": ".memory",
@@ -59,6 +63,7 @@ _MODULES = {
     "URSAModel": ".models.modeling_ursa",
     "URSAPipeline": ".pipelines.pipeline_ursa",
     "UniformDDIMScheduler": ".schedulers.scheduling_uniform_ddim",
+    "VLMJudgeReward": ".rewards.vlm_judge",
     "estimate_memory": ".memory",
 }
 
@@ -86,6 +91,7 @@ if TYPE_CHECKING:
     from .pipelines.pipeline_text import TextUDMPipeline as TextUDMPipeline
     from .pipelines.pipeline_udm import UDMPipeline as UDMPipeline
     from .pipelines.pipeline_ursa import URSAPipeline as URSAPipeline
+    from .rewards.clip import AestheticReward as AestheticReward
     from .rewards.clip import CLIPReward as CLIPReward
     from .rewards.clip import CLIPScoreReward as CLIPScoreReward
     from .rewards.clip import HPSv2Reward as HPSv2Reward
@@ -93,9 +99,13 @@ if TYPE_CHECKING:
     from .rewards.clip_color import CLIPColorClassifier as CLIPColorClassifier
     from .rewards.frames import FrameReward as FrameReward
     from .rewards.geneval import GenEvalReward as GenEvalReward
+    from .rewards.hpsv3 import HPSv3Reward as HPSv3Reward
+    from .rewards.image_reward import ImageRewardReward as ImageRewardReward
     from .rewards.mask2former import Mask2FormerDetector as Mask2FormerDetector
     from .rewards.ocr import OCRReward as OCRReward
     from .rewards.remote.client import RemoteReward as RemoteReward
+    from .rewards.vlm_judge import JudgeTemplate as JudgeTemplate
+    from .rewards.vlm_judge import VLMJudgeReward as VLMJudgeReward
     from .schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler as KineticOptimalScheduler
     from .schedulers.scheduling_uniform_ddim import UniformDDIMScheduler as UniformDDIMScheduler
     from .throughput import ThroughputCallback as ThroughputCallback

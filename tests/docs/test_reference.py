@@ -41,6 +41,7 @@ INTERNAL = {
     "trl_udm.pipelines.original_checkpoint",
     "trl_udm.pipelines.original_fudoki",
     "trl_udm.rewards.images",
+    "trl_udm.rewards.model_reward",
     "trl_udm.rewards.remote.wire",
     "trl_udm.schedulers.draws",
     "trl_udm.worlds.shapes.benchmark",

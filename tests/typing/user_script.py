@@ -29,6 +29,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, P
 
 from trl_udm import (
     AdaptiveKLCallback,
+    AestheticReward,
     AutoencoderVQ,
     AutoencoderVQCosmos3D,
     CLIPColorClassifier,
@@ -47,6 +48,9 @@ from trl_udm import (
     GenEvalReward,
     GuardrailCallback,
     HPSv2Reward,
+    HPSv3Reward,
+    ImageRewardReward,
+    JudgeTemplate,
     KineticOptimalScheduler,
     Mask2FormerDetector,
     MemoryEstimate,
@@ -63,6 +67,7 @@ from trl_udm import (
     URSAForImageGeneration,
     URSAModel,
     URSAPipeline,
+    VLMJudgeReward,
     estimate_memory,
 )
 from trl_udm.data.files import load_rows
@@ -267,6 +272,11 @@ assert_type(OCRReward(partial=True)(["the word 'a'"], output.images, target_text
 assert_type(PickScoreReward()(["a dog"], output.images), list[float])
 assert_type(CLIPScoreReward(device=torch.device("cuda"))(["a dog"], torch.zeros(1, 3, 8, 8)), list[float])
 HPSv2Reward("folder")
+assert_type(HPSv3Reward("folder", batch_size=4)(["a dog"], output.images), list[float])
+assert_type(ImageRewardReward(dtype=torch.float16)(["a dog"], output.images), list[float])
+AestheticReward("head.pth", batch_size=4)
+assert_type(JudgeTemplate("Is it {prompt}?", answer="yes_no").parse("yes"), float | None)
+vlm_judge = VLMJudgeReward("model", "http://127.0.0.1:8000/v1", template="geneval", prices=(1.0, 2.0))
 CLIPReward("folder", prefix="a ", batch_size=4)
 remote_reward = RemoteReward(["http://one:8765", "http://two:8765"], columns=["tag"], timeout=60, name="remote")
 
@@ -310,7 +320,7 @@ assert_type(trainer.evaluate(), dict[str, float])
 
 clip_rewards = [PickScoreReward(), CLIPScoreReward()]
 UDMGRPOTrainer(pipe.to("cuda"), clip_rewards, UDMGRPOConfig("run"), prompts)
-UDMGRPOTrainer(pipe, [geneval, OCRReward(), Brightness(), remote, remote_reward], train_dataset=prompts)
+UDMGRPOTrainer(pipe, [geneval, OCRReward(), Brightness(), remote, remote_reward, vlm_judge], train_dataset=prompts)
 UDMGRPOTrainer(pipe, (has_prompt, Brightness(2.0)), args, train_dataset=generate_ocr_prompts(100))
 UDMGRPOTrainer(pipe, remote, args, train_dataset=prompts, eval_dataset=prompts, eval_reward_funcs=[OCRReward()])
 UDMGRPOTrainer(text_pipe, "reward-model", args, train_dataset=Dataset.from_dict({"prompt": ["17+45="]}))
