@@ -151,6 +151,8 @@ def test_a_missing_weight_is_refused(oracle, tmp_path, name):
         ({"images": Image.new("L", (8, 8))}, r"`images` must be PIL images of mode RGB, got \['L'\]: use `image.conv"),
         ({"images": [Image.new("RGBA", (8, 8))]}, r"must be PIL images of mode RGB, got \['RGBA'\]"),
         ({"images": ["a.png"]}, r"must be PIL images of mode RGB, got \['str'\]"),
+        ({"images": None}, r"must be PIL images of mode RGB, got \['NoneType'\]"),
+        ({"images": torch.zeros(3, 8, 8)}, r"must be PIL images of mode RGB, got \['Tensor'\]"),
         ({"images": []}, "`images` must be one for each of the 1 questions, got 0"),
         ({"questions": [QUESTION] * 2}, "`images` must be one for each of the 2 questions, got 1"),
         ({"max_text_length": 90}, "`max_text_length` must be at least 95 for the longest question, got 90"),

@@ -181,7 +181,7 @@ class FUDOKIUnderstandingPipeline(TextMixin, UDMPipeline):
         noised_samples: torch.Tensor,
         latent_shape: tuple[int, ...],
         t: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
+        image_features: Any = None,
     ) -> torch.Tensor:
         """As in [`UDMPipeline`], for prompts without padding and with the `image_features` of `encode_image`."""
         input_ids = torch.cat([prompt_ids, noised_samples], dim=1)  # (B, L)
@@ -235,10 +235,11 @@ class FUDOKIUnderstandingPipeline(TextMixin, UDMPipeline):
             ValueError: If an argument is out of its range, or a question leaves no room for an answer.
         """
         self.check_components()
-        images, questions = (list(x) if isinstance(x, (list, tuple)) else [x] for x in (images, questions))
+        images = images if isinstance(images, list) else [images]
+        questions = questions if isinstance(questions, list) else [questions]
         if not questions or not all(isinstance(question, str) for question in questions):
             raise ValueError(f"`questions` must be a string or a non-empty list of strings, got {questions!r}.")
-        modes = [getattr(image, "mode", type(image).__name__) for image in images]
+        modes = [image.mode if isinstance(image, Image.Image) else type(image).__name__ for image in images]
         if set(modes) - {"RGB"}:
             raise ValueError(f'`images` must be PIL images of mode RGB, got {modes}: use `image.convert("RGB")`.')
         if len(images) != len(questions):
@@ -258,11 +259,10 @@ class FUDOKIUnderstandingPipeline(TextMixin, UDMPipeline):
             )
         self.scheduler.set_timesteps(num_inference_steps, device=self._execution_device)
         answers = []
-        for image, prompt, length, rng in self.progress_bar(
-            list(zip(images, prompts, lengths, generators, strict=True))
-        ):
+        rows = list(zip(images, prompts, lengths, generators, strict=True))
+        for image, (prompt_ids, prompt_mask), length, rng in self.progress_bar(rows):
             features = self.encode_image(self.prepare_image(image))
             options: dict[str, Any] = {"generator": rng, "image_features": features}
-            answer = self.sample_tokens(*prompt, (length,), num_inference_steps, **options).clean_samples
-            answers += [text.strip() for text in self.decode(answer, (length,))]
+            output = self.sample_tokens(prompt_ids, prompt_mask, (length,), num_inference_steps, **options)
+            answers += [text.strip() for text in self.decode(output.clean_samples, (length,))]
         return answers

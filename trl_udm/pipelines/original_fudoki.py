@@ -164,7 +164,7 @@ def convert_reader(
     Raises:
         ValueError: If a weight is missing from which a size is read.
     """
-    reader = {}
+    reader: dict[str, torch.Tensor] = {}
     for name, weight in rename_weights(weights, "reader").items():
         # A matrix each for queries, keys and values
         parts = zip("qkv", weight.chunk(3), strict=True) if "{}" in name else [("", weight)]
@@ -222,8 +222,7 @@ def load_original_fudoki(
         TypeError: If an argument is unknown.
         ValueError: If a part is damaged, lacks a weight, has the wrong shape, or holds more than it should.
     """
-    names = ["transformer", "scheduler", "tokenizer"]
-    embedding = "text_embedding.pt"
+    names, embedding = ["transformer", "scheduler", "tokenizer"], "text_embedding.pt"
     if num_vision_heads is None:
         names += ["vae", "max_prompt_length", "uncond_token_id"]
         embedding = "image_embedding.pt"
@@ -241,12 +240,13 @@ def load_original_fudoki(
     # transformers normalizes codes when it decodes, but not when it encodes
     codes = torch.nn.functional.normalize(vae["quantize.embedding.weight"].float(), dim=-1)
     vae["quantize.embedding.weight"] = codes
-    if "transformer" not in components and num_vision_heads is None:
-        components["transformer"] = _load_model(FUDOKIForImageGeneration, config, transformer, folder, dtype)
-    elif "transformer" not in components:
-        reader, config.vision_config = convert_reader(state_dict, config, num_vision_heads)
-        weights = {**transformer, **reader, **{f"model.vqmodel.{name}": weight for name, weight in vae.items()}}
-        components["transformer"] = _load_model(JanusForConditionalGeneration, config, weights, folder, dtype)
+    if "transformer" not in components:
+        model_class: Any = FUDOKIForImageGeneration
+        if num_vision_heads is not None:
+            model_class = JanusForConditionalGeneration
+            reader, config.vision_config = convert_reader(state_dict, config, num_vision_heads)
+            transformer |= reader | {f"model.vqmodel.{name}": weight for name, weight in vae.items()}
+        components["transformer"] = _load_model(model_class, config, transformer, folder, dtype)
     if "vae" not in components and num_vision_heads is None:
         components["vae"] = _load_model(JanusVQVAE, config.vq_config, vae, folder, dtype)
     if "scheduler" not in components:
