@@ -14,6 +14,7 @@
 
 """The numbers come from an independent run of the public reference code, WanZhengyan/dFlowGRPO at commit aa81e50."""
 
+import copy
 import json
 import shutil
 
@@ -165,7 +166,11 @@ def test_bad_arguments_are_refused(pipe, image, changes, message):
         pipe(**{"images": image, "questions": QUESTION, **changes})
 
 
-def test_codes_of_another_size_and_training_are_refused(pipe, tmp_path):
+def test_other_components_and_training_are_refused(pipe, tmp_path):
+    tokenizer = copy.deepcopy(pipe.tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"`tokenizer` must have BOS, EOS, .* got the ids \[340, None, 344, 345\]"):
+        FUDOKIUnderstandingPipeline(pipe.transformer, pipe.scheduler, tokenizer)
     scheduler = type(pipe.scheduler)(metric_power=4.0)
     scheduler.set_codebook(torch.randn(64, 8, generator=seeded()))
     with pytest.raises(ValueError, match="`scheduler` must have a code for each of the 384 text tokens, got 64"):

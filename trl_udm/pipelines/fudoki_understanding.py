@@ -56,7 +56,7 @@ class FUDOKIUnderstandingPipeline(TextMixin, UDMPipeline):
             The text tokenizer. BOS is put before its tokens, once.
 
     Raises:
-        ValueError: If the scheduler has not one code for each token of the text vocabulary.
+        ValueError: If the scheduler has not one code for each token of the text vocabulary, or a token is missing.
 
     Example:
 
@@ -88,9 +88,14 @@ class FUDOKIUnderstandingPipeline(TextMixin, UDMPipeline):
                 f"`scheduler` must have a code for each of the {vocab_size} text tokens, got {codebook_size} codes. "
                 "Those of the original are in `text_embedding.pt`."
             )
-        self.end_token_ids = [tokenizer.eos_token_id]
         tokens: Any = tokenizer.convert_tokens_to_ids(["<begin_of_image>", "<end_of_image>"])
         self.begin_token_id, self.end_token_id = tokens
+        self.end_token_ids = [tokenizer.eos_token_id]
+        if None in (tokenizer.bos_token_id, tokenizer.eos_token_id, *tokens):
+            raise ValueError(
+                "`tokenizer` must have BOS, EOS, `<begin_of_image>` and `<end_of_image>`, got the ids "
+                f"{[tokenizer.bos_token_id, tokenizer.eos_token_id, *tokens]}."
+            )
         self.image_processor = VaeImageProcessor(do_resize=False)
 
     @classmethod
