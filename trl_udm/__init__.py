@@ -40,6 +40,7 @@ _MODULES = {
     "EMACallback": ".trainer.ema",
     "FUDOKIForImageGeneration": ".models.modeling_fudoki",
     "FUDOKIPipeline": ".pipelines.pipeline_fudoki",
+    "FUDOKIUnderstandingPipeline": ".pipelines.fudoki_understanding",
     "FrameReward": ".rewards.frames",
     "GenEvalReward": ".rewards.geneval",
     "GuardrailCallback": ".callbacks.guardrails",
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     from .models.modeling_fudoki import FUDOKIForImageGeneration as FUDOKIForImageGeneration
     from .models.modeling_ursa import URSAForImageGeneration as URSAForImageGeneration
     from .models.modeling_ursa import URSAModel as URSAModel
+    from .pipelines.fudoki_understanding import FUDOKIUnderstandingPipeline as FUDOKIUnderstandingPipeline
     from .pipelines.pipeline_diffusion_gemma import DiffusionGemmaUDMPipeline as DiffusionGemmaUDMPipeline
     from .pipelines.pipeline_fudoki import FUDOKIPipeline as FUDOKIPipeline
     from .pipelines.pipeline_text import TextUDMPipeline as TextUDMPipeline

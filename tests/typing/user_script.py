@@ -45,6 +45,7 @@ from trl_udm import (
     EMACallback,
     FUDOKIForImageGeneration,
     FUDOKIPipeline,
+    FUDOKIUnderstandingPipeline,
     GenEvalReward,
     GuardrailCallback,
     HPSv2Reward,
@@ -143,6 +144,8 @@ assert_type(fudoki.transformer, FUDOKIForImageGeneration)
 assert_type(fudoki("a red car", num_inference_steps=50).images[0], Image.Image)
 assert_type(fudoki("a red car", output_type="latent").images, torch.Tensor)
 fudoki.load_lora_weights("release", subfolder="lora_adapter")
+reader = FUDOKIUnderstandingPipeline.from_pretrained("LucasJinWang/FUDOKI", dtype=torch.bfloat16).to("cuda")
+assert_type(reader(Image.open("car.png").convert("RGB"), "What is it?", generator=torch.Generator()), list[str])
 
 config = URSAConfig(text_vocab_size=320, codebook_size=256, bov_token_id=315, hidden_size=64)
 network = URSAForImageGeneration(config)

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from peft.utils import CONFIG_NAME
-from transformers import PreTrainedTokenizerFast
-from transformers.models.janus import JanusConfig, JanusVQVAE
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.janus import JanusConfig, JanusForConditionalGeneration, JanusVisionConfig, JanusVQVAE
 
 from ..models.modeling_fudoki import FUDOKIForImageGeneration
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
@@ -56,8 +56,26 @@ _RENAMES = {
         r"gen_vision_model\.decoder\.conv_blocks\.(\d+)\.(attn|upsample)\.": r"decoder.up.\1.\2.",
         r"gen_vision_model\.(quant_conv|post_quant_conv|quantize\.embedding)\.": r"\1.",
     },
+    "reader": {
+        r"language_model\.lm_head\.": "lm_head.",
+        r"aligner\.layers\.0\.": "model.aligner.fc1.",
+        r"aligner\.layers\.2\.": "model.aligner.hidden_layers.0.",
+        r"vision_model\.vision_tower\.pos_embed$": "model.vision_model.embeddings.position_embedding.weight",
+        r"vision_model\.vision_tower\.patch_embed\.proj\.": "model.vision_model.embeddings.patch_embedding.",
+        r"vision_model\.vision_tower\.norm\.": "model.vision_model.post_layernorm.",
+        r"vision_model\.vision_tower\.blocks\.(\d+)\.mlp\.": r"model.vision_model.encoder.layers.\1.mlp.",
+        r"vision_model\.vision_tower\.blocks\.(\d+)\.norm(\d)\.": (
+            r"model.vision_model.encoder.layers.\1.layer_norm\2."
+        ),
+        r"vision_model\.vision_tower\.blocks\.(\d+)\.attn\.proj\.": (
+            r"model.vision_model.encoder.layers.\1.self_attn.projection_layer."
+        ),
+        r"vision_model\.vision_tower\.blocks\.(\d+)\.attn\.qkv\.": (
+            r"model.vision_model.encoder.layers.\1.self_attn.{}_proj."
+        ),
+    },
 }
-"""Names of weights in the original layout, by component, and here. The other weights are for reading images."""
+"""Names of weights in the original layout, by component, and here. The reader is what only reading images needs."""
 
 _ADAPTED_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """In the order of the original's parameters, and so of the tensors in `ema_state.pt`."""
@@ -71,7 +89,7 @@ def rename_weights(weights: Mapping[str, Any], component: str) -> dict[str, Any]
         weights (`Mapping[str, Any]`):
             Original weights, or their shapes, by name.
         component (`str`):
-            `"transformer"` or `"vae"`.
+            `"transformer"`, `"vae"` or `"reader"`.
 
     Returns:
         `dict[str, Any]`: Those of the component.
@@ -126,14 +144,62 @@ def convert_config(config: dict[str, Any], shapes: Mapping[str, torch.Size]) -> 
         raise ValueError(f"The checkpoint is not one of FUDOKI: it has no {error}.") from error
 
 
+def convert_reader(
+    weights: Mapping[str, torch.Tensor], config: JanusConfig, num_vision_heads: int
+) -> tuple[dict[str, torch.Tensor], JanusVisionConfig]:
+    """
+    Converts what reads images. The configuration is read from the shapes of the weights.
+
+    Args:
+        weights (`Mapping[str, torch.Tensor]`):
+            Original weights, by name.
+        config ([`~transformers.JanusConfig`]):
+            From `convert_config`.
+        num_vision_heads (`int`):
+            Number of attention heads of the vision encoder.
+
+    Returns:
+        `tuple`: The weights of the reader, and the configuration of the vision encoder.
+
+    Raises:
+        ValueError: If a weight is missing from which a size is read.
+    """
+    reader: dict[str, torch.Tensor] = {}
+    for name, weight in rename_weights(weights, "reader").items():
+        # A matrix each for queries, keys and values
+        parts = zip("qkv", weight.chunk(3), strict=True) if "{}" in name else [("", weight)]
+        reader |= {name.format(letter): part for letter, part in parts}
+    prefix = "model.vision_model."
+    layers = {name.split(".")[4] for name in reader if name.startswith(f"{prefix}encoder.layers.")}
+    try:
+        hidden_size, _, patch_size, _ = reader[f"{prefix}embeddings.patch_embedding.weight"].shape
+        mlp_size = len(reader[f"{prefix}encoder.layers.0.mlp.fc1.bias"])
+        positions = f"{prefix}embeddings.position_embedding.weight"
+        reader[positions] = reader[positions].flatten(0, 1)
+    except KeyError as error:
+        raise ValueError(f"The checkpoint cannot read images: it has no {error}.") from error
+    vision_config = JanusVisionConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=len(layers),
+        num_attention_heads=num_vision_heads,
+        mlp_ratio=mlp_size / hidden_size,
+        image_size=config.vision_config.image_size,
+        patch_size=patch_size,
+        num_image_tokens=len(reader[positions]),
+        projection_dim=config.text_config.hidden_size,
+    )
+    return reader, vision_config
+
+
 def load_original_fudoki(
     pretrained_model_name_or_path: str | os.PathLike,
     dtype: torch.dtype | None = None,
     torch_dtype: torch.dtype | None = None,
+    num_vision_heads: int | None = None,
     **kwargs,
 ) -> dict[str, Any]:
     """
-    Loads the components of [`FUDOKIPipeline`] from the original layout.
+    Loads the components of [`FUDOKIPipeline`], or of [`FUDOKIUnderstandingPipeline`], from the original layout.
 
     Args:
         pretrained_model_name_or_path (`str` or `Path`):
@@ -142,51 +208,61 @@ def load_original_fudoki(
             Dtype of transformer and VQ autoencoder. Defaults to float32. The scheduler's codebook is always float32.
         torch_dtype (`torch.dtype`, *optional*):
             Former name of `dtype`.
+        num_vision_heads (`int`, *optional*):
+            Number of attention heads of the vision encoder. Without it, the components are those that draw images.
         kwargs:
-            Hub options, `max_prompt_length` and `uncond_token_id`, and components to use instead of the stored ones.
+            Hub options, components to use instead of the stored ones, and for [`FUDOKIPipeline`] `max_prompt_length`
+            and `uncond_token_id`.
 
     Returns:
-        `dict[str, Any]`: Arguments of [`FUDOKIPipeline`].
+        `dict[str, Any]`: Arguments of the pipeline.
 
     Raises:
         OSError: If a part is missing.
         TypeError: If an argument is unknown.
         ValueError: If a part is damaged, lacks a weight, has the wrong shape, or holds more than it should.
     """
-    names = ("transformer", "scheduler", "tokenizer", "vae")
-    unknown = sorted(set(kwargs) - {*HUB_KWARGS, *names, "max_prompt_length", "uncond_token_id"})
+    names, embedding = ["transformer", "scheduler", "tokenizer"], "text_embedding.pt"
+    if num_vision_heads is None:
+        names += ["vae", "max_prompt_length", "uncond_token_id"]
+        embedding = "image_embedding.pt"
+    unknown = sorted(set(kwargs) - {*HUB_KWARGS, *names})
     if unknown:
         raise TypeError(f"Arguments not supported for checkpoints in the original layout: {unknown}.")
     dtype = dtype or torch_dtype or torch.float32
     components = {name: value for name, value in kwargs.items() if name not in HUB_KWARGS}
     hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-    folder = find_folder(
-        pretrained_model_name_or_path, ["*.json", "*.safetensors", "image_embedding.pt"], **hub_kwargs
-    )
+    folder = find_folder(pretrained_model_name_or_path, ["*.json", "*.safetensors", embedding], **hub_kwargs)
     state_dict = load_state_dict(folder, _WEIGHTS_NAME)
     shapes = {name: tensor.shape for name, tensor in state_dict.items()}
     config = convert_config(load_json(folder / "config.json"), shapes)
+    transformer, vae = rename_weights(state_dict, "transformer"), rename_weights(state_dict, "vae")
+    # transformers normalizes codes when it decodes, but not when it encodes
+    codes = torch.nn.functional.normalize(vae["quantize.embedding.weight"].float(), dim=-1)
+    vae["quantize.embedding.weight"] = codes
     if "transformer" not in components:
-        weights = rename_weights(state_dict, "transformer")
-        with torch.device("meta"):
-            check_state_dict(weights, FUDOKIForImageGeneration(config).state_dict(), folder)
-        components["transformer"] = FUDOKIForImageGeneration.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype
-        )
-    if "vae" not in components:
-        weights = rename_weights(state_dict, "vae")
-        with torch.device("meta"):
-            check_state_dict(weights, JanusVQVAE(config.vq_config).state_dict(), folder)
-        # transformers normalizes codes when it decodes, but not when it encodes
-        codes = torch.nn.functional.normalize(weights["quantize.embedding.weight"].float(), dim=-1)
-        weights["quantize.embedding.weight"] = codes
-        components["vae"] = JanusVQVAE.from_pretrained(None, config=config.vq_config, state_dict=weights, dtype=dtype)
+        model_class: Any = FUDOKIForImageGeneration
+        if num_vision_heads is not None:
+            model_class = JanusForConditionalGeneration
+            reader, config.vision_config = convert_reader(state_dict, config, num_vision_heads)
+            transformer |= reader | {f"model.vqmodel.{name}": weight for name, weight in vae.items()}
+        components["transformer"] = _load_model(model_class, config, transformer, folder, dtype)
+    if "vae" not in components and num_vision_heads is None:
+        components["vae"] = _load_model(JanusVQVAE, config.vq_config, vae, folder, dtype)
     if "scheduler" not in components:
         components["scheduler"] = KineticOptimalScheduler(metric_power=4.0)
-        components["scheduler"].set_codebook(load_embedding(find_file(folder, ["image_embedding.pt"])))
+        components["scheduler"].set_codebook(load_embedding(find_file(folder, [embedding])))
     if "tokenizer" not in components:
         components["tokenizer"] = load_original_tokenizer(folder)
     return components
+
+
+def _load_model(
+    model_class: Any, config: Any, weights: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype
+) -> PreTrainedModel:
+    with torch.device("meta"):
+        check_state_dict(weights, model_class(config).state_dict(), folder)
+    return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
 
 
 def find_folder(pretrained_model_name_or_path: str | os.PathLike, patterns: list[str], **hub_kwargs: Any) -> Path:
