@@ -43,6 +43,7 @@ from trl_udm import (
     DiagnosticsCallback,
     DiffusionGemmaUDMPipeline,
     EMACallback,
+    FrameReward,
     FUDOKIForImageGeneration,
     FUDOKIPipeline,
     FUDOKIUnderstandingPipeline,
@@ -278,6 +279,7 @@ HPSv2Reward("folder")
 assert_type(HPSv3Reward("folder", batch_size=4)(["a dog"], output.images), list[float])
 assert_type(ImageRewardReward(dtype=torch.float16)(["a dog"], output.images), list[float])
 AestheticReward("head.pth", batch_size=4)
+FrameReward(AestheticReward("head.pth"), frames="middle", reduce="min")
 assert_type(JudgeTemplate("Is it {prompt}?", answer="yes_no").parse("yes"), float | None)
 vlm_judge = VLMJudgeReward("model", "http://127.0.0.1:8000/v1", template="geneval", prices=(1.0, 2.0))
 CLIPReward("folder", prefix="a ", batch_size=4)
