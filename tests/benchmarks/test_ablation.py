@@ -92,6 +92,7 @@ def test_passes_count_rollout_scoring_and_update():
 
 
 def test_settings_may_have_equal_numbers_of_passes(tmp_path, ablation):
-    trainings = ablation("--output_dir", tmp_path, "--seeds", 1, "--groups", "algorithms", "--max_passes", 440)
+    flags = ("--seeds", 1, "--groups", "algorithms", "--max_passes", 440, "--num_workers", 1)
+    trainings = ablation("--output_dir", tmp_path, *flags)
     steps = [int(flags[flags.index("--max_steps") + 1]) for flags in trainings]
     assert steps == [20, 23, 13, 12, 12, 13, 34, 23]

@@ -274,7 +274,7 @@ def test_pairs(tmp_path, pipe, folder, results, case):
 class ReplayTrainer(DFlowGRPOTrainer):
     """Takes the rollouts from a recording, and keeps the clipped gradients and the weights of each update."""
 
-    def _rollout(self, prompts, mode, return_trajectory=False, on_decoded=None):
+    def _rollout(self, prompts, mode, *args, **kwargs):
         number = len(self.updates)
         recorded = {
             name.partition(".")[2]: tensor for name, tensor in self.recording.items() if f"rollout{number}." in name

@@ -110,14 +110,19 @@ def test_two_processes_do_what_one_does(tmp_path, backend):
         sampled["half"] = {**SAMPLED, "bf16": True}
     images = {"images": IMAGES, "images_lora": {**IMAGES, "use_lora": True, "log_completions": True}}
     evaluations = EVALUATIONS if backend[1] == "ddp" else {}
+    refused = {"uneven": {**IMAGES, "eval_batch_size": 2, "is_refused": True}} if backend[1] == "fsdp2" else {}
     # All in one launch, since each begins with the imports
-    process = launch(tmp_path, *backend, {**UPDATES, **sampled, **images, **evaluations})
+    process = launch(tmp_path, *backend, {**UPDATES, **sampled, **images, **evaluations, **refused})
     assert process.returncode == 0, process.stderr[-5000:]
     check_updates(tmp_path)
     check_samples_and_checkpoints(tmp_path, has_half="half" in sampled)
     check_images(tmp_path)
     if evaluations:
         check_evaluations(tmp_path, process.stderr)
+    if refused:  # sharded weights are evaluated in equally many batches a process
+        for message in load(tmp_path, "uneven"):
+            assert "`batch_size` must share 2 images out among 2 processes" in message
+            assert "got 2. Nearest valid values: [1]." in message
 
 
 def check_updates(tmp_path):
@@ -211,10 +216,3 @@ def check_evaluations(tmp_path, stderr):
         assert metrics["eval_last_reward"] == 4.0 and metrics["eval_last_rewards/odd/mean"] is None
     # The warnings of both processes, whichever has the prompt
     assert "samples have no reward of 'failing_for_3'" in stderr
-
-
-def test_sharded_weights_are_evaluated_in_equally_many_batches_a_process(tmp_path):
-    process = launch(tmp_path, *BACKENDS["fsdp2"], {"uneven": {**IMAGES, "eval_batch_size": 2}})
-    assert process.returncode != 0
-    assert "`batch_size` must share 2 images out among 2 processes" in process.stderr
-    assert "got 2. Nearest valid values: [1]." in process.stderr
