@@ -251,5 +251,8 @@ def test_schedulers_and_arguments_that_do_not_fit_are_refused(tmp_path):
         build_trainer(tmp_path, pipeline, average_rates=True)
     with pytest.raises(TypeError, match="`args` must be a `DFlowGRPOConfig`, got UDMGRPOConfig"):
         build_trainer(tmp_path, config=lambda *args, **kwargs: UDMGRPOConfig(str(tmp_path), bf16=False))
+    with pytest.raises(TypeError, match="`args` must be a `DFlowDPOConfig`, got DFlowGRPOConfig"):
+        args = DFlowGRPOConfig(str(tmp_path), bf16=False, use_cpu=True)
+        DFlowDPOTrainer(build_toy_text_pipeline(), count_a, args, train_dataset=PROMPTS)
     with pytest.raises(TypeError, match="`pipeline` must be a `UDMPipeline`, got str"):
         build_trainer(tmp_path, "pipeline")

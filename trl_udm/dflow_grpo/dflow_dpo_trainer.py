@@ -84,6 +84,7 @@ class DFlowDPOTrainer(DFlowGRPOTrainer):
     """
 
     args: DFlowDPOConfig
+    _config_class = DFlowDPOConfig
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = super()._generate_and_score_completions(inputs)

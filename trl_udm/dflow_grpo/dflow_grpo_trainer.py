@@ -22,7 +22,6 @@ from trl.extras.profiling import profiling_decorator
 
 from ..models.layers import without_checkpointing
 from ..pipelines.pipeline_output import UDMSamplerOutput
-from ..pipelines.pipeline_udm import UDMPipeline
 from ..trainer.udm_grpo_trainer import Rollout, UDMGRPOTrainer
 from .dflow_grpo_config import DFlowGRPOConfig, check_scheduler
 from .old_policy import OldPolicyMixin
@@ -68,6 +67,7 @@ class DFlowGRPOTrainer(OldPolicyMixin, UDMGRPOTrainer):
     """
 
     args: DFlowGRPOConfig
+    _config_class = DFlowGRPOConfig
     _std_correction, _std_epsilon = 1, 1e-8
     _tag_names = ["trl", "trl-udm", "dflow-grpo"]
     _name = "dFlowGRPO"
@@ -85,15 +85,10 @@ class DFlowGRPOTrainer(OldPolicyMixin, UDMGRPOTrainer):
     }
 
     def __init__(self, pipeline: Any, reward_funcs: Any, args: DFlowGRPOConfig | None = None, **kwargs: Any):
-        if args is None:
-            args = DFlowGRPOConfig(f"{type(pipeline).__name__}-dFlowGRPO")
-        if not isinstance(args, DFlowGRPOConfig):
-            raise TypeError(f"`args` must be a `DFlowGRPOConfig`, got {type(args).__name__}.")
-        if isinstance(pipeline, UDMPipeline):  # anything else is refused below
-            check_scheduler(args, pipeline.scheduler)
-        average_rates = {"average_rates": True} if args.average_rates else {}
-        self._sampler_kwargs = {"step_kwargs": {"num_draws": args.num_draws, **average_rates}}
         super().__init__(pipeline, reward_funcs, args, **kwargs)
+        check_scheduler(self.args, pipeline.scheduler)
+        average_rates = {"average_rates": True} if self.args.average_rates else {}
+        self._sampler_kwargs = {"step_kwargs": {"num_draws": self.args.num_draws, **average_rates}}
 
     @torch.no_grad()
     def _score_rows(self, rollout: Rollout, mode: str) -> dict[str, torch.Tensor]:
@@ -104,13 +99,10 @@ class DFlowGRPOTrainer(OldPolicyMixin, UDMGRPOTrainer):
         timesteps = self._draw_timesteps(num_samples, group_size, device).squeeze(1)  # (B * K,)
         rows = torch.arange(num_samples, device=device).repeat_interleave(self.args.num_train_timesteps)  # (B * K,)
         states, steps = find_steps(self.pipeline.scheduler, rollout.output, rows, timesteps)
-        completion_mask = self.pipeline.completion_mask(clean_samples[rows])
-        if rollout.output.condition is not None:
-            completion_mask = completion_mask * (rollout.output.condition[rows] < 0)
         batch = {
             "prompt_ids": torch.cat([rollout.prompt_ids[rows], states], dim=1),
             "prompt_mask": rollout.prompt_mask[rows],
-            "completion_mask": completion_mask,
+            "completion_mask": self._mask_actions(rollout.output, clean_samples[rows]),
             **steps,
         }
         generate_every = self.args.steps_per_generation * self.num_iterations  # generation frequency

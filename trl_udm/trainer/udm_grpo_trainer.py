@@ -133,6 +133,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
 
     args: UDMGRPOConfig
     model: Any  # not `None`, as transformers says
+    _config_class: type[UDMGRPOConfig] = UDMGRPOConfig
     _sampler_kwargs: dict[str, Any] = {}  # further arguments of `pipeline.sample_tokens`
     _tag_names = ["trl", "trl-udm", "udm-grpo"]
     _name = "UDM-GRPO"
@@ -170,9 +171,9 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             raise TypeError(f"`pipeline` must be a `UDMPipeline`, got {type(pipeline).__name__}.")
         pipeline.check_components()
         if args is None:
-            args = UDMGRPOConfig(f"{type(pipeline).__name__}-UDM-GRPO")
-        if not isinstance(args, UDMGRPOConfig):
-            raise TypeError(f"`args` must be a `UDMGRPOConfig`, got {type(args).__name__}.")
+            args = self._config_class(f"{type(pipeline).__name__}-{self._name}")
+        if not isinstance(args, self._config_class):
+            raise TypeError(f"`args` must be a `{self._config_class.__name__}`, got {type(args).__name__}.")
         args = copy.copy(args)  # changed below
         check_pipeline(args, pipeline)
         datasets = check_datasets(args, train_dataset, eval_dataset)
@@ -360,10 +361,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             [rollout.prompt_mask.repeat_interleave(num_timesteps, dim=0), t.view(len(t), -1).expand_as(actions)],
             dim=1,
         )
-        completion_mask = self.pipeline.completion_mask(actions)
-        if rollout.output.condition is not None:
-            condition = rollout.output.condition.repeat_interleave(num_timesteps, dim=0)
-            completion_mask = completion_mask * (condition < 0)
+        completion_mask = self._mask_actions(rollout.output, actions)
         input_ids = torch.cat([prompt_ids, actions], dim=1)  # (B * K, T + N + N)
         attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)
         batch_size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
@@ -391,6 +389,13 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
                 with self._reference_weights() as reference:
                     batch["ref_per_token_logps"] = score(reference)[0]
         return batch
+
+    def _mask_actions(self, output: UDMSamplerOutput, actions: torch.Tensor) -> torch.Tensor:
+        """The tokens that count, of actions in rows (B * K, N). Given ones do not."""
+        mask = self.pipeline.completion_mask(actions)
+        if output.condition is None:
+            return mask
+        return mask * (output.condition.repeat_interleave(self.args.num_train_timesteps, dim=0) < 0)
 
     def _draw_timesteps(
         self, num_samples: int, group_size: int, device: torch.device, num_frames: int = 1
