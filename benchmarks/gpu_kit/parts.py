@@ -163,7 +163,7 @@ def run_step(kind: str, batch_size: int, folder: Path) -> dict[str, Any]:
 
 
 def run_kernels(kind: str, batch_size: int, folder: Path) -> dict[str, Any]:
-    """The kernels of a step with a rollout of three steps: ten are too many events. The first of them moves no token."""
+    """The kernels of a step with a rollout of three steps: ten are too many events. The first moves no token."""
     import torch
     from datasets import Dataset
     from torch.profiler import ProfilerActivity, profile
