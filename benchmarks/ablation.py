@@ -23,7 +23,8 @@ output folder then holds the runs, `results.json`, `table.md`, `curves.png` with
     python benchmarks/ablation.py --output_dir outputs/ablation
 
 "Passes" is the cost of a step per sample, in forward passes of the network: those of the rollout, those that score
-with the reference and the old policy, and three for each training row, for its forward and backward pass.
+with the reference and the old policy, and three for each training row, for its forward and backward pass. With
+`--max_passes`, all settings have the same number of them instead of the same number of steps and samples.
 """
 
 import argparse
@@ -58,6 +59,17 @@ METHOD = {
     "num_iterations": 1,
     "epsilon": 1e-4,
 }
+# The policy gradient of the sampler's own steps, all of which but the first move tokens of shapes
+DFLOW = {
+    "algorithm": "dflow_grpo",
+    "action": "intermediate",
+    "trajectory": "backward",
+    "num_train_timesteps": NUM_STEPS - 2,
+    "timestep_window": (1, 1),
+    "beta": 0.0,
+    "epsilon": 1e-3,
+    "epsilon_high": 1.5e-3,
+}
 # For each group and name, the options that differ from the method's
 SETTINGS = {
     "corners": {
@@ -91,6 +103,28 @@ SETTINGS = {
             "learning_rate": 1e-3,
         },
     },
+    "algorithms": {
+        "UDM-GRPO, beta = 0": {"beta": 0.0},
+        "dFlowGRPO": DFLOW,
+        "dFlowGRPO, and the last step": {**DFLOW, "num_train_timesteps": NUM_STEPS - 1},
+        "dFlowGRPO, as its authors' code": {
+            **DFLOW,
+            "num_train_timesteps": NUM_STEPS - 1,
+            "timestep_window": (0, 0),
+            "average_rates": True,
+        },
+        "DPO on the pairs of a group": {**DFLOW, "algorithm": "dflow_dpo", "num_pairs": 4},
+        "diffu-GRPO": {
+            "trajectory": "backward",
+            "num_train_timesteps": 1,
+            "timestep_window": (0, 0),
+            "importance_sampling_level": "token",
+            "beta": 0.0,
+            "epsilon": 1e-3,
+            "epsilon_high": 1.5e-3,
+        },
+        "online rejection fine-tuning": {"negative_advantage_scale": 0.0, "beta": 0.0},
+    },
 }
 
 
@@ -99,7 +133,8 @@ def count_passes(options: dict[str, Any]) -> float:
     rollout = NUM_STEPS * (1 if options["guidance_scale"] == 1.0 else 2)
     num_scorings = (options["beta"] != 0) + (options["num_iterations"] > 1)
     scoring = num_scorings * options["num_train_timesteps"]
-    return (rollout + scoring) / options["num_iterations"] + 3 * options["num_train_timesteps"]
+    share = 2 * options["num_pairs"] / options["num_generations"] if "num_pairs" in options else 1  # of the samples
+    return (rollout + scoring) / options["num_iterations"] + 3 * share * options["num_train_timesteps"]
 
 
 def run(options: dict[str, Any], seed: int, output_dir: Path, extra: list[str]) -> None:
@@ -216,6 +251,7 @@ def main() -> None:
     parser.add_argument("--groups", nargs="+", choices=list(SETTINGS), default=list(SETTINGS), help="what is varied")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 1, 2])
     parser.add_argument("--max_steps", type=int, default=60, help="training steps per run")
+    parser.add_argument("--max_passes", type=float, help="passes per sample and run, in place of a number of steps")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="runs at a time, each with one thread")
     args, extra = parser.parse_known_args()
     groups = {group: SETTINGS[group] for group in dict.fromkeys(["corners", *args.groups])}
@@ -229,10 +265,13 @@ def main() -> None:
             options = {**METHOD, **options}
             if group == "corners":
                 options["diagnostics_steps"] = max(1, args.max_steps // 4)
+            if args.max_passes is not None:
+                options["max_steps"] = max(1, round(args.max_passes / count_passes(options)))
             runs += [(options, seed, folder / str(seed)) for seed in args.seeds]
     # All settings are trained with the first seed before any is trained with the second
     runs.sort(key=lambda arguments: args.seeds.index(arguments[1]))
-    extra = ["--max_steps", str(args.max_steps), *extra]
+    if args.max_passes is None:
+        extra = ["--max_steps", str(args.max_steps), *extra]
     with ThreadPoolExecutor(args.num_workers) as pool:
         futures = [pool.submit(run, *arguments, extra) for arguments in runs]
         for future in tqdm(futures, desc="Training", unit="run"):

@@ -42,6 +42,7 @@ ROOT = Path(__file__).parents[1]
 SAMPLES_BETWEEN_EVALUATIONS = 1280
 TARGET = 0.90
 NUM_EVAL_SAMPLES = 4  # per held-out prompt
+NUM_DIAGNOSED_PROMPTS = 64
 WORLDS = {"shapes": "shapes.yaml", "words": "words.yaml", "sums": "arithmetic.yaml"}
 
 ALL_STEPS = {"num_train_timesteps": 8, "timestep_window": [0, 2], "timestep_sampling": "stratified"}
@@ -55,6 +56,9 @@ FAST = {
     "lr_scheduler_type": "constant_with_warmup",
     "lr_scheduler_kwargs": {},
 }
+# The KL divergence over the whole vocabulary, and a learning rate that ends at 0
+FULL_KL = {**FAST, "kl_estimator": "full", "beta": 0.03}
+DECAY = {**FULL_KL, "lr_scheduler_type": "linear"}
 # For each name, the options that differ from the paper's recipe
 SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -72,14 +76,32 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fast, negatives x 0, epsilon 0.2": {**FAST, "negative_advantage_scale": 0.0, "epsilon": 0.2},
     "fast, negatives x 0.3, epsilon 0.2": {**FAST, "negative_advantage_scale": 0.3, "epsilon": 0.2},
     "fast, epsilon 3e-3": {**FAST, "epsilon": 3e-3},
-    "fast, full KL": {**FAST, "kl_estimator": "full", "beta": 0.03},
-    "fast, full KL, 8 parts": {**FAST, "kl_estimator": "full", "beta": 0.03, "steps_per_generation": 8},
+    "fast, decay": {**FAST, "lr_scheduler_type": "linear"},
+    "fast, full KL": FULL_KL,
+    "fast, full KL, 8 parts": {**FULL_KL, "steps_per_generation": 8},
+    "fast, full KL, decay": DECAY,
+    "fast, full KL, decay, beta 0.1": {**DECAY, "beta": 0.1},
+    "fast, full KL, decay, 4 of 10 steps": {**DECAY, "num_train_timesteps": 4, "timestep_window": [0, 6]},
+    "fast, full KL, decay, rollouts of 5 steps": {
+        **DECAY,
+        "num_inference_steps": 5,
+        "num_train_timesteps": 5,
+        "timestep_window": [0, 0],
+    },
     "fast, shared noise": {**FAST, "shared_noise": True},
     "fast, ELBO": {**FAST, "timestep_weighting": "elbo"},
     "fast, std of the batch": {**FAST, "scale_rewards": "batch"},
     "fast, no EMA": {**FAST, "ema_decay": None},
     "fast, backward trajectory": {**FAST, "trajectory": "backward"},
 }
+# The corners of the paper's ablation, over its early starts and over the whole grid
+CORNERS = {
+    "backward": {"trajectory": "backward"},
+    "intermediate": {"action": "intermediate"},
+    "intermediate, backward": {"action": "intermediate", "trajectory": "backward"},
+}
+for window in ("paper", "grid"):
+    SETTINGS |= {f"{window}, {corner}": {**SETTINGS[window], **options} for corner, options in CORNERS.items()}
 
 
 def load_trainer(folder: Path, run: dict[str, Any]):
@@ -102,6 +124,7 @@ def load_trainer(folder: Path, run: dict[str, Any]):
         path, reward_func, train_dataset, eval_dataset = script.load_task(arguments, None)
         accuracy = reward_func[0] if isinstance(reward_func, list) else reward_func
         reward_funcs = [accuracy]
+    path = run["pipeline"] or path
     pipeline_class = TextUDMPipeline if run["world"] == "sums" else URSAPipeline
     pipeline = pipeline_class.from_pretrained(path)
     if run["options"]["bf16"]:
@@ -121,6 +144,7 @@ def work(folder: Path) -> None:
     import torch
     from transformers import TrainerCallback
 
+    from trl_udm import DiagnosticsCallback
     from trl_udm.checkpoint_folders import find_checkpoints, is_whole
 
     run = json.loads((folder / "run.json").read_text())
@@ -182,6 +206,8 @@ def work(folder: Path) -> None:
                 self.evaluate(args, state.global_step)
 
     trainer.add_callback(Recorder())
+    diagnosed = trainer.eval_dataset["prompt"][:NUM_DIAGNOSED_PROMPTS]
+    trainer.add_callback(DiagnosticsCallback(trainer, diagnosed, measure_steps=run["options"]["save_steps"]))
     checkpoints = [path for path in find_checkpoints(folder) if is_whole(path)]
     trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
     (folder / "done").touch()
@@ -245,13 +271,16 @@ def train(folder: Path, run: dict[str, Any]) -> None:
 
 
 def read_runs(output_dir: Path) -> list[dict[str, Any]]:
-    """The runs below a folder, each with its evaluations."""
+    """The runs below a folder, each with its evaluations, and the distances of its two kinds of states at the end."""
     runs = []
     for path in sorted(output_dir.rglob("run.json")):
-        rows_path = path.with_name("evaluations.json")
+        rows_path, diagnostics_path = path.with_name("evaluations.json"), path.with_name("diagnostics.json")
         if rows_path.exists():
-            rows = json.loads(rows_path.read_text())
-            runs.append({**json.loads(path.read_text()), "rows": rows, "is_done": path.with_name("done").exists()})
+            run = {**json.loads(path.read_text()), "rows": json.loads(rows_path.read_text())}
+            if diagnostics_path.exists():
+                last = json.loads(diagnostics_path.read_text())["measurements"][-1]["state_distance"]
+                run["distances"] = {name: statistics.fmean(values) for name, values in last.items()}
+            runs.append(run)
     return runs
 
 
@@ -259,12 +288,13 @@ def format_table(runs: list[dict[str, Any]]) -> str:
     """One row for each run: what it took to reach the target, and where it was at certain numbers of samples."""
     lines = [
         "| world | setting | learning rate | seed | samples to 0.90 | passes | seconds | at 3,840 | at 6,400 "
-        "| at 12,800 | last | samples | KL | diversity |",
-        "|---" * 14 + "|",
+        "| at 12,800 | last | samples | KL | diversity | states: forward | backward |",
+        "|---" * 16 + "|",
     ]
     for run in runs:
         options, rows = run["options"], run["rows"]
         reached = first_reached(rows, TARGET)
+        distances = run.get("distances", {})
         at = {row["samples"]: f"{row['accuracy']:.3f}" for row in rows}
         cost = ["", "", ""]
         if reached is not None:
@@ -280,7 +310,8 @@ def format_table(runs: list[dict[str, Any]]) -> str:
             f"{rows[-1]['accuracy']:.3f}",
             f"{rows[-1]['samples']:,}",
             f"{rows[-1]['kl']:.3f}",
-            "" if rows[-1]["diversity"] is None else f"{rows[-1]['diversity']:.3f}",
+            f"{rows[-1]['diversity']:.3f}",
+            *(f"{distances[name]:.4f}" if name in distances else "" for name in ("forward", "backward")),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -310,6 +341,7 @@ def save_curves(path: Path, runs: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the runs and the report")
+    parser.add_argument("--pipeline", help="checkpoint to begin with, by default the one that the world ships")
     parser.add_argument("--worlds", nargs="+", choices=list(WORLDS), default=["shapes"])
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--learning_rates", nargs="+", type=float, help="by default that of the paper's recipe")
@@ -338,7 +370,7 @@ def main() -> None:
                         folder = Path(
                             world, setting.replace(", ", "_").replace(" ", "-"), f"{options['learning_rate']:g}"
                         )
-                        run = {"world": world, "setting": setting, "options": options}
+                        run = {"world": world, "setting": setting, "pipeline": args.pipeline, "options": options}
                         runs.append((args.output_dir / folder / str(seed), run))
         with ThreadPoolExecutor(args.num_workers) as pool:
             futures = [pool.submit(train, *run) for run in runs]

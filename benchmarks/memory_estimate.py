@@ -36,6 +36,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+
 from throughput import (
     MIB,
     SIZES,
@@ -47,8 +49,6 @@ from throughput import (
     make_parser,
     measure_in_a_process,
 )
-from torch.profiler import ProfilerActivity, profile
-
 from trl_udm import MemoryEstimate, UDMGRPOConfig, estimate_memory
 from trl_udm.pipelines.ursa_sizes import URSASize
 

@@ -16,7 +16,8 @@
 What the example scripts share: their arguments, how they load a pipeline, and what they do after training.
 
 Each argument of `UDMGRPOConfig`, of TRL's `ModelConfig` (LoRA among them) and of the script is a flag. It may also be
-a key of a YAML file, which `--config` names. Flags override the file.
+a key of a YAML file, which `--config` names. Flags override the file. Another `--algorithm` has the arguments of its
+own configuration in place of those of `UDMGRPOConfig`.
 """
 
 import gc
@@ -31,7 +32,16 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from trl_udm import CompactProgressCallback, UDMGRPOConfig, UDMGRPOTrainer, UDMPipeline
+from trl_udm import (
+    CompactProgressCallback,
+    DFlowDPOConfig,
+    DFlowDPOTrainer,
+    DFlowGRPOConfig,
+    DFlowGRPOTrainer,
+    UDMGRPOConfig,
+    UDMGRPOTrainer,
+    UDMPipeline,
+)
 
 
 # isort: split
@@ -48,13 +58,34 @@ from trl_udm.evaluation.report import format_table
 
 
 CONFIGS_DIR = Path(__file__).parent / "configs"
+ALGORITHMS = {
+    "udm_grpo": (UDMGRPOConfig, UDMGRPOTrainer),
+    "dflow_grpo": (DFlowGRPOConfig, DFlowGRPOTrainer),
+    "dflow_dpo": (DFlowDPOConfig, DFlowDPOTrainer),
+}
 
 gc.freeze()  # what is imported stays: to look for garbage in it before the first step would take half a second
 sys.path.append(os.getcwd())  # for `module:attribute` of a module of yours; a script's own folder is there already
 
 
 @dataclass
-class ImageArguments:
+class AlgorithmArguments:
+    """The choice of the algorithm, whose configuration has further arguments."""
+
+    algorithm: str = field(
+        default="udm_grpo",
+        metadata={"help": "Algorithm of the training.", "choices": list(ALGORITHMS)},
+        kw_only=True,  # scripts have arguments without a default
+    )
+
+    @property
+    def trainer_class(self) -> type[UDMGRPOTrainer]:
+        """The trainer of the algorithm."""
+        return ALGORITHMS[self.algorithm][1]
+
+
+@dataclass
+class ImageArguments(AlgorithmArguments):
     """Arguments that the scripts for images share."""
 
     dataset_name: str | None = field(
@@ -91,7 +122,7 @@ def parse_arguments(
 
     Args:
         script_arguments (`type`):
-            Dataclass of the script's own arguments.
+            Dataclass of the script's own arguments, with [`AlgorithmArguments`] among its bases.
         argv (`list[str]`):
             Command line.
         default_config (`str`, *optional*):
@@ -109,7 +140,10 @@ def parse_arguments(
     names = {argument.partition("=")[0] for argument in argv}
     if default_config is not None and not names & {"--config", "--model_name_or_path"}:
         argv = ["--config", str(CONFIGS_DIR / default_config), *argv]
-    parser = Parser((script_arguments, UDMGRPOConfig, ModelConfig))
+    # Without what has no value here: the whole parser says what is wrong, and prints the help
+    known = [argument for argument in argv if argument not in ("-h", "--help")]
+    choice, *_ = Parser(AlgorithmArguments).parse_args_and_config(args=known, return_remaining_strings=True)
+    parser = Parser((script_arguments, ALGORITHMS[choice.algorithm][0], ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config(args=argv)
     for name, value in vars(script_args).items():
         if type(value) is int:  # a count

@@ -31,12 +31,12 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from common import load_pipeline, parse_arguments, resolve_callable, train_texts
+from common import AlgorithmArguments, load_pipeline, parse_arguments, resolve_callable, train_texts
 from datasets import DatasetDict
 from trl import get_peft_config
 from trl.import_utils import is_math_verify_available
 
-from trl_udm import DiffusionGemmaUDMPipeline, UDMGRPOTrainer
+from trl_udm import DiffusionGemmaUDMPipeline
 from trl_udm.cli.mistakes import mistakes_in_one_line
 from trl_udm.data.files import load_rows
 from trl_udm.pipelines.pipeline_diffusion_gemma import LORA_TARGET_MODULES
@@ -46,7 +46,7 @@ ACCURACY_REWARD = "trl.rewards.accuracy_reward"
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(AlgorithmArguments):
     """Arguments of this script."""
 
     dataset_name: str = field(
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> dict[str, Any]:
             )
         problems = load_problems(script_args)
         options = {"default_dtype": "auto", "self_conditioning": script_args.self_conditioning}
-        trainer = UDMGRPOTrainer(
+        trainer = script_args.trainer_class(
             load_pipeline(DiffusionGemmaUDMPipeline, model_args.model_name_or_path, model_args, **options),
             reward_funcs=[resolve_callable("reward_funcs", name) for name in script_args.reward_funcs],
             args=training_args,

@@ -34,10 +34,11 @@ from typing import Any
 from common import ImageArguments, load_pipeline, parse_arguments, resolve_callable, train_images
 from trl import get_peft_config
 
-from trl_udm import DiagnosticsCallback, GenEvalReward, UDMGRPOTrainer, URSAPipeline
+from trl_udm import DiagnosticsCallback, GenEvalReward
 from trl_udm.cli.mistakes import mistakes_in_one_line
 from trl_udm.data.geneval import generate_geneval_prompts, geneval_dataset
 from trl_udm.data.loading import load_prompts
+from trl_udm.pipelines.image_families import find_image_pipeline_class
 from trl_udm.worlds.shapes import CHECKPOINT_PATH
 from trl_udm.worlds.shapes.prompts import EVAL_NUM_PROMPTS, TRAIN_NUM_PROMPTS, balance_metadata, split_metadata
 from trl_udm.worlds.shapes.world import CLASS_NAMES
@@ -92,8 +93,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     with mistakes_in_one_line("train_geneval.py"):
         script_args, training_args, model_args = parse_arguments(ScriptArguments, argv, "shapes.yaml")
         path, *judges, train_dataset, eval_dataset = load_task(script_args, model_args.model_name_or_path)
-        trainer = UDMGRPOTrainer(
-            load_pipeline(URSAPipeline, path, model_args),
+        trainer = script_args.trainer_class(
+            load_pipeline(find_image_pipeline_class(path), path, model_args),
             reward_funcs=GenEvalReward(*judges, mode=script_args.reward_mode),
             args=training_args,
             train_dataset=train_dataset,

@@ -36,7 +36,7 @@ from common import ImageArguments, load_pipeline, parse_arguments, train_images
 from datasets import Dataset
 from trl import get_peft_config
 
-from trl_udm import OCRReward, UDMGRPOTrainer, URSAPipeline
+from trl_udm import OCRReward, URSAPipeline
 from trl_udm.cli.mistakes import mistakes_in_one_line
 from trl_udm.data.loading import load_prompts
 from trl_udm.data.ocr import generate_ocr_prompts
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     with mistakes_in_one_line("train_ocr.py"):
         script_args, training_args, model_args = parse_arguments(ScriptArguments, argv, "words.yaml")
         path, reward, train_dataset, eval_dataset = load_task(script_args, model_args.model_name_or_path)
-        trainer = UDMGRPOTrainer(
+        trainer = script_args.trainer_class(
             load_pipeline(URSAPipeline, path, model_args),
             reward_funcs=reward,
             args=training_args,

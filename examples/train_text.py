@@ -34,11 +34,11 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from common import load_pipeline, parse_arguments, resolve_callable, train_texts
+from common import AlgorithmArguments, load_pipeline, parse_arguments, resolve_callable, train_texts
 from datasets import Dataset
 from trl import get_peft_config
 
-from trl_udm import TextUDMPipeline, UDMGRPOTrainer
+from trl_udm import TextUDMPipeline
 from trl_udm.cli.mistakes import mistakes_in_one_line
 from trl_udm.data.files import load_rows
 from trl_udm.worlds.sums import CHECKPOINT_PATH
@@ -46,7 +46,7 @@ from trl_udm.worlds.sums.problems import split_problems, sum_reward
 
 
 @dataclass
-class ScriptArguments:
+class ScriptArguments(AlgorithmArguments):
     """Arguments of this script. The first three are required with a model of yours."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "Training prompts: a file or a Hub dataset."})
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     with mistakes_in_one_line("train_text.py"):
         script_args, training_args, model_args = parse_arguments(ScriptArguments, argv, "arithmetic.yaml")
         path, reward_funcs, train_dataset, eval_dataset = load_task(script_args, model_args.model_name_or_path)
-        trainer = UDMGRPOTrainer(
+        trainer = script_args.trainer_class(
             load_pipeline(TextUDMPipeline, path, model_args),
             reward_funcs=reward_funcs,
             args=training_args,

@@ -39,7 +39,9 @@ from trl_udm.pipelines.ursa_sizes import PUBLISHED_SIZES, URSASize
 
 SIZES = {
     "tiny": URSASize(64, 128, 2, 2, 1, 128, 256, 16, 4, (32, 32, 64), codebook_dim=8, text_vocab_size=320),
-    **{name.split("/")[1].lower(): size for name, size in PUBLISHED_SIZES.items() if name.startswith("BAAI/")},
+    **{
+        name.split("/")[1].lower(): size for name, size in PUBLISHED_SIZES.items() if "BAAI/" in name and "IBQ" in name
+    },
 }
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>")
 

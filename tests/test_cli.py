@@ -37,6 +37,7 @@ from trl_udm.cli.parser import parse_arguments
 from trl_udm.rewards.remote.server import create_app, serve
 from trl_udm.rewards.remote.wire import TOKEN_VARIABLE
 from trl_udm.worlds.shapes import CHECKPOINT_PATH
+from trl_udm.worlds.shapes.prompts import split_metadata
 from trl_udm.worlds.shapes.world import ShapesObject, render
 
 from .trainer.hub_server import USER, HubServer, Repository
@@ -107,6 +108,12 @@ MISTAKES = {
     "generate ring --model shapes --batch_size 0": "`--batch_size` must be >= 1, got 0",
     "generate ring --model shapes --num_images_per_prompt 0": "`--num_images_per_prompt` must be >= 1, got 0",
     "generate ring --model shapes --height 33": "`height` must be a positive multiple of 4, got 33. Try 32",
+    "generate ring --model shapes --num_frames 5": "`num_frames` must be 1, got 5: the tokenizer is one of images",
+    "generate ring --model shapes --num_frames 0": "`--num_frames` must be >= 1, got 0",
+    "generate ring --model shapes --fps 0": "`--fps` must be in [1, 100], got 0",
+    "generate ring --model shapes --image file": "`--image` needs `--num_frames`: it is the first frame of videos",
+    "generate ring --model shapes --num_frames 5 --image none.png": "No such file or directory: 'none.png'",
+    "generate ring --model shapes --video_format webm": "--video-format: invalid choice: 'webm'",
     "generate ring --model shapes --output_dir file": "`--output_dir` must be a folder, got file",
     "generate ring --model shapes --seed abc": "argument --seed: invalid int value: 'abc'",
     # Adapters that are none
@@ -123,6 +130,7 @@ MISTAKES = {
     "demo --port 0 --compare no/such": "There is no folder or cached repository no/such, and the Hub",
     "demo --port 0 --adapter folder": "There is no `adapter_model.safetensors` or `adapter_model.bin`",
     "demo --port 0 --height 33": "`height` must be a positive multiple of 4, got 33. Try 32",
+    "demo --port 0 --num_frames 5": "`--num_frames` must be left out, got 5: the page shows images",
     "demo --port 0 --model sums --height 32": "`--height` and `--width` must be left out for a model of text",
     # Configuration files
     "generate ring --config binary": "The file of `--config` is not valid YAML: 'utf-8' codec can't decode",
@@ -146,6 +154,8 @@ MISTAKES = {
     f"{EVALUATE_SHAPES} --num_inference_steps 1 --height 33": "`height` must be a positive multiple of 4, got 33",
     f"{EVALUATE_SHAPES} --options '[1]'": "argument --options: must be a JSON object such as",
     f"{EVALUATE_SHAPES} --options '{{\"x\": 1}}'": "unexpected keyword argument 'x'",
+    f"{EVALUATE_SHAPES} --frames every": "`frames` must be 'first', 'middle', 'last', 'all' or a number > 0, got 'eve",
+    f"{EVALUATE_SHAPES} --num_frames 5": "`num_frames` must be 1, got 5: the tokenizer is one of images. Try 1",
     f"{EVALUATE_SHAPES} --prompts none.jsonl": "none.jsonl",
     f"{EVALUATE_SHAPES} --prompts binary.jsonl": "got 'binary.jsonl': it is not utf-8",
     f"{EVALUATE_SHAPES} --prompts file.txt": "got 'file.txt': it has no row",
@@ -368,6 +378,37 @@ def test_generate_draws_and_does_not_overwrite(tmp_path, capsys):
     assert [image.size for image in images] == [(32, 32), (32, 32)]
     assert "00003.png" in capsys.readouterr().out
     assert "`--output_dir` has 00000.png already" in find_mistake(argv, capsys)
+
+
+@pytest.mark.parametrize("video_format", ["gif", "mp4"])
+def test_generate_draws_videos(tmp_path, capsys, oracle_dir, video_format):
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "first.png")
+    argv = ["generate", "a red cat", "a dog", "--model", str(oracle_dir / "video" / "tiny-ursa-video")]
+    argv += ["--output_dir", str(tmp_path / "videos"), "--video_format", video_format]
+    argv += ["--num_inference_steps", "2", "--height", "32", "--width", "48", "--num_frames", "9"]
+    if video_format == "mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
+        assert "`--video_format mp4` needs imageio with ffmpeg" in find_mistake(argv, capsys)
+        return
+    main([*argv, "--image", str(tmp_path / "first.png")])
+    for name in (f"00000.{video_format}", f"00001.{video_format}"):
+        assert (tmp_path / "videos" / name).stat().st_size > 0
+    if video_format == "gif":
+        with Image.open(tmp_path / "videos" / "00001.gif") as video:
+            assert (video.n_frames, video.size) == (9, (48, 32))
+            assert video.info["duration"] == 80  # hundredths of a second
+
+
+def test_evaluate_scores_frames_of_videos(tmp_path, oracle_dir):
+    model, prompts = str(oracle_dir / "video" / "tiny-ursa-video"), tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, split_metadata()[1][:2])))
+    argv = ["evaluate", "--model", model, "--output_dir", str(tmp_path / "out"), "--prompts", str(prompts)]
+    argv += ["--benchmark", "shapes", "--num_images_per_prompt", "1", "--num_inference_steps", "1"]
+    argv += ["--height", "32", "--width", "32", "--num_frames", "5", "--frames", "2"]
+    main(argv)
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert report["settings"]["num_frames"] == 5
+    assert report["reward_settings"]["frames"] == 2
+    assert (tmp_path / "out" / "samples.gif").exists()
 
 
 def test_generate_counts_the_prompts_that_are_cut(tmp_path, caplog):

@@ -23,7 +23,14 @@ from PIL import Image, ImageColor
 from trl_udm.drawing import GREEN, PAGE_WIDTH, RED, make_drawable, open_figure, text_width, wrap_text
 from trl_udm.evaluation import summarize, write_report
 from trl_udm.evaluation.report import save_comparison, save_curves
-from trl_udm.image_grid import make_image_grid
+from trl_udm.image_grid import (
+    load_picture,
+    make_contact_sheet,
+    make_image_grid,
+    pick_frames,
+    save_animation,
+    save_picture,
+)
 
 
 NO_LETTER = "\U0001fffe"  # Unicode keeps it unassigned forever
@@ -141,6 +148,43 @@ def test_a_caption_stays_under_its_image():
 
 
 # --- Grids and verdicts ---
+
+
+def test_pictures_are_read_as_they_were_written(tmp_path):
+    frames = [Image.new("RGB", (6, 4), color) for color in ("red", "red", "blue", "red", "red", "red")]
+    frames[2].putpixel((0, 0), (1, 2, 3))
+
+    def read():
+        return np.asarray(load_picture(tmp_path / "picture.png"))
+
+    for picture in (frames, frames[:2], frames[2]):  # equal frames too
+        save_picture(tmp_path / "picture.png", picture)
+        assert np.array_equal(read(), np.asarray(picture))
+    save_picture(tmp_path / "picture.png", frames[:1])
+    assert np.array_equal(read(), np.asarray(frames[0]))
+
+
+def test_frames_are_picked_at_equal_distances():
+    frames = [Image.new("L", (1, 1), value) for value in range(13)]
+    for number, expected in ((1, [6]), (2, [0, 12]), (4, [0, 4, 8, 12]), (5, [0, 3, 6, 9, 12]), (20, range(13))):
+        assert [frame.getpixel((0, 0)) for frame in pick_frames(frames, number)] == [*expected]
+
+
+def test_videos_are_shown_in_grids(tmp_path):
+    videos = [[Image.new("RGB", (12, 8), (0, 0, shade)) for shade in range(100, 100 + number)] for number in (5, 3, 1)]
+    sheet = np.asarray(make_contact_sheet(videos[0]))[::8, ::12]
+    assert sheet[..., 2].tolist() == [[100, 101], [103, 104]]
+    assert [make_contact_sheet(video).size for video in videos] == [(24, 16), (24, 16), (24, 8)]
+    image = Image.new("RGB", (12, 8), "red")
+    assert make_contact_sheet(image) is image
+    pictures = [*videos, image]
+    grid = make_image_grid(pictures, list("abcd"))
+    assert grid.size == make_image_grid([image] * 4, list("abcd")).size
+    save_animation(tmp_path / "grid.gif", pictures, lambda shown: make_image_grid(shown, list("abcd")))
+    with Image.open(tmp_path / "grid.gif") as animation:
+        assert (animation.n_frames, animation.size) == (5, grid.size)
+    save_animation(tmp_path / "images.gif", [image], lambda shown: shown[0])
+    assert not (tmp_path / "images.gif").exists()
 
 
 def test_images_of_a_grid_keep_their_aspect_ratio():

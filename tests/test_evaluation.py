@@ -157,6 +157,30 @@ def test_the_report_holds_settings_table_and_grid(pipeline, tmp_path):
         assert 2 * 232 < grid.width < 3 * 232 and 232 < grid.height < 2 * 232  # a column for each tag
 
 
+def test_videos_are_kept_and_scored_frame_by_frame(oracle_dir, tmp_path):
+    pipeline = URSAPipeline.from_pretrained(oracle_dir / "video" / "tiny-ursa-video", max_prompt_length=24)
+    drawn, seen = [], []
+
+    def first_pixels(prompts, completions, **columns):
+        seen.append(completions)
+        return [float(np.asarray(frames[-1]).mean()) for frames in completions]
+
+    settings = {"num_images_per_prompt": 1, "height": 32, "width": 48, "num_inference_steps": 2, "num_frames": 5}
+    evaluate([first_pixels], tmp_path, pipeline, ROWS, **settings)
+    (generated,) = seen[1:]
+    drawn = pipeline(
+        [row["prompt"] for row in ROWS],
+        generator=torch.Generator().manual_seed(0),
+        **{name: value for name, value in settings.items() if name != "num_images_per_prompt"},
+    ).frames
+    for frames, expected in zip(generated, drawn, strict=True):
+        assert [frame.mode for frame in frames] == ["RGB"] * 5
+        assert np.array_equal(np.stack(frames), np.stack(expected))
+    with Image.open(tmp_path / "samples.gif") as animation, Image.open(tmp_path / "samples.png") as grid:
+        assert animation.size == grid.size
+        assert animation.n_frames == 5
+
+
 def test_the_report_has_no_interval_where_it_would_say_nothing(tmp_path):
     scores = {"two|": [0.775, 0.775], "equal": [1.0, 1.0, 1.0, 1.0], "many": [0.0, 1.0, 0.5]}
     Image.new("RGB", (4, 4)).save(tmp_path / "image.png")

@@ -314,27 +314,32 @@ def test_the_real_size_needs_no_memory_of_its_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "hidden_size", "intermediate_size", "num_body", "num_all", "pixels"),
+    ("name", "hidden_size", "intermediate_size", "num_body", "num_all", "grid"),
     [
         # `num_body` is what the card of Qwen3 says without embeddings. 0.86B is what papers say of URSA-0.6B
-        ("BAAI/URSA-0.6B-IBQ1024", 1024, 3072, "0.44", "0.86", 1024),
-        ("BAAI/URSA-1.7B-IBQ512", 2048, 6144, "1.41", "2.26", 512),
-        ("BAAI/URSA-1.7B-IBQ1024", 2048, 6144, "1.41", "2.26", 1024),
-        ("Yovecents/URSA-1.7B-IBQ512-UDMGRPO-GenEval", 2048, 6144, "1.41", "2.26", 512),
-        ("Yovecents/URSA-1.7B-IBQ512-UDMGRPO-PickScore", 2048, 6144, "1.41", "2.26", 512),
+        ("BAAI/URSA-0.6B-IBQ1024", 1024, 3072, "0.44", "0.86", (64, 64)),
+        ("BAAI/URSA-1.7B-IBQ512", 2048, 6144, "1.41", "2.26", (32, 32)),
+        ("BAAI/URSA-1.7B-IBQ1024", 2048, 6144, "1.41", "2.26", (64, 64)),
+        ("BAAI/URSA-0.6B-FSQ320", 1024, 3072, "0.44", "0.73", (40, 64)),
+        ("BAAI/URSA-1.7B-FSQ320", 2048, 6144, "1.41", "1.98", (40, 64)),
+        ("Yovecents/URSA-1.7B-IBQ512-UDMGRPO-GenEval", 2048, 6144, "1.41", "2.26", (32, 32)),
+        ("Yovecents/URSA-1.7B-IBQ512-UDMGRPO-PickScore", 2048, 6144, "1.41", "2.26", (32, 32)),
     ],
 )
-def test_a_published_model_has_its_number_of_weights(name, hidden_size, intermediate_size, num_body, num_all, pixels):
+def test_a_published_model_has_its_number_of_weights(name, hidden_size, intermediate_size, num_body, num_all, grid):
     pipeline = PUBLISHED_SIZES[name].build_pipeline(torch.bfloat16)
     # Queries and outputs of 16 heads, keys and values of 8, all of 128 channels; an MLP of three matrices; norms
     layer = hidden_size * (2 * 16 + 2 * 8) * 128 + 3 * hidden_size * intermediate_size + 2 * hidden_size + 2 * 128
     body = 28 * layer + hidden_size
-    weights = body + hidden_size * (151_669 + 2 * 131_072)  # embeddings of text tokens and codes, and the head
+    num_codes = 64_000 if "FSQ" in name else 131_072
+    weights = body + hidden_size * (151_669 + 2 * num_codes)  # embeddings of text tokens and codes, and the head
     assert (f"{body / 1e9:.2f}", f"{weights / 1e9:.2f}") == (num_body, num_all)
     assert pipeline.transformer.num_parameters() == weights and pipeline.transformer.dtype == torch.bfloat16
-    assert pipeline.latent_shape() == (1, pixels // 16, pixels // 16)
+    assert pipeline.latent_shape() == (1, *grid)
+    if "FSQ" in name:
+        assert pipeline.latent_shape(num_frames=49) == (13, *grid)
     assert pipeline.encode_prompt(["a ring"])[0].shape == (1, 320)
-    assert pipeline.scheduler.config.codebook_size == pipeline.vae.config.num_vq_embeddings == 131_072
+    assert pipeline.scheduler.config.codebook_size == pipeline.vae.config.num_vq_embeddings == num_codes
 
 
 @pytest.mark.parametrize("family", ["toy", "arithmetic"])

@@ -24,18 +24,30 @@ __version__ = "0.1.0"
 # A name is imported when it is first asked for (PEP 562): `import trl_udm` alone loads neither PyTorch nor TRL.
 _MODULES = {
     "AdaptiveKLCallback": ".callbacks.adaptive_kl",
+    "AestheticReward": ".rewards.clip",
     "AutoencoderVQ": ".models.autoencoder_vq",
     "AutoencoderVQCosmos3D": ".models.autoencoder_vq_cosmos3d",
     "CLIPColorClassifier": ".rewards.clip_color",
     "CLIPReward": ".rewards.clip",
     "CLIPScoreReward": ".rewards.clip",
     "CompactProgressCallback": ".callbacks.progress",
+    "DFlowDPOConfig": ".dflow_grpo.dflow_dpo_trainer",
+    "DFlowDPOTrainer": ".dflow_grpo.dflow_dpo_trainer",
+    "DFlowGRPOConfig": ".dflow_grpo.dflow_grpo_config",
+    "DFlowGRPOTrainer": ".dflow_grpo.dflow_grpo_trainer",
     "DiagnosticsCallback": ".callbacks.diagnostics",
     "DiffusionGemmaUDMPipeline": ".pipelines.pipeline_diffusion_gemma",
     "EMACallback": ".trainer.ema",
+    "FUDOKIForImageGeneration": ".models.modeling_fudoki",
+    "FUDOKIPipeline": ".pipelines.pipeline_fudoki",
+    "FUDOKIUnderstandingPipeline": ".pipelines.fudoki_understanding",
+    "FrameReward": ".rewards.frames",
     "GenEvalReward": ".rewards.geneval",
     "GuardrailCallback": ".callbacks.guardrails",
     "HPSv2Reward": ".rewards.clip",
+    "HPSv3Reward": ".rewards.hpsv3",
+    "ImageRewardReward": ".rewards.image_reward",
+    "JudgeTemplate": ".rewards.vlm_judge",
     "KineticOptimalScheduler": ".schedulers.scheduling_kinetic_optimal",
     "Mask2FormerDetector": ".rewards.mask2former",
     "MemoryEstimate": ".memory",
@@ -52,6 +64,7 @@ _MODULES = {
     "URSAModel": ".models.modeling_ursa",
     "URSAPipeline": ".pipelines.pipeline_ursa",
     "UniformDDIMScheduler": ".schedulers.scheduling_uniform_ddim",
+    "VLMJudgeReward": ".rewards.vlm_judge",
     "estimate_memory": ".memory",
 }
 
@@ -62,26 +75,39 @@ if TYPE_CHECKING:
     from .callbacks.diagnostics import DiagnosticsCallback as DiagnosticsCallback
     from .callbacks.guardrails import GuardrailCallback as GuardrailCallback
     from .callbacks.progress import CompactProgressCallback as CompactProgressCallback
+    from .dflow_grpo.dflow_dpo_trainer import DFlowDPOConfig as DFlowDPOConfig
+    from .dflow_grpo.dflow_dpo_trainer import DFlowDPOTrainer as DFlowDPOTrainer
+    from .dflow_grpo.dflow_grpo_config import DFlowGRPOConfig as DFlowGRPOConfig
+    from .dflow_grpo.dflow_grpo_trainer import DFlowGRPOTrainer as DFlowGRPOTrainer
     from .memory import MemoryEstimate as MemoryEstimate
     from .memory import estimate_memory as estimate_memory
     from .models.autoencoder_vq import AutoencoderVQ as AutoencoderVQ
     from .models.autoencoder_vq_cosmos3d import AutoencoderVQCosmos3D as AutoencoderVQCosmos3D
     from .models.configuration_ursa import URSAConfig as URSAConfig
+    from .models.modeling_fudoki import FUDOKIForImageGeneration as FUDOKIForImageGeneration
     from .models.modeling_ursa import URSAForImageGeneration as URSAForImageGeneration
     from .models.modeling_ursa import URSAModel as URSAModel
+    from .pipelines.fudoki_understanding import FUDOKIUnderstandingPipeline as FUDOKIUnderstandingPipeline
     from .pipelines.pipeline_diffusion_gemma import DiffusionGemmaUDMPipeline as DiffusionGemmaUDMPipeline
+    from .pipelines.pipeline_fudoki import FUDOKIPipeline as FUDOKIPipeline
     from .pipelines.pipeline_text import TextUDMPipeline as TextUDMPipeline
     from .pipelines.pipeline_udm import UDMPipeline as UDMPipeline
     from .pipelines.pipeline_ursa import URSAPipeline as URSAPipeline
+    from .rewards.clip import AestheticReward as AestheticReward
     from .rewards.clip import CLIPReward as CLIPReward
     from .rewards.clip import CLIPScoreReward as CLIPScoreReward
     from .rewards.clip import HPSv2Reward as HPSv2Reward
     from .rewards.clip import PickScoreReward as PickScoreReward
     from .rewards.clip_color import CLIPColorClassifier as CLIPColorClassifier
+    from .rewards.frames import FrameReward as FrameReward
     from .rewards.geneval import GenEvalReward as GenEvalReward
+    from .rewards.hpsv3 import HPSv3Reward as HPSv3Reward
+    from .rewards.image_reward import ImageRewardReward as ImageRewardReward
     from .rewards.mask2former import Mask2FormerDetector as Mask2FormerDetector
     from .rewards.ocr import OCRReward as OCRReward
     from .rewards.remote.client import RemoteReward as RemoteReward
+    from .rewards.vlm_judge import JudgeTemplate as JudgeTemplate
+    from .rewards.vlm_judge import VLMJudgeReward as VLMJudgeReward
     from .schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler as KineticOptimalScheduler
     from .schedulers.scheduling_uniform_ddim import UniformDDIMScheduler as UniformDDIMScheduler
     from .throughput import ThroughputCallback as ThroughputCallback

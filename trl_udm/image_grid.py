@@ -12,18 +12,119 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""A grid of images with their prompts, rewards and verdicts."""
+"""Images and videos as files, and grids of them with their prompts, rewards and verdicts."""
 
 import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
 
+import diffusers.utils
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, ImageSequence
 
 from .drawing import GREEN, RED, draw_text, make_drawable, text_width, wrap_text
 
 
+FPS = 12
+"""Frames of a video per second in files, as in URSA's training."""
+
+Picture: TypeAlias = Image.Image | list[Image.Image]
+"""An image, or the frames of a video."""
+
+
+def pick_frames(frames: list[Image.Image], num_frames: int) -> list[Image.Image]:
+    """
+    Frames at equal distances, with the first and the last.
+
+    Args:
+        frames (`list[PIL.Image.Image]`):
+            The frames of a video.
+        num_frames (`int`):
+            How many, > 0. The only one is in the middle. A video of fewer frames gives all of them.
+
+    Returns:
+        `list[PIL.Image.Image]`: The frames, in their order.
+    """
+    if num_frames >= len(frames):
+        return frames
+    last = len(frames) - 1
+    if num_frames == 1:
+        return [frames[last // 2]]
+    return [frames[round(i * last / (num_frames - 1))] for i in range(num_frames)]
+
+
+def make_contact_sheet(picture: Picture) -> Image.Image:
+    """Shows four frames of a video, line by line. An image, and that of a video of one frame, stays as it is."""
+    if isinstance(picture, Image.Image):
+        return picture
+    frames = pick_frames(picture, 4)
+    frames += [Image.new("RGB", frames[0].size, "white")] * (-len(frames) % 2)
+    return diffusers.utils.make_image_grid(frames, rows=math.ceil(len(frames) / 2), cols=2)
+
+
+def save_picture(path: str | Path, picture: Picture) -> None:
+    """
+    Writes an image, or a video, as PNG: a video as an animation that loses nothing, with each frame.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+        picture (`PIL.Image.Image` or `list[PIL.Image.Image]`):
+            What [`load_picture`] gives back.
+    """
+    if isinstance(picture, Image.Image):
+        picture.save(path, format="PNG")
+        return
+    # Pillow would drop a frame that equals the one before it, if they were drawn in the same way. An opaque frame
+    # looks the same in both ways.
+    ways = [i % 2 for i in range(len(picture))]
+    picture[0].save(
+        path, format="PNG", save_all=True, append_images=picture[1:], duration=1000 / FPS, loop=0, blend=ways
+    )
+
+
+def load_picture(path: str | Path) -> Picture:
+    """
+    Reads an image, or the frames of an animated one.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+
+    Returns:
+        `PIL.Image.Image` or `list[PIL.Image.Image]`: In RGB.
+    """
+    with Image.open(path) as file:
+        if not getattr(file, "is_animated", False):
+            return file.convert("RGB")
+        return [frame.convert("RGB") for frame in ImageSequence.Iterator(file)]
+
+
+def save_animation(
+    path: str | Path, pictures: list[Picture], make_grid: Callable[[list[Picture]], Image.Image]
+) -> None:
+    """
+    Writes a grid in which videos play as GIF. Without a video it writes nothing.
+
+    Args:
+        path (`str` or `Path`):
+            The file.
+        pictures (`list`):
+            Images and videos. Images, and videos that are at their end, stand still.
+        make_grid (`Callable`):
+            Makes a grid of as many images, such as [`make_image_grid`].
+    """
+    if all(isinstance(picture, Image.Image) for picture in pictures):
+        return
+    videos = [[picture] if isinstance(picture, Image.Image) else picture for picture in pictures]
+    grids = [make_grid([frames[min(i, len(frames) - 1)] for frames in videos]) for i in range(max(map(len, videos)))]
+    diffusers.utils.export_to_gif(grids, str(path), fps=FPS)
+
+
 def make_image_grid(
-    images: list[Image.Image],
+    images: Sequence[Picture],
     prompts: list[str],
     rewards: list[tuple[float, ...]] | None = None,
     num_columns: int | None = None,
@@ -38,8 +139,8 @@ def make_image_grid(
     Arranges images in a grid. The rewards and the prompt of an image stand under it.
 
     Args:
-        images (`list[PIL.Image.Image]`):
-            Images.
+        images (`list`):
+            Images, or lists of the frames of videos, of which four are shown.
         prompts (`list[str]`):
             Their prompts. A prompt of more than six lines ends in an ellipsis.
         rewards (`list[tuple[float, ...]]`, *optional*):
@@ -62,9 +163,9 @@ def make_image_grid(
     Returns:
         `PIL.Image.Image`: The grid.
     """
-    images = images[:max_images]
-    num_columns = num_columns or math.ceil(math.sqrt(len(images)))
-    image_height = max(min(tile_size, round(tile_size * image.height / image.width)) for image in images)
+    sheets = list(map(make_contact_sheet, images[:max_images]))
+    num_columns = num_columns or math.ceil(math.sqrt(len(sheets)))
+    image_height = max(min(tile_size, round(tile_size * image.height / image.width)) for image in sheets)
     gap, line_height = tile_size // 20, round(1.3 * font_size)
     frame, mark_height = (tile_size // 32, line_height) if verdicts is not None else (0, 0)
     cell_width = tile_size + 2 * frame + gap
@@ -73,14 +174,14 @@ def make_image_grid(
         return [line for line in wrap_text(text, font_size, tile_size + 2 * frame, max_lines=6) if line]
 
     captions = []
-    for i in range(len(images)):
+    for i in range(len(sheets)):
         numbers = "" if rewards is None else ", ".join(f"{reward:.2f}" for reward in rewards[i]) + " "
         captions.append(wrap(numbers + str(prompts[i])))
     titles = [wrap(title) for title in column_titles or []]
     row_titles = [make_drawable(" ".join(title.split())) for title in row_titles or []]
     margin_left = round(max((text_width(title, font_size) for title in row_titles), default=-gap)) + gap
     margin_top = line_height * max(map(len, titles), default=0)
-    starts = range(0, len(images), num_columns)
+    starts = range(0, len(sheets), num_columns)
     num_lines = [max(map(len, captions[start : start + num_columns])) for start in starts]
     tile_height = image_height + 2 * frame + mark_height
     heights = [tile_height + gap + (number * line_height + gap if number > 0 else 0) for number in num_lines]
@@ -98,7 +199,7 @@ def make_image_grid(
         top = margin_top + sum(heights[:row])
         if row_titles:
             write([row_titles[row]], 0, top + (tile_height - line_height) // 2)
-        for column, image in enumerate(images[start : start + num_columns]):
+        for column, image in enumerate(sheets[start : start + num_columns]):
             i, left = start + column, margin_left + column * cell_width
             if verdicts is not None:
                 color, mark = (GREEN, "✓") if verdicts[i] else (RED, "✗")
@@ -112,19 +213,25 @@ def make_image_grid(
     return grid
 
 
-def image_statistics(images: list[Image.Image]) -> dict[str, list[float]]:
+def image_statistics(images: Sequence[Picture]) -> dict[str, list[float]]:
     """
     Measures what a hacked reward tends to do to images: darken them, or flood them with color.
 
     Args:
-        images (`list[PIL.Image.Image]`):
-            Images.
+        images (`list`):
+            Images, or lists of the frames of videos.
 
     Returns:
-        `dict[str, list[float]]`: For each image a value in `[0, 1]`: `dark_fraction`, the share of pixels with less
-        than a tenth of full luma, and `saturation`, the mean saturation in HSV.
+        `dict[str, list[float]]`: For each image, or as the mean over the frames of each video, a value in `[0, 1]`:
+        `dark_fraction`, the share of pixels with less than a tenth of full luma, and `saturation`, the mean saturation
+        in HSV.
     """
+
+    def measure(measure_image: Callable[[Image.Image], Any]) -> list[float]:
+        videos = [[image] if isinstance(image, Image.Image) else image for image in images]
+        return [statistics.fmean(float(measure_image(frame)) for frame in frames) for frames in videos]
+
     return {
-        "dark_fraction": [float((np.asarray(image.convert("L")) < 25.5).mean()) for image in images],
-        "saturation": [float(np.asarray(image.convert("HSV"))[..., 1].mean() / 255) for image in images],
+        "dark_fraction": measure(lambda image: (np.asarray(image.convert("L")) < 25.5).mean()),
+        "saturation": measure(lambda image: np.asarray(image.convert("HSV"))[..., 1].mean() / 255),
     }

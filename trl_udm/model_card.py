@@ -32,10 +32,10 @@ from . import __version__
 if TYPE_CHECKING:
     from .trainer.udm_grpo_trainer import UDMGRPOTrainer
 
-CARD_FILES = ("README.md", "results.json", "samples.png", "reward_curve.png")
+CARD_FILES = ("README.md", "results.json", "samples.png", "samples.gif", "reward_curve.png")
 """Files of the output folder that are the card, or that it shows. [`train_and_compare`] leaves all but the first."""
 
-_PIPELINE_TAGS = {"image": "text-to-image", "text": "text-generation"}
+_PIPELINE_TAGS = {"image": "text-to-image", "text": "text-generation", "video": "text-to-video"}
 
 # Shown in every card, whether changed or not
 _CENTRAL_ARGUMENTS = (
@@ -60,7 +60,10 @@ def make_model_card(
     adapter = trainer.model.peft_config["default"].peft_type.value if is_adapter else None
     repo_id = trainer.hub_model_id or args.hub_model_id or output_dir.absolute().name
     model_name = model_name or repo_id.split("/")[-1]
-    task = _PIPELINE_TAGS[trainer.pipeline.modality]
+    modality = trainer.pipeline.modality
+    if modality == "video" and (args.pipeline_kwargs or {}).get("num_frames", 1) == 1:
+        modality = "image"
+    task = _PIPELINE_TAGS[modality]
     results, eval_results = _read_results(output_dir / "results.json"), None
     if results is not None:
         eval_results = EvalResult(
@@ -99,7 +102,7 @@ def make_model_card(
         pipeline=type(trainer.pipeline).__name__,
         repo_id=repo_id,
         dtype=trainer.pipeline.transformer.dtype,
-        modality=trainer.pipeline.modality,
+        modality=modality,
         arguments=_format_call(trainer),
         results=results,
         config=type(args).__name__,

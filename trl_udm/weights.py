@@ -33,8 +33,9 @@ from huggingface_hub.errors import (
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 
 def find_file(
@@ -120,6 +121,28 @@ def load_tensors(file: str | os.PathLike, names: Iterable[str] | None = None) ->
     return {name: tensors[name] for name in names}
 
 
+def load_embedding(file: str | os.PathLike) -> torch.Tensor:
+    """
+    Reads the table of an embedding that was pickled as a module, onto the CPU.
+
+    Args:
+        file (`str` or `os.PathLike`):
+            The pickle. No code of it runs: of classes, only `torch.nn.Embedding` is unpickled.
+
+    Returns:
+        `torch.Tensor` of shape `(num_embeddings, embedding_dim)`: The table.
+
+    Raises:
+        ValueError: If the file is damaged, or holds anything else.
+    """
+    try:
+        with torch.serialization.safe_globals([nn.Embedding]):
+            embedding = torch.load(file, map_location="cpu", weights_only=True)
+        return embedding.get_parameter("weight").detach()
+    except (UnpicklingError, EOFError, OSError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"{file} is damaged, or is no embedding, so it is not loaded.") from error
+
+
 def load_state_dict(folder: str | os.PathLike, name: str) -> dict[str, torch.Tensor]:
     """
     Reads the weights of one component. Preferred are the shards that `<name>.safetensors.index.json` lists, then
@@ -138,18 +161,51 @@ def load_state_dict(folder: str | os.PathLike, name: str) -> dict[str, torch.Ten
         FileNotFoundError: If there is no such folder or file, or a shard is missing.
         ValueError: If a file is damaged, or holds more than tensors.
     """
+    state_dict = {}
+    for file in find_weights(folder, name):
+        state_dict.update(load_tensors(file))
+    return state_dict
+
+
+def find_weights(folder: str | os.PathLike, name: str) -> list[Path]:
+    """The files that `load_state_dict` reads, with its arguments and errors."""
     folder = Path(folder)
     if not folder.is_dir():  # its name is not that of a repository
         raise FileNotFoundError(f"There is no folder {folder}.")
     index = folder / f"{name}.safetensors.index.json"
     if not index.is_file():
-        return load_tensors(find_file(folder, [f"{name}.safetensors", f"{name}.bin"]))
-    state_dict = {}
-    for shard_name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+        return [find_file(folder, [f"{name}.safetensors", f"{name}.bin"])]
+    shard_names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for shard_name in shard_names:
         if not (folder / shard_name).is_file():
             raise FileNotFoundError(f"There is no {folder / shard_name}, which {index.name} lists.")
-        state_dict.update(load_tensors(folder / shard_name))
-    return state_dict
+    return [folder / shard_name for shard_name in shard_names]
+
+
+def read_shapes(folder: str | os.PathLike, name: str) -> dict[str, torch.Size]:
+    """
+    Reads the shapes of a component's weights, without the weights.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            The component's folder.
+        name (`str`):
+            Name of the file, without suffix.
+
+    Returns:
+        `dict[str, torch.Size]`: The shapes, by the names of the weights.
+
+    Raises:
+        FileNotFoundError, ValueError: As `load_state_dict`.
+    """
+    shapes: dict[str, torch.Size] = {}
+    for file in find_weights(folder, name):
+        try:
+            with safe_open(file, "pt") as opened:
+                shapes |= {key: torch.Size(opened.get_slice(key).get_shape()) for key in opened.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged, or no safetensors, so its shapes are not read.") from error
+    return shapes
 
 
 def check_state_dict(

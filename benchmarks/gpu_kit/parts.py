@@ -103,8 +103,67 @@ def build_trainer(kind: str, batch_size: int, folder: Path, device: str, **kwarg
     return pipeline, config, LoraConfig(r=16, target_modules="all-linear") if kind == "lora" else None
 
 
+def alternate(prompts: list[str], **kwargs: Any) -> list[float]:
+    return [float(i % 2) for i in range(len(prompts))]
+
+
 def run_step(kind: str, batch_size: int, folder: Path) -> dict[str, Any]:
-    """Whole steps of a run: the second is measured, the third is profiled."""
+    """Two whole steps of a run, of which the second is measured, with the seconds of its parts."""
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    from trl_udm import UDMGRPOTrainer
+
+    is_cuda = torch.cuda.is_available()
+    result: dict[str, Any] = {"parts": {}}
+
+    def wait() -> float:
+        if is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    class TimedTrainer(UDMGRPOTrainer):
+        def measure(self, name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
+            started = wait()
+            output = function(*args, **kwargs)
+            if self.state.global_step == 1:
+                result["parts"][name] = result["parts"].get(name, 0.0) + wait() - started
+            return output
+
+        def _rollout(self, *args: Any, **kwargs: Any) -> Any:
+            return self.measure("rollout, with decoding", super()._rollout, *args, **kwargs)
+
+        def _score_rows(self, *args: Any, **kwargs: Any) -> Any:
+            return self.measure("scoring", super()._score_rows, *args, **kwargs)
+
+        def _compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return self.measure("forward passes of the update", super()._compute_loss, *args, **kwargs)
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.started = wait()
+            if state.global_step == 1 and is_cuda:
+                torch.cuda.reset_peak_memory_stats()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                result["seconds"] = wait() - self.started
+                result["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20 if is_cuda else None
+
+    pipeline, config, adapter = build_trainer(kind, batch_size, folder, "cuda" if is_cuda else "cpu", max_steps=2)
+    prompts = Dataset.from_dict({"prompt": ["a"] * batch_size})
+    trainer = TimedTrainer(pipeline, alternate, config, prompts, callbacks=[Watch()], peft_config=adapter)
+    decode = pipeline.decode
+    pipeline.decode = lambda *args, **kwargs: trainer.measure("decoding", decode, *args, **kwargs)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    losses = [log["loss"] for log in logs]
+    return {**result, "seconds_a_sample": result["seconds"] / batch_size, "losses": losses, "log": logs[1]}
+
+
+def run_kernels(kind: str, batch_size: int, folder: Path) -> dict[str, Any]:
+    """The kernels of a step with a rollout of three steps: ten are too many events. The first moves no token."""
     import torch
     from datasets import Dataset
     from torch.profiler import ProfilerActivity, profile
@@ -113,49 +172,31 @@ def run_step(kind: str, batch_size: int, folder: Path) -> dict[str, Any]:
     from trl_udm import UDMGRPOTrainer
 
     is_cuda = torch.cuda.is_available()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
-    profiler, result = profile(activities=activities), {}
-
-    def wait() -> float:
-        if is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    profiler = profile(activities=[ProfilerActivity.CUDA if is_cuda else ProfilerActivity.CPU], acc_events=True)
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            self.started = wait()
-            if state.global_step == 1 and is_cuda:
-                torch.cuda.reset_peak_memory_stats()
-            if state.global_step == 2:
+            if state.global_step == 1:
                 profiler.start()
 
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 2:
-                result["seconds"] = wait() - self.started
-                result["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20 if is_cuda else None
-            if state.global_step == 3:
-                wait()
                 profiler.stop()
 
-    def alternate(prompts, **kwargs):
-        return [float(i % 2) for i in range(len(prompts))]
-
-    pipeline, config, adapter = build_trainer(kind, batch_size, folder, "cuda" if is_cuda else "cpu", max_steps=3)
+    settings = {"max_steps": 2, "num_inference_steps": 3, "timestep_window": [0, 0]}
+    pipeline, config, adapter = build_trainer(kind, batch_size, folder, "cuda" if is_cuda else "cpu", **settings)
     prompts = Dataset.from_dict({"prompt": ["a"] * batch_size})
-    trainer = UDMGRPOTrainer(pipeline, alternate, config, prompts, callbacks=[Watch()], peft_config=adapter)
-    trainer.train()
+    UDMGRPOTrainer(pipeline, alternate, config, prompts, callbacks=[Watch()], peft_config=adapter).train()
     attribute = "self_device_time_total" if is_cuda else "self_cpu_time_total"
     events = [event for event in profiler.key_averages() if getattr(event, attribute) > 0]
     if is_cuda:
         events = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     total = sum(getattr(event, attribute) for event in events)
-    events = sorted(events, key=lambda event: -getattr(event, attribute))[:20]
-    result["kernels"] = [
+    kernels = [
         {"name": event.key, "calls": event.count, "share": getattr(event, attribute) / total} for event in events
     ]
-    logs = [log for log in trainer.state.log_history if "loss" in log]
-    losses = [log["loss"] for log in logs]
-    return {**result, "seconds_a_sample": result["seconds"] / batch_size, "losses": losses, "log": logs[1]}
+    kernels.sort(key=lambda kernel: -kernel["share"])
+    return {"kernels": kernels[:20], "num_calls": sum(event.count for event in events), "seconds": total / 1e6}
 
 
 def run_learning(folder: Path) -> dict[str, Any]:
@@ -278,6 +319,7 @@ def list_parts(stage: str) -> dict[str, tuple[Callable[..., dict[str, Any]], tup
     if stage == "estimates":
         return {f"estimate-{kind}-{size}": (estimate, (kind, size), 500) for size in BATCH_SIZES for kind in kinds}
     parts: dict[str, Any] = {f"step-{kind}-{first}": (run_step, (kind, first), 120) for kind in kinds}
+    parts[f"kernels-lora-{first}"] = (run_kernels, ("lora", first), 90)
     settings = [(kind, first, False) for kind in kinds] + [("lora", first, True)]
     settings += [(kind, size, False) for size in others for kind in kinds] + [("full", first, True)]
     for kind, size, compiled in settings:

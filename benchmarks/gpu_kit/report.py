@@ -58,7 +58,8 @@ def report_tests(folder: Path) -> str:
 
 def report_speed(folder: Path) -> str:
     estimates, rows = load(folder, "estimates"), []
-    for name, result in sorted(load(folder, "speed").items(), key=lambda item: sort_key(item[0])):
+    results = {name: result for name, result in load(folder, "speed").items() if not name.startswith("kernels-")}
+    for name, result in sorted(results.items(), key=lambda item: sort_key(item[0])):
         stage, kind, num_samples, *compiled = name.split("-")
         estimated = estimates[f"estimate-{kind}-{num_samples}"]
         seconds, memory = result.get("seconds_a_sample"), result.get("peak_mib")
@@ -84,13 +85,21 @@ def sort_key(name: str) -> tuple:
     return kind != "lora", int(num_samples), len(compiled), name
 
 
+def report_parts(folder: Path) -> str:
+    results = load(folder, "speed")
+    rows = [
+        [f"`{name}`", part, f"{seconds:.2f}"]
+        for name, result in results.items()
+        for part, seconds in result.get("parts", {}).items()
+    ]
+    return "Seconds of a step:\n\n" + format_table(["step", "part", "seconds"], rows or [["", "", ""]])
+
+
 def report_kernels(folder: Path) -> str:
-    steps = {name: result for name, result in load(folder, "speed").items() if name.startswith("step-")}
-    name, result = next(iter(steps.items()))
+    (name, result), *_ = ((key, part) for key, part in load(folder, "speed").items() if key.startswith("kernels-"))
     rows = [
         [f"`{kernel['name'][:70]}`".replace("|", "/"), str(kernel["calls"]), f"{kernel['share']:.1%}"]
-        for kernel in result.get("kernels", [{"name": " ", "calls": "", "share": 0}])
-        if result
+        for kernel in result.get("kernels", [])
     ]
     return f"The kernels of `{name}`:\n\n" + format_table(["kernel", "calls", "share"], rows or [["", "", ""]])
 
@@ -126,7 +135,7 @@ def main(folder: Path) -> None:
     sections = {
         "Measured on": "; ".join(machines) or "no machine yet",
         "Tests": report_tests(folder),
-        "Speed and memory": f"{report_speed(folder)}\n\n{report_kernels(folder)}",
+        "Speed and memory": f"{report_speed(folder)}\n\n{report_parts(folder)}\n\n{report_kernels(folder)}",
         "Learning": report_learning(folder),
         "Rewards": report_rewards(folder),
     }

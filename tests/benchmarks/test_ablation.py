@@ -60,11 +60,11 @@ def ablation(monkeypatch):
 def test_every_setting_is_trained_once_with_each_seed(tmp_path, ablation, capsys):
     argv = ["--output_dir", tmp_path, "--seeds", 1, 2, "--max_steps", 3]
     trainings = ablation(*argv)
-    assert len(trainings) == 21 * 2 and len({tuple(flags) for flags in trainings}) == len(trainings)
+    assert len(trainings) == 28 * 2 and len({tuple(flags) for flags in trainings}) == len(trainings)
     assert ablation(*argv) == []
 
     table = (tmp_path / "table.md").read_text().splitlines()
-    assert len(table) == 2 + 21
+    assert len(table) == 2 + 28
     assert table[2].startswith(
         "| corners: clean action, forward trajectory | 0.600 | 0.915 (0.910 to 0.920) | 0.200 (0.200"
     )
@@ -88,3 +88,11 @@ def test_passes_count_rollout_scoring_and_update():
     assert passes(method) == 10 + 3 + 3 * 3
     assert passes({**method, "guidance_scale": 3.0}) == 20 + 3 + 9
     assert passes({**method, "num_iterations": 4}) == (10 + 3 + 3) / 4 + 9
+    assert passes({**method, "beta": 0.0, "num_pairs": 2}) == 10 + 9 / 2
+
+
+def test_settings_may_have_equal_numbers_of_passes(tmp_path, ablation):
+    flags = ("--seeds", 1, "--groups", "algorithms", "--max_passes", 440, "--num_workers", 1)
+    trainings = ablation("--output_dir", tmp_path, *flags)
+    steps = [int(flags[flags.index("--max_steps") + 1]) for flags in trainings]
+    assert steps == [20, 23, 13, 12, 12, 13, 34, 23]

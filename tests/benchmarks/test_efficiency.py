@@ -78,7 +78,12 @@ def test_a_run_that_was_stopped_continues_as_an_unbroken_one(tmp_path, module, m
         folder = tmp_path / name
         folder.mkdir()
         for max_steps in stops:
-            run = {"world": "sums", "setting": "fast", "options": {**options, "max_steps": max_steps}}
+            run = {
+                "world": "sums",
+                "setting": "fast",
+                "pipeline": None,
+                "options": {**options, "max_steps": max_steps},
+            }
             (folder / "run.json").write_text(json.dumps(run))
             module["work"](folder)
         rows = json.loads((folder / "evaluations.json").read_text())
@@ -88,5 +93,8 @@ def test_a_run_that_was_stopped_continues_as_an_unbroken_one(tmp_path, module, m
     assert evaluations["unbroken"][0]["kl"] == 0 and evaluations["unbroken"][1]["kl"] > 0
     table = module["format_table"](module["read_runs"](tmp_path)).splitlines()
     assert len(table) == 4 and table[2].startswith("| sums | fast | 0.0004 | 1 |")
+    assert all(
+        float(cell) for row in table[2:] for cell in row.strip("| ").split(" | ")[-2:]
+    )  # energy distances, with noise
     module["save_curves"](tmp_path / "curves.png", module["read_runs"](tmp_path))
     assert (tmp_path / "curves.png").exists()

@@ -142,3 +142,4 @@ def test_image_statistics():
     images = [Image.new("RGB", (8, 8), color) for color in ("black", "red", "gray")]
     images[2].paste("black", (0, 0, 4, 4))
     assert image_statistics(images) == {"dark_fraction": [1.0, 0.0, 0.25], "saturation": [0.0, 1.0, 0.0]}
+    assert image_statistics([images, images[1]]) == {"dark_fraction": [1.25 / 3, 0.0], "saturation": [1 / 3, 1.0]}

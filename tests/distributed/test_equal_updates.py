@@ -58,6 +58,25 @@ IMAGES = {
     "timestep_window": [0, 0],
     "learning_rate": 0.1,
 }
+UPDATES = {
+    "full": FED,
+    "lora": {**FED, "use_lora": True},
+    "async": {**FED, "async_rewards": True},
+    "split_group": SPLIT_GROUP,
+    "full_kl": {**FED, "kl_estimator": "full"},
+    "lora_full_kl": {**FED, "kl_estimator": "full", "use_lora": True},
+}
+EVALUATIONS = {
+    f"evaluated_{batch_size}_{num_generations}": {
+        "kind": "evaluation",
+        "per_device_eval_batch_size": batch_size,
+        "num_generations_eval": num_generations,
+        "async_rewards": async_rewards,
+        "rollout_batch_size": 2,
+        "log_completions": True,
+    }
+    for batch_size, num_generations, async_rewards in ((2, 1, False), (4, 1, True), (2, 4, False), (8, 1, True))
+}
 
 
 def build_pipeline(weights: dict[str, torch.Tensor], use_lora: bool):
@@ -80,20 +99,36 @@ def assert_equal_weights(weights, expected, atol):
         torch.testing.assert_close(weights[name], expected[name], rtol=0, atol=atol)
 
 
-def test_two_processes_make_the_update_of_one(tmp_path, backend):
-    cases = {
-        "full": FED,
-        "lora": {**FED, "use_lora": True},
-        "async": {**FED, "async_rewards": True},
-        "split_group": SPLIT_GROUP,
-        "full_kl": {**FED, "kl_estimator": "full"},
-        "lora_full_kl": {**FED, "kl_estimator": "full", "use_lora": True},
-    }
-    process = launch(tmp_path, *backend, cases)
+def test_two_processes_do_what_one_does(tmp_path, backend):
+    sampled = {}
+    # With two updates a rollout, the checkpoint is between them
+    for name, use_lora, num_iterations in (("sampled", False, 2), ("sampled_lora", True, 1)):
+        sampled[name] = {**SAMPLED, "use_lora": use_lora, "save_strategy": "steps", "save_steps": 1}
+        sampled[name]["num_iterations"] = num_iterations
+        sampled[f"{name}_resumed"] = {**sampled[name], "resume_from": str(tmp_path / name / "checkpoint-1")}
+    if backend[1] != "deepspeed":  # transformers refuses `bf16` on a CPU that `use_cpu` does not ask for
+        sampled["half"] = {**SAMPLED, "bf16": True}
+    images = {"images": IMAGES, "images_lora": {**IMAGES, "use_lora": True, "log_completions": True}}
+    evaluations = EVALUATIONS if backend[1] == "ddp" else {}
+    refused = {"uneven": {**IMAGES, "eval_batch_size": 2, "is_refused": True}} if backend[1] == "fsdp2" else {}
+    # All in one launch, since each begins with the imports
+    process = launch(tmp_path, *backend, {**UPDATES, **sampled, **images, **evaluations, **refused})
     assert process.returncode == 0, process.stderr[-5000:]
-    for name in cases:
-        batch_size = 2 * cases[name]["per_device_train_batch_size"]
-        settings = {**cases[name], "per_device_train_batch_size": batch_size, "async_rewards": False}
+    check_updates(tmp_path)
+    check_samples_and_checkpoints(tmp_path, has_half="half" in sampled)
+    check_images(tmp_path)
+    if evaluations:
+        check_evaluations(tmp_path, process.stderr)
+    if refused:  # sharded weights are evaluated in equally many batches a process
+        for message in load(tmp_path, "uneven"):
+            assert "`batch_size` must share 2 images out among 2 processes" in message
+            assert "got 2. Nearest valid values: [1]." in message
+
+
+def check_updates(tmp_path):
+    for name, case in UPDATES.items():
+        batch_size = 2 * case["per_device_train_batch_size"]
+        settings = {**case, "per_device_train_batch_size": batch_size, "async_rewards": False}
         one = run_case(str(tmp_path / "one"), name, **settings)
         two = load(tmp_path, name)
         # Each sample is rewarded once, by the process that has it
@@ -126,21 +161,11 @@ def test_the_reference_is_whole_where_zero3_has_split_the_weights_on_loading(tmp
     assert kl == pytest.approx(expected_kl, rel=1e-5, abs=1e-6)
 
 
-def test_two_processes_sample_from_whole_weights_and_continue_from_their_checkpoint(tmp_path, backend):
-    cases = {}
-    # With two updates a rollout, the checkpoint is between them
-    for name, use_lora, num_iterations in (("full", False, 2), ("lora", True, 1)):
-        cases[name] = {**SAMPLED, "use_lora": use_lora, "save_strategy": "steps", "save_steps": 1}
-        cases[name]["num_iterations"] = num_iterations
-        cases[f"{name}_resumed"] = {**cases[name], "resume_from": str(tmp_path / name / "checkpoint-1")}
-    can_be_half = backend[1] != "deepspeed"  # transformers refuses `bf16` on a CPU that `use_cpu` does not ask for
-    if can_be_half:
-        cases["half"] = {**SAMPLED, "bf16": True}
-    process = launch(tmp_path, *backend, cases)
-    assert process.returncode == 0, process.stderr[-5000:]
-    for name in ("full", "lora"):
-        two = load(tmp_path, name)
-        pipeline = build_pipeline(two[0]["weights"][-1], use_lora=name == "lora")
+def check_samples_and_checkpoints(tmp_path, has_half):
+    """Samples are drawn from whole weights, and a run goes on from its checkpoint."""
+    for name in ("sampled", "sampled_lora"):
+        two, use_lora = load(tmp_path, name), name == "sampled_lora"
+        pipeline = build_pipeline(two[0]["weights"][-1], use_lora)
         for process_index, result in enumerate(two):
             torch.manual_seed(process_index)
             samples = pipeline.sample_tokens(*pipeline.encode_prompt(PROMPTS), (NUM_TOKENS,), 5).clean_samples
@@ -151,53 +176,32 @@ def test_two_processes_sample_from_whole_weights_and_continue_from_their_checkpo
         assert_equal_weights(resumed["weights"][0], unbroken["weights"][1], atol=0)
         assert_equal_weights(resumed["weights"][1], unbroken["weights"][2], atol=0)
         # What is saved is whole, under the names that a plain `from_pretrained` knows
-        if name == "full":
-            saved = load_file(tmp_path / name / "checkpoint-2" / "transformer" / "model.safetensors")
-            assert_equal_weights(saved, unbroken["weights"][2], atol=0)
-        else:
+        if use_lora:
             saved = load_file(tmp_path / name / "checkpoint-2" / "adapter_model.safetensors")
             trained = {key.replace(".default", ""): value for key, value in unbroken["weights"][2].items()}
             assert_equal_weights(saved, trained, atol=0)
+        else:
+            saved = load_file(tmp_path / name / "checkpoint-2" / "transformer" / "model.safetensors")
+            assert_equal_weights(saved, unbroken["weights"][2], atol=0)
     # Log-probabilities keep their digits where the network computes in bfloat16
-    if can_be_half:
+    if has_half:
         log_probs = load(tmp_path, "half")[0]["log_probs"]
         assert log_probs.dtype == torch.float32 and not torch.equal(log_probs, log_probs.bfloat16().float())
 
 
-def test_two_processes_train_on_images_and_compare(tmp_path, backend):
-    cases = {"full": IMAGES, "lora": {**IMAGES, "use_lora": True, "log_completions": True}}
-    process = launch(tmp_path, *backend, cases)
-    assert process.returncode == 0, process.stderr[-5000:]
-    for name in cases:
+def check_images(tmp_path):
+    for name in ("images", "images_lora"):
         two = load(tmp_path, name)
         # The processes share what they have scored
         assert two[0]["results"]["before"] == two[1]["results"]["before"]
         assert two[0]["results"]["after"] == two[1]["results"]["after"] != two[0]["results"]["before"]
         # Images cross processes for the table of completions only: two of each process and step
-        assert [result["pickled"] for result in two] == ([0, 0] if name == "full" else [4, 4])
+        assert [result["pickled"] for result in two] == ([0, 0] if name == "images" else [4, 4])
 
 
-def test_sharded_weights_are_evaluated_in_equally_many_batches_a_process(tmp_path):
-    process = launch(tmp_path, *BACKENDS["fsdp2"], {"uneven": {**IMAGES, "eval_batch_size": 2}})
-    assert process.returncode != 0
-    assert "`batch_size` must share 2 images out among 2 processes" in process.stderr
-    assert "got 2. Nearest valid values: [1]." in process.stderr
-
-
-def test_evaluation_counts_each_sample_once(tmp_path):
-    cases = {}
-    for batch_size, num_generations, async_rewards in ((2, 1, False), (4, 1, True), (2, 4, False), (8, 1, True)):
-        cases[f"{batch_size}-{num_generations}"] = {
-            "kind": "evaluation",
-            "per_device_eval_batch_size": batch_size,
-            "num_generations_eval": num_generations,
-            "async_rewards": async_rewards,
-            "rollout_batch_size": 2,
-            "log_completions": True,
-        }
-    process = launch(tmp_path, *BACKENDS["ddp"], cases)
-    assert process.returncode == 0, process.stderr[-5000:]
-    for name, case in cases.items():
+def check_evaluations(tmp_path, stderr):
+    """Each sample counts once."""
+    for name, case in EVALUATIONS.items():
         two = load(tmp_path, name)
         num_generations = case["num_generations_eval"]
         expected = sorted([0.0, 1.0, 2.0, 3.0, 4.0, 4.0] * num_generations)
@@ -211,4 +215,4 @@ def test_evaluation_counts_each_sample_once(tmp_path):
         assert metrics["eval_all_rewards/failing_for_3/failed"] == pytest.approx(1 / 5)
         assert metrics["eval_last_reward"] == 4.0 and metrics["eval_last_rewards/odd/mean"] is None
     # The warnings of both processes, whichever has the prompt
-    assert "samples have no reward of 'failing_for_3'" in process.stderr
+    assert "samples have no reward of 'failing_for_3'" in stderr

@@ -60,7 +60,7 @@ def fed_tokens(prompt: str, index: int) -> torch.Tensor:
 class FedTrainer(UDMGRPOTrainer):
     """Takes samples and noised states from `fed_tokens`, so that any number of processes sees the same ones."""
 
-    def _rollout(self, prompts, mode, return_trajectory=False, on_decoded=None):
+    def _rollout(self, prompts, mode, return_trajectory=False, on_decoded=None, condition=None):
         self.fed_prompts = prompts
         self.first_index = self.accelerator.process_index * len(prompts)
         prompt_ids, prompt_mask = self.pipeline.encode_prompt(prompts)
@@ -267,7 +267,13 @@ def main(settings_path: str) -> None:
     settings = json.loads(Path(settings_path).read_text())
     for name, case in settings["cases"].items():
         run = {"images": compare_images, "evaluation": evaluate_rewards}.get(case.pop("kind", None), run_case)
-        result = run(settings["output_dir"], name, settings["backend"], **case)
+        is_refused = case.pop("is_refused", False)
+        try:
+            result = run(settings["output_dir"], name, settings["backend"], **case)
+        except ValueError as error:
+            if not is_refused:
+                raise
+            result = str(error)
         path = Path(settings["output_dir"], f"{name}-{PartialState().process_index}.pt")
         torch.save(result, path)
 

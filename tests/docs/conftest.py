@@ -22,7 +22,9 @@ from trl_udm.data.geneval import generate_geneval_prompts
 from trl_udm.worlds.shapes import CHECKPOINT_PATH
 
 from ..pipelines import tiny_diffusion_gemma
-from ..rewards.test_clip import save_tiny_clip
+from ..rewards.test_clip import save_head, save_tiny_clip
+from ..rewards.test_hpsv3 import convert, save_original_files
+from ..rewards.test_image_reward import save_tiny_image_reward
 from ..rewards.test_mask2former import build_tiny_mask2former
 
 
@@ -41,8 +43,15 @@ def models(tmp_path_factory, oracle_dir):
     """A folder of small networks under the names of large ones on the Hub."""
     folder = tmp_path_factory.mktemp("models")
     shutil.copytree(oracle_dir / "tiny-ursa", folder / "BAAI" / "URSA-1.7B-IBQ512")
+    shutil.copytree(oracle_dir / "fudoki" / "tiny-fudoki", folder / "LucasJinWang" / "FUDOKI")
+    shutil.copytree(oracle_dir / "fudoki" / "release_layout", folder / "release")
     for name in CLIPS:
         save_tiny_clip(folder / name, max_length=77)
+    save_head(folder / "sac+logos+ava1-l14-linearMSE.pth", (0, 2, 4, 6, 7))
+    save_tiny_image_reward(folder / "THUDM" / "ImageReward", folder / "google-bert" / "bert-base-uncased")
+    originals = tmp_path_factory.mktemp("originals")
+    save_original_files(originals)
+    convert(originals, folder / "hpsv3")
     build_tiny_mask2former().save_pretrained(folder / "facebook" / "mask2former-swin-small-coco-instance")
     tiny_diffusion_gemma.build_pipeline().save_pretrained(folder / "google" / "diffusiongemma-26B-A4B-it")
     return folder

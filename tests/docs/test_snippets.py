@@ -33,7 +33,7 @@ from ..pages import PAGES, ROOT, check_code, read_blocks, run_page
 RUN_ELSEWHERE = {"add_a_loss.md", "add_a_model_family.md", "checkpoints.md", "resuming.md"}
 RUN_ELSEWHERE |= {"image_family.md", "logging.md", "lora.md", "own_reward.md"}
 SHORTER = {"README.md": ("max_steps=25", "max_steps=2")}
-NEEDS_GPU = {"URSAPipeline", "DiffusionGemmaUDMPipeline"}
+NEEDS_GPU = {"URSAPipeline", "FUDOKIPipeline", "FUDOKIUnderstandingPipeline", "DiffusionGemmaUDMPipeline"}
 EXAMPLE = re.compile(r"Example:\n\n( *)```python\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 
 

@@ -14,19 +14,29 @@
 
 import json
 
+import pytest
+
 from tests.rewards.test_clip import save_tiny_clip
 
 from . import load_example
 
 
-def test_the_example_trains_on_pickscore_and_leaves_its_results(tmp_path, oracle_dir, capsys):
+@pytest.mark.parametrize(
+    ("model", "options", "files"),
+    [
+        ("tiny-ursa", {"height": 16, "width": 16}, []),
+        ("video/tiny-ursa-video", {"height": 32, "width": 48, "num_frames": 5}, ["samples.gif"]),
+    ],
+    ids=["images", "videos"],
+)
+def test_the_example_trains_on_pickscore_and_leaves_its_results(tmp_path, oracle_dir, capsys, model, options, files):
     save_tiny_clip(tmp_path / "clip")
     (tmp_path / "train.txt").write_text("a red cat\na blue dog\n")
     (tmp_path / "test.txt").write_text("a green cow\na gray fox\na pink pig\n")
     argv = ["--dataset_name", str(tmp_path / "train.txt"), "--eval_dataset_name", str(tmp_path / "test.txt")]
     argv += ["--pickscore_model", str(tmp_path / "clip"), "--pickscore_processor", str(tmp_path / "clip")]
-    argv += ["--model_name_or_path", str(oracle_dir / "tiny-ursa"), "--dtype", "float32", "--max_steps", "1"]
-    argv += ["--pipeline_kwargs", '{"height": 16, "width": 16}', "--num_generations", "2", "--disable_tqdm", "True"]
+    argv += ["--model_name_or_path", str(oracle_dir / model), "--dtype", "float32", "--max_steps", "1"]
+    argv += ["--pipeline_kwargs", json.dumps(options), "--num_generations", "2", "--disable_tqdm", "True"]
     argv += ["--per_device_train_batch_size", "6", "--gradient_accumulation_steps", "1", "--bf16", "False"]
     argv += ["--num_inference_steps", "5", "--num_inference_steps_eval", "5", "--report_to", "none"]
     results = load_example("train_pickscore").main(
@@ -34,6 +44,6 @@ def test_the_example_trains_on_pickscore_and_leaves_its_results(tmp_path, oracle
     )
     assert set(results["before"]) == set(results["after"]) == {"all", "overall"}
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
-    for name in ("samples_before.png", "samples_after.png", "reward_curve.png", "model_index.json"):
+    for name in ("samples_before.png", "samples_after.png", "reward_curve.png", "model_index.json", *files):
         assert (tmp_path / "out" / name).exists()
     assert "PickScore" in capsys.readouterr().out

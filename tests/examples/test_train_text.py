@@ -27,7 +27,9 @@ SMALL = ["--num_generations", "4", "--num_inference_steps", "5", "--num_inferenc
 SMALL += ["--per_device_train_batch_size", "24", "--num_generations_eval", "1", "--disable_tqdm", "True"]
 
 
-@pytest.mark.parametrize("extra", [[], ["--use_peft", "--lora_r", "4"]])
+@pytest.mark.parametrize(
+    "extra", [[], ["--use_peft", "--lora_r", "4", "--algorithm", "dflow_grpo", "--num_draws", "2"]]
+)
 def test_the_example_trains_on_sums_and_leaves_its_results(tmp_path, capsys, recwarn, extra):
     results = load_example("train_text").main(["--output_dir", str(tmp_path), *SMALL, *extra])
     assert 0.4 < results["before"] < 0.65 and 0 <= results["after"] <= 1

@@ -42,6 +42,16 @@ def device():
     return torch.device(name)
 
 
+@pytest.fixture(autouse=True)
+def float32_products():
+    """Products in the precision that they had before a test: transformers sets TF32 for a compiled run, for good."""
+    import torch
+
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
 @pytest.fixture
 def both(device):
     """Calls a function of a device on the CPU and on the other device. Returns both results, on the CPU."""

@@ -36,8 +36,9 @@ MAY_BE_FLOAT64 = {
 }
 
 # The kernels of TRL's fused head against the same in plain PyTorch, for two tiles of which the last is not full
-INTERPRET = """
+COMPARE_KERNELS = """
 import torch
+torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
 from trl.kernels import chunked_logprob as kernels
 
 settings = {"logit_scale": 0.7, "softcap": 5.0, "inv_t": 1 / 1.3, "BLOCK_SIZE": 32}
@@ -72,11 +73,15 @@ print("equal")
 """
 
 
-def test_the_kernels_of_the_fused_head_are_right_in_tritons_interpreter(monkeypatch):
+def test_the_kernels_of_the_fused_head_are_right(monkeypatch):
+    """On a GPU, and without one in Triton's interpreter."""
+    import torch
+
     if find_spec("triton") is None:
         pytest.skip("needs Triton, which comes with PyTorch's builds for CUDA")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    run = subprocess.run([sys.executable, "-c", INTERPRET], capture_output=True, text=True)
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    run = subprocess.run([sys.executable, "-c", COMPARE_KERNELS], capture_output=True, text=True)
     assert run.stdout.strip() == "equal", run.stderr[-3000:]
 
 

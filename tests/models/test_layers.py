@@ -103,6 +103,19 @@ def test_compiled_layers_are_what_rollouts_and_updates_run(tmp_path, settings):
     assert not any("_orig_mod" in name for name, _ in trainer.model.named_parameters())
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "reduce-overhead"}, "`torch_compile_mode` must not record CUDA graphs, got 'reduce-overhead'"),
+        ({"mode": "max-autotune"}, "`torch_compile_mode` must not record CUDA graphs, got 'max-autotune'"),
+        ({"backend": "cudagraphs"}, "`torch_compile_backend` must not record CUDA graphs, got 'cudagraphs'"),
+    ],
+)
+def test_cuda_graphs_of_single_layers_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        compile_layers(nn.Linear(2, 2), **{"backend": "inductor", **settings})
+
+
 def test_a_model_without_layers_is_refused():
     with pytest.raises(ValueError, match="`torch_compile` must be False, got True: Linear has no layers"):
         compile_layers(nn.Linear(2, 2), "inductor")

@@ -126,6 +126,25 @@ def test_scores_and_gradients_are_those_of_trls_fused_head(is_bf16):
         assert_close(grads, trl_grads)
 
 
+@pytest.mark.parametrize(("has_lora", "keeps_logits"), [(False, False), (False, True), (True, False)])
+def test_several_labels_of_a_token_are_scored_with_one_distribution(monkeypatch, has_lora, keeps_logits):
+    monkeypatch.setattr(token_scores, "MAX_KEPT_LOGITS", 2**27 if keeps_logits else 0)
+    model = add_lora_to_the_head(build_model()) if has_lora else build_model()
+    head = model.get_output_embeddings()
+    hidden_states = torch.randn(6, 16, requires_grad=True)
+    labels = torch.randint(CODEBOOK_SIZE, (6, 5))
+    labels[:, 3] = labels[:, 1]  # draws repeat
+    weights = torch.randn(6, 5)
+    outcomes = []
+    for score in (score_tokens, lambda *args: token_scores._score_chunk(*args)):
+        log_probs, entropies = score(head, hidden_states, labels)
+        (grad,) = torch.autograd.grad((weights * log_probs).sum() + entropies.sum(), hidden_states)
+        outcomes.append((log_probs, entropies, grad))
+    assert_close(*outcomes)
+    one_each = [score_tokens(head, hidden_states, column)[0] for column in labels.unbind(dim=1)]
+    assert torch.equal(outcomes[0][0], torch.stack(one_each, dim=1))
+
+
 @pytest.mark.parametrize("used", ["log_probs", "entropy"])
 def test_one_of_the_two_scores_may_be_left_unused(used):
     model = build_model()

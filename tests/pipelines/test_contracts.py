@@ -17,14 +17,16 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from trl.trainer.utils import add_fused_lm_head
 
-from trl_udm import KineticOptimalScheduler, TextUDMPipeline, URSAPipeline
+from trl_udm import FUDOKIPipeline, KineticOptimalScheduler, TextUDMPipeline, URSAPipeline
 
 from .text_families import NUM_TOKENS, build_text_pipeline
 
 
-FAMILIES = ["ursa", "text", "kinetic-text"]
-PROMPTS = {"ursa": ["a photo of a red car", "a sign"], "text": ["ab c", "b"], "kinetic-text": ["ab c", "b"]}
+FAMILIES = ["ursa", "fudoki", "text", "kinetic-text"]
+IMAGE_PROMPTS, TEXT_PROMPTS = ["a photo of a red car", "a sign"], ["ab c", "b"]
+PROMPTS = {"ursa": IMAGE_PROMPTS, "fudoki": IMAGE_PROMPTS, "text": TEXT_PROMPTS, "kinetic-text": TEXT_PROMPTS}
 LATENT = {"output_type": "latent", "num_inference_steps": 4}
 
 
@@ -35,6 +37,8 @@ def seeded(seed=0):
 def build(family, oracle_dir):
     if family == "ursa":
         pipe = URSAPipeline.from_pretrained(oracle_dir / "tiny-ursa", max_prompt_length=16)
+    elif family == "fudoki":
+        pipe = FUDOKIPipeline.from_pretrained(oracle_dir / "fudoki" / "tiny-fudoki")
     else:
         pipe = build_text_pipeline("bert")
         if family == "kinetic-text":
@@ -54,7 +58,7 @@ def pipe(family, oracle_dir):
 
 
 def test_each_sample_is_what_its_generator_alone_gives(pipe, family):
-    num = "num_images_per_prompt" if family == "ursa" else "num_completions_per_prompt"
+    num = "num_images_per_prompt" if PROMPTS[family] is IMAGE_PROMPTS else "num_completions_per_prompt"
     options = {**LATENT, "guidance_scale": 3.0}
     together = pipe(PROMPTS[family], **{num: 2}, generator=[seeded(seed) for seed in range(4)], **options)[0]
     for i, sample in enumerate(together):
@@ -123,6 +127,20 @@ def test_a_callback_changes_the_guidance_of_the_next_step(pipe, family, initial)
     conditional, unconditional = pipe.denoise(ids, mask, state, latent_shape, t=torch.full((2,), 0.25))
     expected = unconditional + 3.0 * (conditional - unconditional)
     torch.testing.assert_close(seen[1][2][0], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_several_labels_of_a_token_have_the_scores_that_they_have_alone(pipe, family):
+    latent_shape, model = pipe.latent_shape(), pipe.transformer
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    size = (2, torch.Size(latent_shape).numel())
+    state, labels = (torch.randint(8, shape, generator=seeded()) for shape in (size, (*size, 3)))
+    inputs = (*pipe.encode_prompt(PROMPTS[family]), state, latent_shape)
+    log_probs, entropies = pipe.score(model, *inputs, labels, torch.full((2,), 0.5))
+    for i in range(3):
+        one, expected_entropies = pipe.score(model, *inputs, labels[..., i], torch.full((2,), 0.5))
+        torch.testing.assert_close(log_probs[..., i], one, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(entropies, expected_entropies, atol=1e-5, rtol=1e-5)
 
 
 def test_guidance_without_negative_prompts_is_refused(pipe, family):

@@ -14,7 +14,9 @@
 
 """The numbers come from an independent run of the public reference code, baaivision/URSA at commit 29284bb."""
 
+import copy
 import json
+import math
 import re
 
 import numpy as np
@@ -230,14 +232,42 @@ def test_each_frame_has_its_own_time(pipe, video_dir):
     for case in ("drawn", "i2v_like", "synchronous"):
         x_1, t = oracle[f"{case}.x1"], oracle[f"{case}.t"]
         torch.testing.assert_close(pipe.scheduler.probabilities(x_1, t), oracle[f"{case}.prob"], atol=1e-6, rtol=0)
-        noised_samples = pipe.scheduler.add_noise(x_1, t, seeded())
-        assert oracle[f"{case}.prob"].gather(-1, noised_samples.unsqueeze(-1)).min() > 0
+        for noised_samples in (pipe.scheduler.add_noise(x_1, t, seeded()), oracle[f"{case}.x_t"]):
+            assert pipe.scheduler.probabilities(x_1, t).gather(-1, noised_samples.unsqueeze(-1)).min() > 0
     sigma = 1 - 0.999 * oracle["drawn.uniform_draw"]
     torch.testing.assert_close(1 - 2 * sigma / (1 + sigma), oracle["drawn.t"].flatten(), atol=1e-6, rtol=0)
     clean_first = torch.tensor([[1.0, 0.0, 0.0]])
     noised_samples = pipe.scheduler.add_noise(oracle["i2v_like.x1"], clean_first, seeded())
     assert torch.equal(noised_samples[:, 0], oracle["i2v_like.x1"][:, 0])
     assert not torch.equal(noised_samples[:, 1], oracle["i2v_like.x1"][:, 1])
+
+
+@pytest.mark.parametrize("run", ["train_async", "train_sync"])
+def test_loss_and_gradients_of_videos_are_the_references(loaded, video_dir, run):
+    oracle = load_file(video_dir / "forward_noise.safetensors")
+    recorded = json.loads((video_dir / "forward_noise.json").read_text(encoding="utf-8"))[run]
+    oracle = {name.removeprefix(f"{run}."): value for name, value in oracle.items() if name.startswith(f"{run}.")}
+    x_1, input_ids = oracle["x1"], oracle["input_ids"]
+    prompt_ids, noised_samples = input_ids[:, :24], input_ids[:, 25:] - loaded.transformer.config.text_vocab_size
+    rows = (prompt_ids, torch.ones_like(prompt_ids), noised_samples, tuple(x_1.shape[1:]), x_1.flatten(1))
+    inputs = loaded.prepare_denoiser_inputs(*rows)
+    assert torch.equal(inputs["input_ids"], input_ids)
+    assert torch.equal(inputs["position_ids"], oracle["rope_pos"])
+    assert torch.equal(inputs["shift_labels"], oracle["labels"].roll(-1, dims=1))
+    t = oracle["t"].view(2, -1).expand(2, 3)  # of each frame
+    table = loaded.scheduler.probabilities(x_1, t).flatten(1, 3)
+    assert table.gather(-1, noised_samples.unsqueeze(-1)).min() > 0  # what was drawn can be drawn
+
+    network = copy.deepcopy(loaded.transformer)
+    logps, _, _ = loaded.score_with_kl(network, None, *rows, t.repeat_interleave(16, dim=1))
+    loss = -logps.mean()
+    loss.backward()
+    assert loss.item() == pytest.approx(recorded["loss"], abs=1e-5)
+    gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+    norms = {name: gradient.norm().item() for name, gradient in gradients.items()}
+    norms["__total__"] = math.hypot(*norms.values())
+    assert norms == pytest.approx(recorded["grad_norm"], abs=1e-6 * norms["__total__"])
+    torch.testing.assert_close(gradients["model.norm.weight"], oracle["grad.model.norm.weight"], atol=1e-6, rtol=0)
 
 
 def test_conditions_start_as_the_references(pipe, i2v):
@@ -441,6 +471,7 @@ def test_pipeline_without_weights_is_one_of_videos(pipe, video_dir, tmp_path):
     for folder in (tmp_path, video_dir / "tiny-ursa-video"):
         planned = URSAPipeline.from_configs(folder)
         assert planned.latent_shape(32, 48, 9) == (3, 4, 6)
+        assert planned.scheduler.config.codebook_dim == 8  # of its own codes, not the 3 of the tokenizer's
         assert {name: x.shape for name, x in planned.vae.state_dict().items()} == {
             name: x.shape for name, x in pipe.vae.state_dict().items()
         }
@@ -514,6 +545,16 @@ IMAGE = np.zeros((32, 48, 3), dtype=np.uint8)
         ({"cond_latents": torch.zeros(1, 1, 4, 6)}, "as the output, got torch.float32 of shape (1, 1, 4, 6)."),
         ({"cond_latents": torch.zeros(3, 1, 4, 6, dtype=torch.long)}, "for each of the 2 prompts, got 3."),
         ({"cond_latents": torch.full((1, 1, 4, 6), 200)}, "must have ids in [0, 200), got ids from 200 to 200."),
+        ({"image": IMAGE, "num_inference_steps": 0}, "`num_inference_steps` must be > 0, got 0."),
+        ({"image": IMAGE, "num_images_per_prompt": 1.5}, "`num_images_per_prompt` must be > 0, got 1.5."),
+        ({"image": IMAGE, "guidance_trunc": 2}, "`guidance_trunc` must be in [0, 1], got 2."),
+        ({"image": IMAGE, "negative_prompt": ["a"]}, "`negative_prompt` must have one entry for each prompt (2), got"),
+        ({"image": IMAGE, "latents": torch.zeros(2, 7, dtype=torch.long)}, "`latents` must have shape (2, 72)"),
+        ({"image": IMAGE, "generator": [seeded()] * 3}, "`generator`"),
+        (
+            {"image": IMAGE, "callback_on_step_end_tensor_inputs": ["x"]},
+            "`callback_on_step_end_tensor_inputs` has to be in",
+        ),
     ],
 )
 def test_bad_arguments_of_videos_are_refused_before_any_compute(pipe, changes, message):

@@ -29,7 +29,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from trl.trainer.utils import get_callable_name
 
-from trl_udm.rewards.clip import CLIPReward, CLIPScoreReward, HPSv2Reward, PickScoreReward
+from trl_udm.rewards.clip import AestheticReward, CLIPReward, CLIPScoreReward, HPSv2Reward, PickScoreReward
 
 
 SIZE = 28
@@ -133,6 +133,47 @@ def test_hpsv2_sees_the_whole_of_an_image_that_is_not_square(folder, reward):
     padded_wide.paste(wide.resize((SIZE, 16), Image.Resampling.BICUBIC), (0, 6))  # 50 * 28 / 90 = 15.6
     expected = reward(prompts=PROMPTS, completions=[padded_tall, square, padded_wide])
     assert HPSv2Reward(folder)(prompts=PROMPTS, completions=IMAGES) == pytest.approx(expected, abs=1e-6)
+
+
+def save_head(path, indices, input_dim=16):
+    """The authors' file of an aesthetic head, narrower than theirs."""
+    generator = torch.Generator().manual_seed(0)
+    weights, widths = {}, [input_dim, 12, 8, 6, 4, 1]
+    for index, width, next_width in zip(indices, widths[:-1], widths[1:], strict=True):
+        weights[f"layers.{index}.weight"] = torch.randn(next_width, width, generator=generator)
+        weights[f"layers.{index}.bias"] = torch.randn(next_width, generator=generator)
+    torch.save(weights, path)
+    return [(weights[f"layers.{i}.weight"].numpy(), weights[f"layers.{i}.bias"].numpy()) for i in indices]
+
+
+@pytest.mark.parametrize("indices", [(0, 2, 4, 6, 7), (0, 3, 6, 9, 11)])
+def test_aesthetic_head_scores_the_normalized_features(folder, reward, tmp_path, indices):
+    layers = save_head(tmp_path / "head.pth", indices)
+    aesthetic = AestheticReward(str(tmp_path / "head.pth"), folder)
+    reward(prompts=PROMPTS, completions=IMAGES)  # loads
+    with torch.no_grad():
+        states = reward._encode_images(IMAGES).numpy()
+    for i, (weight, bias) in enumerate(layers):
+        states = states @ weight.T + bias
+        if indices[1] == 3 and i < 4:  # the file of a network with activations
+            states = np.maximum(states, 0)
+    expected = states[:, 0].tolist()
+    assert max(expected) - min(expected) > 1e-2
+    assert aesthetic(prompts=PROMPTS, completions=IMAGES) == pytest.approx(expected, abs=1e-5)
+    assert aesthetic(prompts=["", *PROMPTS[1:]], completions=IMAGES) == pytest.approx(expected, abs=1e-5)
+    assert get_callable_name(aesthetic) == "aesthetic"
+
+
+def test_another_file_of_a_head_is_refused(folder, tmp_path):
+    path = str(tmp_path / "head.pth")
+    torch.save({"weight": torch.zeros(1, 16), "bias": torch.zeros(1)}, path)
+    message = (
+        f"{path} must hold weights and biases of layers (0, 2, 4, 6, 7) or (0, 3, 6, 9, 11), got ['bias', 'weight']."
+    )
+    reward = AestheticReward(path, folder)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            reward(prompts=PROMPTS, completions=IMAGES)
 
 
 @pytest.mark.parametrize("reward_class", [CLIPReward, PickScoreReward, CLIPScoreReward, HPSv2Reward])

@@ -183,7 +183,7 @@ def test_missing_weights_are_refused(tmp_path):
     model, _ = build_tiny_clip()
     state_dict = {name: weight for name, weight in model.state_dict().items() if name != "text_projection.weight"}
     model.save_pretrained(tmp_path, state_dict=state_dict)
-    message = f"must hold a trained CLIP, got {tmp_path!r}, which lacks 1 parameters, such as 'text_projection.weight'"
+    message = f"a trained CLIPModel, got {tmp_path!r}, which lacks 1 parameters, such as 'text_projection.weight'"
     with pytest.raises(ValueError, match=re.escape(message)):
         CLIPColorClassifier(tmp_path, device="cpu")(random_image(8, 8), [Detection((0, 0, 8, 8), 0.9)], "dog")
 

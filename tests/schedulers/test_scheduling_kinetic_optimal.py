@@ -13,7 +13,7 @@
 # limitations under the License.
 
 # The files in tests/oracle come from an independent run of the public reference code Yovecent/UDM-GRPO, commit
-# d1bec49.
+# d1bec49, and those in tests/oracle/fudoki from WanZhengyan/dFlowGRPO, commit aa81e50.
 
 import copy
 import json
@@ -232,6 +232,21 @@ def test_velocity_and_jump_probability_are_the_oracles(path):
             torch.testing.assert_close(kernel, oracle["vel.one_step_kernel"][i], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("codes", ["image", "text"])
+def test_the_fourth_power_of_the_distance_is_the_path_of_fudoki(codes):
+    oracle = load_file(ORACLE / "fudoki" / "b_path.safetensors")
+    oracle = {name.removeprefix(f"{codes}."): tensor for name, tensor in oracle.items() if name.startswith(codes)}
+    scheduler = KineticOptimalScheduler(metric_power=4.0)
+    scheduler.set_codebook(oracle["embedding"])
+    assert scheduler.probabilities(oracle["x1"], 0.3).shape == oracle["prob"][0].shape
+    for t, probabilities, rates in zip(oracle["t"], oracle["prob"], oracle["rate"], strict=True):
+        torch.testing.assert_close(scheduler.probabilities(oracle["x1"], t), probabilities, rtol=0, atol=1e-6)
+        velocity = scheduler.velocity(oracle["x_t"], oracle["x1"], t)
+        torch.testing.assert_close(velocity, rates, rtol=0, atol=1e-6 * max(1.0, rates.max().item()))
+    metric = scheduler._distances(oracle["x1"].flatten())
+    torch.testing.assert_close(metric, oracle["metric"].view_as(metric), rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("timestep", [0, 2, 5, 8])
 def test_step_follows_the_one_step_kernel(timestep):
     oracle, scheduler = load_oracle("metric"), load_scheduler("metric")
@@ -387,9 +402,12 @@ def make_large_scheduler(**kwargs):
 
 
 @pytest.mark.parametrize("max_chunk_elements", [1000, 2**17, 2**24])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_that_are_computed_in_parts_give_the_same_draws(max_chunk_elements, dtype):
-    tiled, whole = make_large_scheduler(), make_large_scheduler()
+@pytest.mark.parametrize(
+    ("dtype", "metric_power"),
+    [(torch.float32, 2.0), (torch.bfloat16, 2.0), (torch.float32, 4.0), (torch.float32, 1.5)],
+)
+def test_rows_that_are_computed_in_parts_give_the_same_draws(max_chunk_elements, dtype, metric_power):
+    tiled, whole = (make_large_scheduler(metric_power=metric_power) for _ in range(2))
     tiled.max_chunk_elements, whole.max_untiled_codes = max_chunk_elements, 6000
     sample = torch.randint(6000, (2, 60), generator=generator(0))
     sample[0, :3] = torch.arange(3)

@@ -33,6 +33,8 @@ from .toy_text_family import build_toy_text_pipeline
 # By family: the prompt, and options of the pipeline
 FAMILIES = {
     "ursa": ("a sign", {"height": 32, "width": 32}),
+    "ursa-video": ("a sign", {"height": 32, "width": 32, "num_frames": 5}),
+    "ursa-video-of-one-frame": ("a sign", {"height": 32, "width": 32}),
     "text": ("ab", {}),
     "text-messages": ([{"role": "user", "content": "ab"}], {"max_completion_length": 4}),
     "diffusion-gemma": ("1+1=", {"gen_length": 16}),
@@ -44,6 +46,8 @@ FAMILIES = {
 def build_pipeline(family, oracle_dir):
     if family == "ursa":
         return URSAPipeline.from_pretrained(oracle_dir / "tiny-ursa", max_prompt_length=16)
+    if family.startswith("ursa-video"):
+        return URSAPipeline.from_pretrained(oracle_dir / "video" / "tiny-ursa-video", max_prompt_length=16)
     if family == "toy":
         return build_toy_text_pipeline()
     return build_text_pipeline() if family.startswith("text") else build_diffusion_gemma_pipeline()
@@ -90,7 +94,12 @@ def test_the_snippet_draws_what_the_trained_model_draws(tmp_path, monkeypatch, o
     if not family.startswith("diffusion-gemma"):
         options = {**options, "guidance_scale": 1.0}
     output = pipeline(prompt, num_inference_steps=6, generator=generator, **options)
-    if family == "ursa":
+    if family == "ursa-video":
+        assert np.array_equal(np.stack(variables["video"]), np.stack(output.frames[0]))
+        assert (tmp_path / "video.gif").exists()
+        assert "pipeline_tag: text-to-video" in card
+    elif family.startswith("ursa"):
         assert np.array_equal(variables["image"], output.images[0]) and (tmp_path / "image.png").exists()
+        assert "pipeline_tag: text-to-image" in card
     else:
         assert variables["text"] == output.texts[0]

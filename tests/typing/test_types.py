@@ -25,6 +25,7 @@ import pytest
 from trl import TrlParser
 
 import trl_udm
+from trl_udm.pipelines.pipeline_fudoki import FUDOKICallArguments
 from trl_udm.pipelines.pipeline_text import TextCallArguments
 from trl_udm.pipelines.pipeline_ursa import URSACallArguments
 
@@ -55,7 +56,11 @@ def _is_public(node: ast.AST) -> bool:
 
 @pytest.mark.parametrize(
     ("pipeline_class", "arguments"),
-    [(trl_udm.URSAPipeline, URSACallArguments), (trl_udm.TextUDMPipeline, TextCallArguments)],
+    [
+        (trl_udm.URSAPipeline, URSACallArguments),
+        (trl_udm.FUDOKIPipeline, FUDOKICallArguments),
+        (trl_udm.TextUDMPipeline, TextCallArguments),
+    ],
 )
 def test_overloads_have_the_arguments_of_the_call(pipeline_class, arguments):
     own = {"self", "prompt", "output_type", "return_dict"}

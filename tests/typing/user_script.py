@@ -29,18 +29,30 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel, P
 
 from trl_udm import (
     AdaptiveKLCallback,
+    AestheticReward,
     AutoencoderVQ,
     AutoencoderVQCosmos3D,
     CLIPColorClassifier,
     CLIPReward,
     CLIPScoreReward,
     CompactProgressCallback,
+    DFlowDPOConfig,
+    DFlowDPOTrainer,
+    DFlowGRPOConfig,
+    DFlowGRPOTrainer,
     DiagnosticsCallback,
     DiffusionGemmaUDMPipeline,
     EMACallback,
+    FrameReward,
+    FUDOKIForImageGeneration,
+    FUDOKIPipeline,
+    FUDOKIUnderstandingPipeline,
     GenEvalReward,
     GuardrailCallback,
     HPSv2Reward,
+    HPSv3Reward,
+    ImageRewardReward,
+    JudgeTemplate,
     KineticOptimalScheduler,
     Mask2FormerDetector,
     MemoryEstimate,
@@ -57,6 +69,7 @@ from trl_udm import (
     URSAForImageGeneration,
     URSAModel,
     URSAPipeline,
+    VLMJudgeReward,
     estimate_memory,
 )
 from trl_udm.data.files import load_rows
@@ -125,6 +138,15 @@ prompt_ids, prompt_mask = pipe.encode_prompt(["a red car"])
 samples = pipe.sample_tokens(prompt_ids, prompt_mask, pipe.latent_shape(height=512, width=512), 10)
 assert_type(samples.clean_samples, torch.Tensor)
 assert_type(pipe.decode(samples.clean_samples, (1, 32, 32))[0], Image.Image)
+
+fudoki = FUDOKIPipeline.from_pretrained("LucasJinWang/FUDOKI", dtype=torch.bfloat16).to("cuda")
+assert_type(fudoki, FUDOKIPipeline)
+assert_type(fudoki.transformer, FUDOKIForImageGeneration)
+assert_type(fudoki("a red car", num_inference_steps=50).images[0], Image.Image)
+assert_type(fudoki("a red car", output_type="latent").images, torch.Tensor)
+fudoki.load_lora_weights("release", subfolder="lora_adapter")
+reader = FUDOKIUnderstandingPipeline.from_pretrained("LucasJinWang/FUDOKI", dtype=torch.bfloat16).to("cuda")
+assert_type(reader(Image.open("car.png").convert("RGB"), "What is it?", generator=torch.Generator()), list[str])
 
 config = URSAConfig(text_vocab_size=320, codebook_size=256, bov_token_id=315, hidden_size=64)
 network = URSAForImageGeneration(config)
@@ -254,6 +276,12 @@ assert_type(OCRReward(partial=True)(["the word 'a'"], output.images, target_text
 assert_type(PickScoreReward()(["a dog"], output.images), list[float])
 assert_type(CLIPScoreReward(device=torch.device("cuda"))(["a dog"], torch.zeros(1, 3, 8, 8)), list[float])
 HPSv2Reward("folder")
+assert_type(HPSv3Reward("folder", batch_size=4)(["a dog"], output.images), list[float])
+assert_type(ImageRewardReward(dtype=torch.float16)(["a dog"], output.images), list[float])
+AestheticReward("head.pth", batch_size=4)
+FrameReward(AestheticReward("head.pth"), frames="middle", reduce="min")
+assert_type(JudgeTemplate("Is it {prompt}?", answer="yes_no").parse("yes"), float | None)
+vlm_judge = VLMJudgeReward("model", "http://127.0.0.1:8000/v1", template="geneval", prices=(1.0, 2.0))
 CLIPReward("folder", prefix="a ", batch_size=4)
 remote_reward = RemoteReward(["http://one:8765", "http://two:8765"], columns=["tag"], timeout=60, name="remote")
 
@@ -297,7 +325,7 @@ assert_type(trainer.evaluate(), dict[str, float])
 
 clip_rewards = [PickScoreReward(), CLIPScoreReward()]
 UDMGRPOTrainer(pipe.to("cuda"), clip_rewards, UDMGRPOConfig("run"), prompts)
-UDMGRPOTrainer(pipe, [geneval, OCRReward(), Brightness(), remote, remote_reward], train_dataset=prompts)
+UDMGRPOTrainer(pipe, [geneval, OCRReward(), Brightness(), remote, remote_reward, vlm_judge], train_dataset=prompts)
 UDMGRPOTrainer(pipe, (has_prompt, Brightness(2.0)), args, train_dataset=generate_ocr_prompts(100))
 UDMGRPOTrainer(pipe, remote, args, train_dataset=prompts, eval_dataset=prompts, eval_reward_funcs=[OCRReward()])
 UDMGRPOTrainer(text_pipe, "reward-model", args, train_dataset=Dataset.from_dict({"prompt": ["17+45="]}))
@@ -391,3 +419,5 @@ dice = DicePipeline(DiceModel(DiceConfig()), UniformDDIMScheduler(6), AutoTokeni
 assert_type(dice.to("cuda"), DicePipeline)
 assert_type(DicePipeline.from_pretrained("folder"), DicePipeline)
 UDMGRPOTrainer(dice, has_prompt, args, train_dataset=prompts)
+DFlowGRPOTrainer(dice, has_prompt, DFlowGRPOConfig("run", num_draws=4, old_policy_steps=48), train_dataset=prompts)
+DFlowDPOTrainer(dice, [has_prompt], DFlowDPOConfig("run", num_pairs=2), train_dataset=prompts)

@@ -54,7 +54,7 @@ class ModelArguments:
 @dataclass(kw_only=True)
 class SamplingArguments(ModelArguments):
     """
-    The model, and how images are drawn. What is `None` is the model's own.
+    The model, and how images or videos are drawn. What is `None` is the model's own.
 
     Args:
         adapter (`str`, *optional*):
@@ -65,6 +65,8 @@ class SamplingArguments(ModelArguments):
             Height of the images in pixels.
         width (`int`, *optional*):
             Width of the images in pixels.
+        num_frames (`int`, *optional*):
+            Number of frames, for videos.
         num_inference_steps (`int`, *optional*, defaults to `25`):
             Denoising steps, as `num_inference_steps_eval` of [`UDMGRPOConfig`].
         guidance_scale (`float`, *optional*, defaults to `1.0`):
@@ -79,6 +81,7 @@ class SamplingArguments(ModelArguments):
     seed: int = field(default=0, metadata={"help": "Seed of the images."})
     height: int | None = field(default=None, metadata={"help": "Pixels. By default the model's own height."})
     width: int | None = field(default=None, metadata={"help": "Pixels. By default the model's own width."})
+    num_frames: int | None = field(default=None, metadata={"help": "Frames of a video. By default images are drawn."})
     num_inference_steps: int = field(default=25, metadata={"help": "Denoising steps."})
     guidance_scale: float = field(
         default=1.0, metadata={"help": "Weight of classifier-free guidance. 1 is no guidance."}
@@ -90,14 +93,14 @@ class SamplingArguments(ModelArguments):
 
     def check(self) -> None:
         """Raises a `ValueError` if a number is out of its range."""
-        names = ("height", "width", "num_inference_steps", "num_images_per_prompt", "batch_size")
+        names = ("height", "width", "num_frames", "num_inference_steps", "num_images_per_prompt", "batch_size")
         check_range(self, seed=(0, 2**63 - 1), **dict.fromkeys(names, (1, math.inf)))
         check_range(self, guidance_scale=(-sys.float_info.max, sys.float_info.max))
 
     @property
     def pipeline_kwargs(self) -> dict[str, Any]:
         """`dict[str, Any]`: Arguments of a call of the pipeline."""
-        names = ("height", "width", "num_inference_steps", "guidance_scale")
+        names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
@@ -111,7 +114,7 @@ def load_pipeline(arguments: ModelArguments, adapter: str | None = None, pipelin
         adapter (`str`, *optional*):
             Folder or Hub repository of a PEFT adapter.
         pipeline_class (`type[UDMPipeline]`, *optional*):
-            Class of the pipeline. By default [`URSAPipeline`].
+            Class of the pipeline. By default that of the model, [`URSAPipeline`] or [`FUDOKIPipeline`].
 
     Returns:
         [`UDMPipeline`]: The pipeline.
@@ -119,16 +122,20 @@ def load_pipeline(arguments: ModelArguments, adapter: str | None = None, pipelin
     import torch
     from accelerate import PartialState
 
-    from ..pipelines.lora import read_adapter
-    from ..pipelines.pipeline_ursa import URSAPipeline
+    from ..pipelines.image_families import find_image_pipeline_class
 
-    weights = None if adapter is None else read_adapter(adapter)  # a mistake is told before a large model is loaded
-    size = {name: getattr(arguments, name, None) for name in ("height", "width")}
-    if any(size.values()):
-        URSAPipeline.from_configs(arguments.checkpoint_path).latent_shape(**size)
+    path = arguments.checkpoint_path
+    pipeline_class = pipeline_class or find_image_pipeline_class(path)
+    weights = None
+    if adapter is not None:
+        weights = pipeline_class.read_adapter(adapter)  # a mistake is told before a large model is loaded
+    size = {name: getattr(arguments, name, None) for name in ("height", "width", "num_frames")}
+    size = {name: value for name, value in size.items() if value is not None}
+    if size:
+        pipeline_class.from_configs(path).latent_shape(**size)
     device = PartialState().device
     dtype = arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    pipeline = (pipeline_class or URSAPipeline).from_pretrained(arguments.checkpoint_path, dtype=getattr(torch, dtype))
+    pipeline = pipeline_class.from_pretrained(path, dtype=getattr(torch, dtype))
     if weights is not None:
         pipeline.load_lora_weights(weights)
     return pipeline.to(device)

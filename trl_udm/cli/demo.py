@@ -115,6 +115,8 @@ def load_pipelines(arguments: Arguments) -> dict[str, "UDMPipeline"]:
     model_class = find_pipeline_class("model", arguments.checkpoint_path)
     if model_class.modality == "text" and (arguments.height is not None or arguments.width is not None):
         raise ValueError("`--height` and `--width` must be left out for a model of text.")
+    if arguments.num_frames not in (None, 1):
+        raise ValueError(f"`--num_frames` must be left out, got {arguments.num_frames}: the page shows images.")
     if arguments.compare is None:
         return {arguments.model: load_pipeline(arguments, arguments.adapter, model_class)}
     names = ["model_index.json", "adapter_model.safetensors", "adapter_model.bin"]

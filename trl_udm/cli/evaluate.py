@@ -21,6 +21,7 @@ they must lie as GenEval's own do. For several GPUs: accelerate launch -m trl_ud
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..evaluation.benchmarks import BENCHMARKS
 from .arguments import MODEL_HELP, SamplingArguments, load_pipeline
@@ -44,6 +45,9 @@ class Arguments(SamplingArguments):
             their own.
         options (`dict[str, Any]`, *optional*, defaults to `{}`):
             Arguments of the reward's constructor.
+        frames (`str`, *optional*):
+            Frames of videos that the reward scores, as in [`FrameReward`]: `"first"`, `"middle"`, `"last"`, `"all"` or
+            a number. By default it takes the videos.
         num_images_per_prompt (`int`, *optional*, defaults to `4`):
             Images a prompt.
         overwrite (`bool`, *optional*, defaults to `False`):
@@ -66,6 +70,9 @@ class Arguments(SamplingArguments):
     options: dict = field(
         default_factory=dict, metadata={"help": "Arguments of the reward's constructor, as a JSON object."}
     )
+    frames: str | None = field(
+        default=None, metadata={"help": "Frames of videos that are scored: first, middle, last, all or a number."}
+    )
     num_images_per_prompt: int = field(default=4, metadata={"help": "Images a prompt."})
     overwrite: bool = field(default=False, metadata={"help": "Delete earlier images first, as for new weights."})
 
@@ -84,6 +91,7 @@ def run(arguments: Arguments) -> None:
     from accelerate import PartialState
 
     from ..evaluation import evaluate
+    from ..rewards.frames import FrameReward
 
     if arguments.benchmark not in BENCHMARKS:  # a `--config` file is not checked against the choices
         raise ValueError(f"`--benchmark` must be one of {sorted(BENCHMARKS)}, got {arguments.benchmark!r}.")
@@ -99,6 +107,11 @@ def run(arguments: Arguments) -> None:
         rows = benchmark.load_rows(arguments.prompts)
     options = {**benchmark.reward_options, **arguments.options}
     reward = benchmark.make_reward(options)
+    reward_settings = {"benchmark": benchmark.name, "options": options}
+    if arguments.frames is not None:
+        frames: Any = int(arguments.frames) if arguments.frames.isdecimal() else arguments.frames
+        reward = FrameReward(reward, frames)
+        reward_settings["frames"] = frames
     if rows is not None:
         pipeline = load_pipeline(arguments, arguments.adapter)
         settings = {"model": arguments.model, "adapter": arguments.adapter, "dtype": str(pipeline.dtype)}
@@ -111,7 +124,7 @@ def run(arguments: Arguments) -> None:
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         settings=settings,
-        reward_settings={"benchmark": benchmark.name, "options": options},
+        reward_settings=reward_settings,
         overwrite=arguments.overwrite,
         **arguments.pipeline_kwargs,
     )

@@ -48,6 +48,8 @@ class Arguments(ModelArguments):
             Height of the images in pixels.
         width (`int`, *optional*):
             Width of the images in pixels.
+        num_frames (`int`, *optional*):
+            Number of frames, for videos.
 
         > Parameters that control training, as in [`UDMGRPOConfig`]
 
@@ -74,6 +76,7 @@ class Arguments(ModelArguments):
     )
     height: int | None = field(default=None, metadata={"help": "Pixels. By default the model's own height."})
     width: int | None = field(default=None, metadata={"help": "Pixels. By default the model's own width."})
+    num_frames: int | None = field(default=None, metadata={"help": "Frames of a video. By default images are drawn."})
 
     gradient_accumulation_steps: int | None = field(
         default=None, metadata={"help": "By default the fewest with which a step contains whole groups."}
@@ -120,22 +123,21 @@ def build_pipeline(model: str | Path, dtype: Any) -> Any:
             Dtype of its weights.
 
     Returns:
-        [`URSAPipeline`]: The pipeline.
+        [`URSAPipeline`] or [`FUDOKIPipeline`]: The pipeline.
 
     Raises:
         FileNotFoundError: If there is no such model.
     """
-    from ..pipelines.pipeline_ursa import URSAPipeline
-    from ..pipelines.ursa_sizes import PUBLISHED_SIZES
+    from ..pipelines.image_families import PUBLISHED_NAMES, build_published_pipeline, find_image_pipeline_class
 
-    if model in PUBLISHED_SIZES and not Path(model).is_dir():
-        return PUBLISHED_SIZES[model].build_pipeline(dtype)
+    if model in PUBLISHED_NAMES and not Path(model).is_dir():
+        return build_published_pipeline(str(model), dtype)
     try:
-        return URSAPipeline.from_configs(model, dtype=dtype)
+        return find_image_pipeline_class(model).from_configs(model, dtype=dtype)
     except FileNotFoundError as error:
         if Path(model).is_dir():
             raise
-        raise FileNotFoundError(f"{error} These need no network: {', '.join(PUBLISHED_SIZES)}.") from error
+        raise FileNotFoundError(f"{error} These need no network: {', '.join(PUBLISHED_NAMES)}.") from error
 
 
 def run(arguments: Arguments) -> None:
@@ -165,7 +167,7 @@ def run(arguments: Arguments) -> None:
         group_rows = arguments.num_generations * arguments.num_train_timesteps
         num_rows = arguments.per_device_train_batch_size
         settings["gradient_accumulation_steps"] = group_rows // math.gcd(group_rows, num_rows)
-    size = {"height": arguments.height, "width": arguments.width}
+    size = {name: getattr(arguments, name) for name in ("height", "width", "num_frames")}
     args = UDMGRPOConfig(
         "outputs",
         pipeline_kwargs={name: value for name, value in size.items() if value is not None},

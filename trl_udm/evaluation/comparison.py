@@ -37,12 +37,13 @@ def train_and_compare(
     curves: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """
-    Trains a model of images. Evaluates it before and after, with the same prompts and seeds.
+    Trains a model of images or videos. Evaluates it before and after, with the same prompts and seeds.
 
     The output folder then has:
 
     - the weights, and what was logged (`trainer_state.json`),
     - `samples_before.png` and `samples_after.png`, and `samples.png`, which shows the same prompts before and after,
+      in `samples.gif` with videos that play,
     - `reward_curve.png`, `results.json`, and the model card, which shows them,
     - `before` and `after`, the folders of the two evaluations, as [`~trl_udm.evaluation.evaluate`] writes them.
 
@@ -159,7 +160,7 @@ def _train_between(trainer: UDMGRPOTrainer, evaluate_model: Callable[[str], Any]
     """Trains and saves between two evaluations. Returns the first, the seconds of training, and the second."""
     if trainer.accelerator.is_main_process:
         # Else the model card would show those of an earlier run
-        for name in ("results.json", "samples.png", "reward_curve.png"):
+        for name in ("results.json", "samples.png", "samples.gif", "reward_curve.png"):
             Path(trainer.args.output_dir, name).unlink(missing_ok=True)
     before = evaluate_model("before")
     output = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)

@@ -19,10 +19,10 @@ All files lie in one folder, in GenEval's layout. So an interrupted run can cont
 scored:
 
     00000/metadata.jsonl            the prompt and what the reward needs to know, one JSON object
-    00000/samples/00000.png         the images of this prompt
+    00000/samples/00000.png         the images of this prompt; videos are animated
     00000/scores_<reward>.json      their scores, the images' checksums, and what else the scores depend on
     settings.json                   how the images were drawn; missing where they were made elsewhere
-    results.json, results.md, samples.png
+    results.json, results.md, samples.png, and for videos samples.gif
 
 [`evaluate`] takes all steps. The steps come first in this file, in their order.
 """
@@ -41,10 +41,10 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
-from PIL import Image
 from tqdm.auto import tqdm
 
 from ..cut_prompts import expect_prompts
+from ..image_grid import Picture, load_picture, save_picture
 from ..pipelines.original_checkpoint import load_json
 from ..reward_values import get_reward_name, read_rewards
 from .report import write_json, write_report
@@ -61,7 +61,7 @@ def generate_images(
     **pipeline_kwargs: Any,
 ) -> None:
     """
-    Draws images of prompts into a folder. The processes of `accelerate launch` share the work.
+    Draws images or videos of prompts into a folder. The processes of `accelerate launch` share the work.
 
     Images that exist are not drawn again. Each batch has its own seed and always holds the same images. So the images
     do not depend on interruptions or on the number of processes.
@@ -82,7 +82,8 @@ def generate_images(
         settings (`dict[str, Any]`, *optional*):
             What else the images depend on, such as the name of the model. Kept in `settings.json`.
         pipeline_kwargs (`dict[str, Any]`):
-            Arguments of the pipeline, such as `num_inference_steps`, `guidance_scale`, `height` and `width`.
+            Arguments of the pipeline, such as `num_inference_steps`, `guidance_scale`, `height`, `width` and
+            `num_frames`.
 
     Raises:
         ValueError: If a number is out of its range, or the folder holds images that belong to other settings or
@@ -134,7 +135,7 @@ def generate_images(
         for path, image in zip(paths, images, strict=True):
             path.parent.mkdir(exist_ok=True)
             partial_path = path.with_suffix(".partial")
-            image.save(partial_path, format="PNG")
+            save_picture(partial_path, image)
             partial_path.replace(path)
     state.wait_for_everyone()
 
@@ -155,7 +156,8 @@ def score_images(
             A folder in GenEval's layout, from [`generate_images`] or made elsewhere.
         reward_func (`Callable`):
             A reward function `f(prompts, completions, **columns)`, synchronous or not. The columns are the fields of
-            `metadata.jsonl`. It computes in its own precision: autocast is off.
+            `metadata.jsonl`. Animated images are videos, lists of frames. It computes in its own precision: autocast
+            is off.
         batch_size (`int`, *optional*, defaults to `16`):
             Images that are scored at a time. The images of one prompt are always scored together.
         settings (`dict[str, Any]`, *optional*):
@@ -203,7 +205,7 @@ def score_images(
         if not unscored:
             continue
         rows = [row for _, _, row, paths in unscored for _ in paths]
-        images = [Image.open(path).convert("RGB") for _, _, _, paths in unscored for path in paths]
+        images = [load_picture(path) for _, _, _, paths in unscored for path in paths]
         scores = iter(_score(reward_func, rows, images))
         for scores_path, known, _, paths in unscored:
             write_json(scores_path, {**known, "scores": {path.name: next(scores) for path in paths}})
@@ -224,7 +226,7 @@ def score_images(
     return results
 
 
-def _score(reward_func: Callable, rows: list[dict[str, Any]], images: list[Image.Image]) -> list[float | None]:
+def _score(reward_func: Callable, rows: list[dict[str, Any]], images: list[Picture]) -> list[float | None]:
     columns = {key: [row.get(key) for row in rows] for key in sorted({key for row in rows for key in row})}
     prompts = columns.pop("prompt")
     with torch.autocast(PartialState().device.type, enabled=False):

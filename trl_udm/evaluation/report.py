@@ -23,7 +23,7 @@ from typing import Any
 from PIL import Image
 
 from ..drawing import open_figure
-from ..image_grid import make_image_grid
+from ..image_grid import Picture, load_picture, make_image_grid, save_animation
 
 
 TAG_TITLES = {"two_object": "two objects", "color_attr": "color attribution"}
@@ -85,7 +85,7 @@ def write_report(
 
     images = _list_images(output_dir, results)
     rows, titles = _pick_images(images, num_lines=4)
-    _make_page_grid(rows, images, titles).save(output_dir / "samples.png")
+    _save_page_grid(output_dir / "samples.png", rows, images, titles)
     return tables
 
 
@@ -111,7 +111,7 @@ def save_comparison(path: str | Path, before_dir: str | Path, after_dir: str | P
     lines, titles = _pick_images(after, num_lines=2)
     counterparts = {image.path: replace(other, prompt="") for image, other in zip(after, before, strict=True)}
     rows = [row for line in lines for row in ([counterparts[image.path] for image in line], line)]
-    _make_page_grid(rows, before + after, titles, ["before", "after"] * len(lines)).save(path)
+    _save_page_grid(path, rows, before + after, titles, ["before", "after"] * len(lines))
 
 
 @dataclass
@@ -148,26 +148,33 @@ def _pick_images(images: list[_ScoredImage], num_lines: int) -> tuple[list[list[
     return [picked[i * num_columns :][:num_columns] for i in range(num_lines)], None
 
 
-def _make_page_grid(
+def _save_page_grid(
+    path: str | Path,
     lines: list[list[_ScoredImage]],
     all_images: list[_ScoredImage],
     titles: list[str] | None,
     row_titles: list[str] | None = None,
-) -> Image.Image:
-    """A grid that is legible where a page shows six columns in 830 pixels."""
+) -> None:
+    """Saves a grid that is legible where a page shows six columns in 830 pixels. If there are videos, also as GIF."""
     shown, num_rewards = [image for line in lines for image in line], len(all_images[0].scores)
     judges = [i for i in range(num_rewards) if all(image.scores[i] in (0, 1) for image in all_images)]
-    return make_image_grid(
-        [Image.open(image.path) for image in shown],
-        [image.prompt for image in shown],
-        None if judges and num_rewards == 1 else [image.scores for image in shown],
-        num_columns=len(lines[0]),
-        tile_size=232,
-        font_size=24,
-        verdicts=[image.scores[judges[0]] == 1 for image in shown] if judges else None,
-        column_titles=titles,
-        row_titles=row_titles,
-    )
+
+    def make_grid(pictures: list[Picture]) -> Image.Image:
+        return make_image_grid(
+            pictures,
+            [image.prompt for image in shown],
+            None if judges and num_rewards == 1 else [image.scores for image in shown],
+            num_columns=len(lines[0]),
+            tile_size=232,
+            font_size=24,
+            verdicts=[image.scores[judges[0]] == 1 for image in shown] if judges else None,
+            column_titles=titles,
+            row_titles=row_titles,
+        )
+
+    pictures = [load_picture(image.path) for image in shown]
+    make_grid(pictures).save(path)
+    save_animation(Path(path).with_suffix(".gif"), pictures, make_grid)
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:

@@ -27,6 +27,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 RECOMPILE_LIMIT = 32
 """Cases that a compiled layer is compiled for."""
 
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
+"""Modes of `torch.compile` that record CUDA graphs."""
+
 
 def compile_layers(model: nn.Module, backend: str, mode: str | None = None) -> None:
     """
@@ -41,13 +44,21 @@ def compile_layers(model: nn.Module, backend: str, mode: str | None = None) -> N
         model (`nn.Module`):
             A transformer of transformers' layers.
         backend (`str`):
-            As in `torch.compile`.
+            As in `torch.compile`, except `"cudagraphs"`.
         mode (`str`, *optional*):
-            As in `torch.compile`; `"reduce-overhead"` records CUDA graphs.
+            As in `torch.compile`, except the modes that record CUDA graphs.
 
     Raises:
-        ValueError: If the model has no such layers.
+        ValueError: If the model has no such layers, or where CUDA graphs would be recorded: the graph of a layer
+            keeps its output in memory that the next layer's graph overwrites.
     """
+    if mode in CUDA_GRAPH_MODES or backend == "cudagraphs":
+        name, value = ("backend", backend) if backend == "cudagraphs" else ("mode", mode)
+        raise ValueError(
+            f"`torch_compile_{name}` must not record CUDA graphs, got {value!r}: layers are compiled one by one, and "
+            "a graph would overwrite the output of the layer before. Leave it out, or set `torch_compile_mode` to "
+            "'max-autotune-no-cudagraphs'."
+        )
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(

@@ -47,14 +47,17 @@ def score_tokens(
             The head, from `(num_tokens, hidden_size)` to logits of shape `(num_tokens, codebook_size)`.
         hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`):
             Inputs of the head, one for each token to score.
-        labels (`torch.LongTensor` of shape `(num_tokens,)`):
-            The tokens, in `[0, codebook_size)`.
+        labels (`torch.LongTensor` of shape `(num_tokens,)` or `(num_tokens, num_labels)`):
+            The tokens, in `[0, codebook_size)`, or several to score with one distribution.
 
     Returns:
-        `tuple`: Log-probabilities and entropies, each of shape `(num_tokens,)` in float32. Both are differentiable.
+        `tuple`: Log-probabilities, of the shape of the labels, and entropies of shape `(num_tokens,)`, in float32.
+        Both are differentiable.
     """
     with _autocast_of(head, hidden_states.device.type):
-        return _score_tokens(head, hidden_states, labels)
+        several = labels if labels.ndim == 2 else labels.unsqueeze(-1)  # (T, L)
+        log_probs, entropies = _score_tokens(head, hidden_states, several)
+    return log_probs.view_as(labels), entropies
 
 
 def _autocast_of(head: nn.Module, device_type: str) -> torch.autocast:
@@ -138,13 +141,13 @@ def _score_chunk(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     log_probs = head(hidden_states).float().log_softmax(dim=-1)  # (T, V)
     entropies = -(log_probs.exp() * log_probs).sum(dim=-1)
-    return log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropies
+    return log_probs.gather(-1, labels), entropies
 
 
 class _TileScores(torch.autograd.Function):
     """
-    Scores under a head that is one matrix W. With logits z = W h, normalizer ℓ = log Σ_k exp z_k, probabilities
-    p_k = exp(z_k − ℓ) and entropy H = ℓ − Σ_k p_k z_k, the gradients are
+    Scores of one or several labels y a token, under a head that is one matrix W. With logits z = W h, normalizer ℓ =
+    log Σ_k exp z_k, probabilities p_k = exp(z_k − ℓ) and entropy H = ℓ − Σ_k p_k z_k, the gradients are
 
         ∂ log p_y / ∂z_k = [k = y] − p_k,        ∂H / ∂z_k = −p_k · (log p_k + H).
 
@@ -161,13 +164,13 @@ class _TileScores(torch.autograd.Function):
         keeps_logits: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         tiles, inputs, kept = _tiles(weight), hidden_states.to(dtype), []
-        label_logits = torch.empty(len(labels), device=labels.device)  # (T,)
+        label_logits = torch.empty(labels.shape, device=labels.device)  # (T, L)
         # Not lists: small tensors that stay between large ones that go would fragment the memory
         normalizers, means = label_logits.new_empty(2, len(tiles), len(labels))  # (V / W, T), (V / W, T)
         for (start, tile), tile_normalizer, tile_mean in zip(tiles, normalizers, means, strict=True):
             logits = (inputs @ tile.to(dtype).T).float()  # (T, W)
-            tokens, columns = _find_labels(labels, start)
-            label_logits[tokens] = logits[tokens, columns]
+            places, columns = _find_labels(labels, start)
+            label_logits[places] = logits[places[0], columns]
             if keeps_logits:
                 kept.append(logits)
             tile_normalizer.copy_(logits.logsumexp(dim=-1))
@@ -177,7 +180,7 @@ class _TileScores(torch.autograd.Function):
         ctx.save_for_backward(hidden_states, weight, labels, normalizer, entropies, *kept)
         ctx.dtype = dtype
         ctx.set_materialize_grads(False)
-        return label_logits - normalizer, entropies
+        return label_logits - normalizer.unsqueeze(-1), entropies
 
     @staticmethod
     def backward(
@@ -196,11 +199,12 @@ class _TileScores(torch.autograd.Function):
             if grad_entropies is not None:
                 factors = -grad_entropies.unsqueeze(-1) * (logits + entropies.unsqueeze(-1))
             if grad_log_probs is not None:
-                factors = factors - grad_log_probs.unsqueeze(-1)
+                factors = factors - grad_log_probs.sum(dim=-1, keepdim=True)
             grad_logits = logits.exp_().mul_(factors)
             if grad_log_probs is not None:
-                tokens, columns = _find_labels(labels, start)
-                grad_logits[tokens, columns] += grad_log_probs[tokens]
+                places, columns = _find_labels(labels, start)
+                # Labels of a token may be equal
+                grad_logits.index_put_((places[0], columns), grad_log_probs[places], accumulate=True)
             if grad_hidden is not None:
                 grad_hidden.addmm_(grad_logits, tile.float())
             if grad_weight is not None:
@@ -213,7 +217,7 @@ def _tiles(weight: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
     return [(start, weight[start : start + TILE_WIDTH]) for start in range(0, len(weight), TILE_WIDTH)]
 
 
-def _find_labels(labels: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens whose label is in the tile that begins at `start`, and the tile's columns of their labels."""
-    tokens = ((labels >= start) & (labels < start + TILE_WIDTH)).nonzero().squeeze(1)
-    return tokens, labels[tokens] - start
+def _find_labels(labels: torch.Tensor, start: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """The places of the labels that are in the tile which begins at `start`, and the tile's columns of them."""
+    places = ((labels >= start) & (labels < start + TILE_WIDTH)).nonzero(as_tuple=True)
+    return places, labels[places] - start

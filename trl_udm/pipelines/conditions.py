@@ -14,7 +14,7 @@
 
 """Conditions of videos: the frames that a sample begins with, from what users hand in to tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -46,9 +46,9 @@ class ConditionMixin:
         latent_shape: tuple[int, ...],
         num_prompts: int,
         is_kept: bool = True,
-    ) -> torch.Tensor | None:
+    ) -> Callable[[], torch.Tensor] | None:
         """
-        Makes the `condition` of [`UDMPipeline.sample_tokens`]. Everything is checked before anything is encoded.
+        Makes the `condition` of [`UDMPipeline.sample_tokens`]. Everything is checked, and nothing is encoded yet.
 
         Args:
             image, video, cond_latents, cond_indices:
@@ -61,8 +61,8 @@ class ConditionMixin:
                 Whether the condition stays in every step, so that it must leave a frame to draw.
 
         Returns:
-            `torch.LongTensor` of shape `(1, N)` or `(num_prompts, N)`, *optional*: The known tokens, and -1 for the
-            others. `None` without a condition.
+            `Callable[[], torch.Tensor]`, *optional*: Encodes the condition, to a `torch.LongTensor` of shape `(1, N)`
+            or `(num_prompts, N)` with the known tokens, and -1 for the others. `None` without a condition.
 
         Raises:
             TypeError: If a frame is of no known type.
@@ -110,11 +110,45 @@ class ConditionMixin:
                 f"`num_frames` must be above {num_frames} with this condition, which has all frames, so that none is "
                 f"left to draw. Try {num_frames + stride}, or `condition='redraw'`."
             )
-        if pixels is not None:
-            value = vae.encode_to_ids(pixels.to(self._execution_device, vae.dtype))
-        known = value.new_full((num_conditions, *latent_shape), -1)
-        known[:, list(indices)] = value[:, list(indices)]
-        return known.flatten(1)
+
+        def encode() -> torch.Tensor:
+            tokens = value if pixels is None else vae.encode_to_ids(pixels.to(self._execution_device, vae.dtype))
+            known = tokens.new_full((num_conditions, *latent_shape), -1)
+            known[:, list(indices)] = tokens[:, list(indices)]
+            return known.flatten(1)
+
+        return encode
+
+    @torch.no_grad()
+    def encode_condition(self, rows: list[dict[str, Any]], latent_shape: tuple[int, ...]) -> torch.Tensor | None:
+        """
+        First frames of samples, from the columns `image` and `video` of a dataset.
+
+        Args:
+            rows (`list[dict]`):
+                B rows. Those whose `image` and `video` are missing or `None` give nothing.
+            latent_shape (`tuple[int, int, int]`):
+                From `latent_shape`.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, N)`, *optional*: The tokens of these frames, and -1 for the others. `None`
+            if no row gives a frame, and for models of images, which have no use for the columns.
+
+        Raises:
+            TypeError: If a frame is of no known type.
+            ValueError: If the frames do not fit the output.
+        """
+        if self.config.vae_temporal_scale_factor is None:
+            return None
+        conditions = [
+            self.prepare_condition(row.get("image"), row.get("video"), None, None, latent_shape, num_prompts=1)
+            for row in rows
+        ]
+        known = [None if encode is None else encode() for encode in conditions]
+        given = next((tokens for tokens in known if tokens is not None), None)
+        if given is None:
+            return None
+        return torch.cat([torch.full_like(given, -1) if tokens is None else tokens for tokens in known])
 
     def _check_latents(self, latents: Any, latent_shape: tuple[int, ...]) -> None:
         num_frames, *grid = latent_shape

@@ -119,6 +119,11 @@ class LoraMixin:
         self._attached, self._base_weights = model, base_weights
         self._unfused, self._scalings = None, {}
 
+    @classmethod
+    def read_adapter(cls, source: Any, subfolder: str | None = None, **kwargs: Any) -> "Adapter":
+        """Reads what `load_lora_weights` loads, with its arguments. A family may take further layouts."""
+        return read_adapter(source, subfolder, **kwargs)
+
     def load_lora_weights(
         self,
         pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
@@ -159,9 +164,8 @@ class LoraMixin:
                 f"Adapter with name {adapter_name} already exists. Give another `adapter_name`, or remove that one "
                 f"with `unload_lora_weights({adapter_name!r})`."
             )
-        adapter = read_adapter(
-            pretrained_model_name_or_path_or_dict, subfolder, weight_name, peft_config, **hub_kwargs
-        )
+        options = {"weight_name": weight_name, "peft_config": peft_config, **hub_kwargs}
+        adapter = self.read_adapter(pretrained_model_name_or_path_or_dict, subfolder, **options)
         tuned = self.transformer if model is None else model
         if model is not None and model.peft_config and adapter.config.peft_type != model.peft_type:
             raise ValueError(

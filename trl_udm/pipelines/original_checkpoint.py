@@ -12,7 +12,10 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-"""Loading of the original URSA repositories, whose `model_index.json` names classes of the authors' package."""
+"""
+Loading of the original URSA repositories, whose `model_index.json` names classes of the authors' package. What tells
+those of FUDOKI stands here too, since it needs nothing of FUDOKI.
+"""
 
 import json
 import os
@@ -59,6 +62,23 @@ def is_original_checkpoint(pretrained_model_name_or_path: str | os.PathLike, **k
     hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
     index = load_json(find_file(pretrained_model_name_or_path, ["model_index.json"], **hub_kwargs))
     return index.get("transformer", (None, None))[1] == "URSATransformer3DModel"
+
+
+def is_original_fudoki(pretrained_model_name_or_path: str | os.PathLike, **hub_kwargs: Any) -> bool:
+    """
+    Whether a folder or Hub repository is in the original layout, which has a `config.json` and no `model_index.json`.
+
+    Args:
+        pretrained_model_name_or_path (`str` or `Path`):
+            Folder or repository.
+        hub_kwargs:
+            Hub options.
+
+    Returns:
+        `bool`: Whether it is.
+    """
+    file = find_file(pretrained_model_name_or_path, ["model_index.json", "config.json"], **hub_kwargs)
+    return file.name == "config.json" and load_json(file).get("model_type") == "multi_modality"
 
 
 def check_configs(folder: Path, **components) -> None:

@@ -36,7 +36,8 @@ class UDMTrajectory(BaseOutput):
         noised_samples (`torch.LongTensor` of shape `(S, batch_size, num_tokens)`):
             The state x_t before each step. The first is uniform noise.
         pred_original_samples (`torch.LongTensor` of shape `(S, batch_size, num_tokens)`):
-            The clean tokens x₁ drawn in each step. The last are the sample.
+            The clean tokens x₁ drawn in each step. The last are the sample. With several draws a step, the first of
+            which it uses, they have a last dimension.
     """
 
     timesteps: torch.Tensor
@@ -54,10 +55,18 @@ class UDMSamplerOutput(BaseOutput):
             The final tokens x̂₁, in `[0, codebook_size)`.
         trajectory ([`UDMTrajectory`], *optional*):
             The states of the sampler, with `return_trajectory=True`.
+        condition (`torch.LongTensor` of shape `(batch_size, num_tokens)`, *optional*):
+            The tokens that were given and kept, and -1 for those that were drawn.
     """
 
     clean_samples: torch.Tensor
     trajectory: UDMTrajectory | None = None
+    condition: torch.Tensor | None = None
+
+    @property
+    def drawn_samples(self) -> torch.Tensor:
+        """`torch.LongTensor` of shape `(batch_size, num_tokens)`: The drawn tokens, and -1 for the given ones."""
+        return self.clean_samples if self.condition is None else self.clean_samples.where(self.condition < 0, -1)
 
     @classmethod
     def cat(cls, outputs: "list[UDMSamplerOutput]", dim: int = 0) -> "UDMSamplerOutput":
@@ -70,13 +79,18 @@ class UDMSamplerOutput(BaseOutput):
                 noised_samples=torch.cat([each.noised_samples for each in trajectories], dim=dim + 1),
                 pred_original_samples=torch.cat([each.pred_original_samples for each in trajectories], dim=dim + 1),
             )
-        return cls(clean_samples=torch.cat([output.clean_samples for output in outputs], dim), trajectory=trajectory)
+        conditions = [output.condition for output in outputs if output.condition is not None]
+        return cls(
+            clean_samples=torch.cat([output.clean_samples for output in outputs], dim),
+            trajectory=trajectory,
+            condition=torch.cat(conditions, dim) if conditions else None,
+        )
 
 
 @dataclass
 class URSAPipelineOutput(BaseOutput, Generic[Images]):
     """
-    Output of [`URSAPipeline`].
+    Output of [`URSAPipeline`] and [`FUDOKIPipeline`].
 
     Args:
         images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):

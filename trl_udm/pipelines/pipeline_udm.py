@@ -25,6 +25,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..models.token_scores import compute_kl, score_tokens
@@ -70,19 +71,24 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
     It implements the five methods below that raise `NotImplementedError`. It also implements `__call__`, which takes a
     prompt, `num_inference_steps`, `guidance_scale`, `generator` and the size options, and returns an output with
     `images` or `texts`. The sampler, adapters and the Hub are the same for all families. The defaults of `score`,
-    `extend_prompt` and `completion_mask` fit most of them.
+    `extend_prompt`, `encode_condition` and `completion_mask` fit most of them.
 
     Shapes: B samples, N tokens a sample (the product of the latent shape), T prompt tokens, V codes.
 
     Attributes:
         modality (`str`, defaults to `"image"`):
-            What `decode` returns: `"image"` for PIL images, `"text"` for strings.
+            What `decode` returns: `"image"` for PIL images, `"text"` for strings, `"video"` for lists of PIL images,
+            or for PIL images where a sample has one frame.
         transformer_name (`str`, defaults to `"transformer"`):
             Name of the transformer among the components, and of its folder in a saved pipeline.
+        takes_token_times (`bool`, defaults to `False`):
+            Whether a time t may also have the shape `(B, N)`, with a time for each token. Conditions need it: the
+            tokens that they give are clean, at time 1, beside noised ones.
     """
 
-    modality: Literal["image", "text"] = "image"
+    modality: Literal["image", "text", "video"] = "image"
     transformer_name: str = "transformer"
+    takes_token_times: bool = False
     # A family may say what its components are
     transformer: Any
     scheduler: Any
@@ -140,26 +146,27 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
         """
-        As in [`~diffusers.DiffusionPipeline.from_pretrained`], with `use_safetensors=True` by default. A weight of the
-        transformer that is missing or that it does not have is an error, where transformers would warn.
+        As in [`~diffusers.DiffusionPipeline.from_pretrained`], with `use_safetensors=True` by default. A weight that
+        is missing in a model of transformers, or that it does not have, is an error, where transformers would warn.
 
         Raises:
-            ValueError: If the weights of the transformer are not those that its configuration says.
+            ValueError: If the weights of such a model are not those that its configuration says.
         """
         kwargs = {"use_safetensors": True, **kwargs}
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        # ZeRO-3 refuses a device map
-        if cls.transformer_name not in kwargs and not is_deepspeed_zero3_enabled():
-            # What the loader saw of the weights is not kept. On the meta device it reads their names and shapes alone.
-            names = (*HUB_KWARGS, "variant", "use_safetensors")
-            options = {name: kwargs[name] for name in names if name in kwargs}
-            load_every_weight(
-                type(pipeline.transformer).from_pretrained,
-                pretrained_model_name_or_path,
-                subfolder=cls.transformer_name,
-                device_map="meta",
-                **options,
-            )
+        for name, component in pipeline.components.items():
+            # ZeRO-3 refuses a device map
+            if isinstance(component, PreTrainedModel) and name not in kwargs and not is_deepspeed_zero3_enabled():
+                # What the loader saw of the weights is not kept. On the meta device it reads their names and shapes.
+                names = (*HUB_KWARGS, "variant", "use_safetensors")
+                options = {name: kwargs[name] for name in names if name in kwargs}
+                load_every_weight(
+                    type(component).from_pretrained,
+                    pretrained_model_name_or_path,
+                    subfolder=name,
+                    device_map="meta",
+                    **options,
+                )
         return pipeline
 
     def latent_shape(self, *args: Any, **kwargs: Any) -> tuple[int, ...]:
@@ -215,7 +222,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 Tokens to score. With them, the result also has `shift_labels`, as long as the sequence: each label is
                 at the position that predicts it, in the order of the tokens, and all other positions are -100.
             t (`torch.Tensor` of shape `(B,)`, *optional*):
-                Time of each state in `[0, 1]`, for networks that take it. Sampler and trainer always pass it.
+                Time of each state in `[0, 1]`, for networks that take it. Sampler and trainer always pass it. It has
+                the shape `(B, N)` in `score` of a family that `takes_token_times`, and in sampling with a condition.
 
         Returns:
             `dict[str, torch.Tensor]`: The keyword arguments.
@@ -240,6 +248,24 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
             `tuple`: `prompt_ids` and `prompt_mask` for `score` and `prepare_denoiser_inputs`.
         """
         return prompt_ids, prompt_mask
+
+    def encode_condition(self, rows: list[dict[str, Any]], latent_shape: tuple[int, ...]) -> torch.Tensor | None:
+        """
+        Tokens that rows of a dataset give, such as the first frame of a video. By default there are none.
+
+        The trainer draws samples with them, as `condition` of `sample_tokens`. It neither noises nor scores them.
+
+        Args:
+            rows (`list[dict]`):
+                B rows.
+            latent_shape (`tuple[int, ...]`):
+                From `latent_shape`.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, N)`, *optional*: The given tokens, and -1 for those to draw. At least one
+            token of a sample is to be drawn.
+        """
+        return None
 
     def denoise(
         self,
@@ -302,16 +328,19 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
             model (`nn.Module`):
                 The transformer as the trainer holds it: with TRL's fused head, and possibly wrapped for several
                 devices.
-            prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t:
+            prompt_ids, prompt_mask, noised_samples, latent_shape, t:
                 As in `prepare_denoiser_inputs`.
+            labels (`torch.LongTensor` of shape `(B, N)` or `(B, N, n)`):
+                Tokens to score: one for each token, or several.
 
         Returns:
-            `tuple`: log p_θ(labels | x_t, c) and the entropies of the tokens, each of shape `(B, N)`. The entropies
-            may be `None` for a reference model.
+            `tuple`: log p_θ(labels | x_t, c), of the shape of the labels, and the entropies of the tokens, of shape
+            `(B, N)`. The entropies may be `None` for a reference model.
         """
-        if self._has_adapter_on_head:
-            logits, _ = self.predict_tokens(model, prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
-            return self._score_logits(logits, labels)
+        if labels.ndim == 3 or self._has_adapter_on_head:  # TRL's fused head scores one label, without an adapter
+            args = (prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
+            logps, entropies, _ = self.score_with_kl(model, None, *args)
+            return logps, entropies
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
         inputs = self._complete_scoring_inputs(model, inputs)
         return self._select_labels(model(**inputs, fused_lm_head=True), inputs["shift_labels"], labels)
@@ -362,17 +391,19 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 The other arguments of `score`.
 
         Returns:
-            `tuple`: log p_θ(labels | x_t, c), the entropies of the tokens, and with a `reference` the divergences
-            KL(p_θ(· | x_t, c) ‖ p_ref(· | x_t, c)), each of shape `(B, N)`.
+            `tuple`: log p_θ(labels | x_t, c), of the shape of the labels, the entropies of the tokens, and with a
+            `reference` the divergences KL(p_θ(· | x_t, c) ‖ p_ref(· | x_t, c)), each of shape `(B, N)`.
         """
         labels = args[4]
-        hidden_states, head = self.predict_tokens(model, *args)
+        one_label = labels if labels.ndim == 2 else labels[..., 0]
+        inputs = (*args[:4], one_label, *args[5:])
+        hidden_states, head = self.predict_tokens(model, *inputs)
         hidden_states = hidden_states.flatten(0, 1)
-        logps, entropies = score_tokens(head, hidden_states, labels.flatten())
+        logps, entropies = score_tokens(head, hidden_states, labels.flatten(0, 1))
         kl = None
         if reference is not None:
-            kl = compute_kl(head, hidden_states, reference[1], reference[0].flatten(0, 1)).view_as(labels)
-        return logps.view_as(labels), entropies.view_as(labels), kl
+            kl = compute_kl(head, hidden_states, reference[1], reference[0].flatten(0, 1)).view_as(one_label)
+        return logps.view_as(labels), entropies.view_as(one_label), kl
 
     @property
     def _has_adapter_on_head(self) -> bool:
@@ -383,7 +414,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
     def _score_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         log_probs = logits.float().log_softmax(dim=-1)  # (B, N, V)
         entropies = -(log_probs.exp() * log_probs).sum(dim=-1)
-        return log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1), entropies
+        return log_probs.gather(-1, labels.view(*entropies.shape, -1)).view_as(labels), entropies
 
     @staticmethod
     def _select_labels(
@@ -418,7 +449,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 From `latent_shape`.
 
         Returns:
-            `list[PIL.Image.Image]` or `list[str]`: B of them.
+            `list[PIL.Image.Image]`, `list[list[PIL.Image.Image]]` or `list[str]`: B images, videos or strings.
         """
         raise NotImplementedError
 
@@ -434,11 +465,12 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         negative_prompt_ids: torch.Tensor | None = None,
         negative_prompt_mask: torch.Tensor | None = None,
         latents: torch.Tensor | None = None,
-        condition: torch.Tensor | None = None,
+        condition: torch.Tensor | Callable[[], torch.Tensor] | None = None,
         condition_t: float = 1.0,
         keep_condition: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_trajectory: bool = False,
+        step_kwargs: dict[str, Any] | None = None,
         callback: Callable[[int, int, dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None,
         callback_tensor_inputs: Sequence[str] = ("latents", "logits"),
         **denoise_kwargs,
@@ -467,8 +499,9 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 Its mask.
             latents (`torch.LongTensor` of shape `(B, N)` or `(B, *latent_shape)`, *optional*):
                 Tokens to start from instead of uniform noise.
-            condition (`torch.LongTensor` of shape `(C, N)`, *optional*):
-                Known tokens, and -1 for those to draw. Each of the C rows is that of B / C samples in a row.
+            condition (`torch.LongTensor` of shape `(C, N)` or `Callable`, *optional*):
+                Known tokens, and -1 for those to draw. Each of the C rows is that of B / C samples in a row. A
+                function that gives them is called once the other arguments are checked.
             condition_t (`float`, *optional*, defaults to `1.0`):
                 Time in `[0, 1]` of the known tokens in the state. Below 1 they are noised once, before the first step.
             keep_condition (`bool`, *optional*, defaults to `True`):
@@ -479,6 +512,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 would give.
             return_trajectory (`bool`, *optional*, defaults to `False`):
                 Whether to return the states that the sampler passed through.
+            step_kwargs (`dict[str, Any]`, *optional*):
+                Further arguments of the scheduler's `step`, such as `num_draws`.
             callback (`Callable`, *optional*):
                 Called after each step with the step's number, its timestep and a dictionary of tensors. The `latents`
                 in the dictionary that it returns replace the state. It may also set `_guidance_scale` and `_interrupt`
@@ -514,6 +549,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                     f"{tuple(latents.shape)} and ids in [{latents.min().item()}, {latents.max().item()}]."
                 )
             latents = latents.to(device)
+        if callable(condition):
+            condition = condition()
         if condition is not None:
             if condition.ndim != 2 or batch_size % len(condition) or condition.size(1) != size[1]:
                 raise ValueError(
@@ -534,6 +571,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
             if self.interrupt:
                 break
             t = torch.full((batch_size,), self.scheduler.timestep_to_t(timestep), device=device)
+            if condition is not None and keep_condition and self.takes_token_times:
+                t = torch.where(condition < 0, t.unsqueeze(1), condition_t)  # (B, N)
             inputs: Any = (prompt_ids, prompt_mask, latents)
             scale = None
             if self.do_classifier_free_guidance and self.scheduler.timestep_to_t(timestep) < guidance_trunc:
@@ -541,18 +580,21 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                     raise ValueError(
                         f"`guidance_scale` must be 1.0 without `negative_prompt_ids`, got {self.guidance_scale}."
                     )
-                negative_inputs = (negative_prompt_ids, negative_prompt_mask, latents)
-                inputs = (torch.cat(pair) for pair in zip(inputs, negative_inputs, strict=True))
+                prompts = (prompt_ids, prompt_mask)
+                negatives = self._complete_negatives(*prompts, negative_prompt_ids, negative_prompt_mask)
+                inputs = (torch.cat(pair) for pair in zip(inputs, (*negatives, latents), strict=True))
                 t, scale = torch.cat([t, t]), self.guidance_scale
             logits = None
             if needs_logits or return_trajectory or needs_model_output(timestep):
                 logits = predict(*inputs, latent_shape, t, scale, **denoise_kwargs)  # (B, N, V)
-            output = self.scheduler.step(logits, timestep, latents, generator=generator)
+            output = self.scheduler.step(logits, timestep, latents, generator=generator, **(step_kwargs or {}))
             if condition is not None and keep_condition:
                 is_last = i == self.num_timesteps - 1
                 output.prev_sample = output.prev_sample.where(condition < 0, condition if is_last else shown)
-                if output.pred_original_sample is not None:
-                    output.pred_original_sample = output.pred_original_sample.where(condition < 0, condition)
+                drawn = output.pred_original_sample
+                if drawn is not None:
+                    known = condition.view(*condition.shape, *[1] * (drawn.ndim - 2))  # there may be several draws
+                    output.pred_original_sample = drawn.where(known < 0, known)
             if return_trajectory:
                 noised_samples.append(latents)
                 pred_original_samples.append(output.pred_original_sample)
@@ -569,7 +611,17 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
                 noised_samples=torch.stack(noised_samples),
                 pred_original_samples=torch.stack(pred_original_samples),
             )
-        return UDMSamplerOutput(clean_samples=latents, trajectory=trajectory)
+        return UDMSamplerOutput(latents, trajectory, condition if keep_condition else None)
+
+    def _complete_negatives(
+        self,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        negative_prompt_ids: torch.Tensor,
+        negative_prompt_mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What z_uncond is conditioned on. A family may derive it from the prompts."""
+        return negative_prompt_ids, negative_prompt_mask
 
     def _show_condition(
         self,

@@ -39,6 +39,7 @@ from ..models.token_scores import TILE_WIDTH, is_matrix
 from ..schedulers.draws import TiledLogits
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
 from .conditions import ConditionMixin
+from .images import check_image_prompts
 from .original_checkpoint import (
     check_configs,
     find_vae_class,
@@ -127,6 +128,7 @@ class URSAPipeline(ConditionMixin, PromptCutter, UDMPipeline):
     tokenizer: PreTrainedTokenizerBase
     vae: AutoencoderVQ | AutoencoderVQCosmos3D | None
     model_cpu_offload_seq = "transformer->vae"
+    takes_token_times = True
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents", "logits"]
 
@@ -162,6 +164,7 @@ class URSAPipeline(ConditionMixin, PromptCutter, UDMPipeline):
                 f"pixels and frames a token in the encoder, and {vae.decoded_strides} in the decoder. Add blocks in "
                 "`block_out_channels`, or use strides of which the spatial one is not below the temporal one."
             )
+        self.modality = "image" if vae_temporal_scale_factor is None else "video"
         self.image_processor = VideoProcessor(vae_scale_factor=vae_scale_factor)
 
     @classmethod
@@ -213,7 +216,8 @@ class URSAPipeline(ConditionMixin, PromptCutter, UDMPipeline):
     ) -> Self:
         """
         Builds a pipeline without its weights, on PyTorch's `"meta"` device. [`estimate_memory`] needs no more. From a
-        Hub repository, in either format, only the configurations and the tokenizer are downloaded.
+        Hub repository, in either format, only the configurations and the tokenizer are downloaded, and for videos the
+        scheduler's codes.
 
         Args:
             pretrained_model_name_or_path (`str` or `Path`):
@@ -250,7 +254,13 @@ class URSAPipeline(ConditionMixin, PromptCutter, UDMPipeline):
             vae: Any = (vae_class.from_original_config if is_original else vae_class.from_config)(vae_config)
         scheduler_config: Any = KineticOptimalScheduler.load_config(folder / "scheduler")
         if scheduler_config.get("codebook_size") is None:
-            sizes = {"codebook_size": transformer.config.codebook_size, "codebook_dim": vae.config.vq_embed_dim}
+            codebook_dim = vae.config.vq_embed_dim
+            if vae_class is AutoencoderVQCosmos3D:  # whose codes are not those of the scheduler, a small file
+                codes = KineticOptimalScheduler.from_pretrained(
+                    pretrained_model_name_or_path, subfolder="scheduler", **kwargs
+                )
+                codebook_dim = codes.config.codebook_dim
+            sizes = {"codebook_size": transformer.config.codebook_size, "codebook_dim": codebook_dim}
             scheduler_config = {**scheduler_config, **sizes}
         scheduler = KineticOptimalScheduler.from_config(scheduler_config)
         index: Any = cls.load_config(folder)
@@ -434,7 +444,7 @@ class URSAPipeline(ConditionMixin, PromptCutter, UDMPipeline):
         adapter on the head, or is slow, with a large codebook on a CPU, where it has no Triton kernel.
         """
         is_fast = labels.device.type != "cpu" or self.scheduler.config.codebook_size <= TILE_WIDTH
-        if is_fast and not self._has_adapter_on_head:
+        if labels.ndim == 3 or (is_fast and not self._has_adapter_on_head):
             return super().score(model, prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape, labels=labels)
         return self._select_labels(model(**inputs), inputs["shift_labels"], labels)
@@ -654,16 +664,7 @@ class URSAPipeline(ConditionMixin, PromptCutter, UDMPipeline):
         Raises:
             ValueError: If an argument is out of its range.
         """
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, list) or not prompts or not all(isinstance(text, str) for text in prompts):
-            raise ValueError(f"`prompt` must be a string or a non-empty list of strings, got {prompt!r}.")
-        negative_prompts = negative_prompt
-        if not isinstance(negative_prompts, list):
-            negative_prompts = [negative_prompts or ""] * len(prompts)
-        if not all(isinstance(text, str) for text in negative_prompts):
-            raise ValueError(f"`negative_prompt` must be a string or a list of strings, got {negative_prompt!r}.")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+        prompts, negative_prompts = check_image_prompts(prompt, negative_prompt, output_type)
         if condition not in ("clamp", "redraw"):
             raise ValueError(f"`condition` must be 'clamp' or 'redraw', got {condition!r}.")
         if not 0 <= cond_noise_scale <= 1:

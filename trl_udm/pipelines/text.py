@@ -28,7 +28,7 @@ class TextMixin:
     `_encode(text_or_messages, **chat_template_kwargs)`, which returns the ids of one prompt.
     """
 
-    modality: Literal["image", "text"] = "text"
+    modality: Literal["image", "text", "video"] = "text"
 
     @staticmethod
     def _as_list(prompt: str | list[Any]) -> list[Any]:

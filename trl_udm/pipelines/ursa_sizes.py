@@ -24,6 +24,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from ..models.autoencoder_vq import AutoencoderVQ
+from ..models.autoencoder_vq_cosmos3d import AutoencoderVQCosmos3D
 from ..models.configuration_ursa import URSAConfig
 from ..models.modeling_ursa import URSAForImageGeneration
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
@@ -53,7 +54,7 @@ class URSASize:
         num_text_tokens (`int`):
             Length that prompts are padded to.
         side (`int`):
-            Rows and columns of the grid of tokens.
+            Rows and columns of the grid of tokens of an image.
         block_out_channels (`tuple[int, ...]`):
             Channels of the image tokenizer, block by block.
         codebook_dim (`int`, *optional*, defaults to `256`):
@@ -118,30 +119,63 @@ class URSASize:
             pad_token_id=0,
             eos_token_id=1,
         )
-        num_blocks = len(self.block_out_channels)
         with torch.device(device):
             transformer = URSAForImageGeneration(config)
-            vae = AutoencoderVQ(
-                block_out_channels=self.block_out_channels,
-                down_block_types=["DownEncoderBlock2D"] * num_blocks,
-                up_block_types=["UpDecoderBlock2D"] * num_blocks,
-                layers_per_block=2,
-                latent_channels=self.codebook_dim,
-                vq_embed_dim=self.codebook_dim,
-                num_vq_embeddings=self.codebook_size,
-                sample_size=self.side * 2 ** (num_blocks - 1),
-            )
+            vae = self._build_vae()
         scheduler = KineticOptimalScheduler(
             shift=2.0, codebook_size=self.codebook_size, codebook_dim=self.codebook_dim
         )
         if device != "meta":
-            scheduler.set_codebook(vae.codebook.detach().normal_())
+            is_image = isinstance(vae, AutoencoderVQ)
+            codes = vae.codebook.detach() if is_image else torch.empty(self.codebook_size, self.codebook_dim)
+            scheduler.set_codebook(codes.normal_())
         return URSAPipeline(
             transformer=nn.Module.to(transformer, dtype),
             scheduler=scheduler,
             tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"),
             vae=nn.Module.to(vae, dtype),  # that of diffusers warns of a cast
             max_prompt_length=self.num_text_tokens,
+        )
+
+    def _build_vae(self) -> AutoencoderVQ | AutoencoderVQCosmos3D:
+        num_blocks = len(self.block_out_channels)
+        return AutoencoderVQ(
+            block_out_channels=self.block_out_channels,
+            down_block_types=["DownEncoderBlock2D"] * num_blocks,
+            up_block_types=["UpDecoderBlock2D"] * num_blocks,
+            layers_per_block=2,
+            latent_channels=self.codebook_dim,
+            vq_embed_dim=self.codebook_dim,
+            num_vq_embeddings=self.codebook_size,
+            sample_size=self.side * 2 ** (num_blocks - 1),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class URSAVideoSize(URSASize):
+    """
+    Size of a model of videos, as [`URSASize`], whose tokenizer has 320 x 512 pixels and 64,000 codes. The numbers of
+    frames, rows and columns follow from the size of a call.
+
+    Args:
+        patch_size (`int`, *optional*, defaults to `2`):
+            Stride of the tokenizer's wavelet transform.
+        latent_channels (`int`, *optional*, defaults to `256`):
+            Its channels before those of a code.
+        sample_frames (`int`, *optional*, defaults to `49`):
+            Frames of a pass through it.
+    """
+
+    patch_size: int = 2
+    latent_channels: int = 256
+    sample_frames: int = 49
+
+    def _build_vae(self) -> AutoencoderVQCosmos3D:
+        return AutoencoderVQCosmos3D(
+            block_out_channels=self.block_out_channels,
+            latent_channels=self.latent_channels,
+            patch_size=self.patch_size,
+            sample_frames=self.sample_frames,
         )
 
 
@@ -161,11 +195,22 @@ _URSA_1_7B_IBQ512 = URSASize(
 )
 _URSA_1_7B_IBQ1024 = dataclasses.replace(_URSA_1_7B_IBQ512, side=64)
 
+_URSA_1_7B_FSQ320 = URSAVideoSize(
+    **{
+        **dataclasses.asdict(_URSA_1_7B_IBQ512),
+        "codebook_size": 64_000,
+        "codebook_dim": 6,
+        "block_out_channels": (128, 256, 512, 512),
+    }
+)
+
 PUBLISHED_SIZES = {
     "BAAI/URSA-0.6B-IBQ1024": dataclasses.replace(_URSA_1_7B_IBQ1024, hidden_size=1024, intermediate_size=3072),
     "BAAI/URSA-1.7B-IBQ512": _URSA_1_7B_IBQ512,
     "BAAI/URSA-1.7B-IBQ1024": _URSA_1_7B_IBQ1024,
+    "BAAI/URSA-0.6B-FSQ320": dataclasses.replace(_URSA_1_7B_FSQ320, hidden_size=1024, intermediate_size=3072),
+    "BAAI/URSA-1.7B-FSQ320": _URSA_1_7B_FSQ320,
     "Yovecents/URSA-1.7B-IBQ512-UDMGRPO-GenEval": _URSA_1_7B_IBQ512,
     "Yovecents/URSA-1.7B-IBQ512-UDMGRPO-PickScore": _URSA_1_7B_IBQ512,
 }
-"""The published models of images by the name of their repository on the Hub."""
+"""The published models by the name of their repository on the Hub."""

@@ -15,7 +15,7 @@
 r"""
 Rewards from models of the CLIP family: agreement of image and prompt, and human preference.
 
-All of them compare an image x with its prompt c by the cosine of their features f(x) and g(c),
+All of them but [`AestheticReward`] compare an image x with its prompt c by the cosine of their features f(x) and g(c),
 
 $$ \cos(x, c) = \frac{\langle f(x), g(c) \rangle}{\lVert f(x) \rVert \, \lVert g(c) \rVert}, $$
 
@@ -23,17 +23,15 @@ and differ in the weights and in the scale of the score. [`CLIPReward`] computes
 its one difference.
 """
 
-import math
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torch.nn import functional
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from ..cut_prompts import PromptCutter
-from .images import as_pil_images
+from ..weights import load_tensors
+from .model_reward import ModelReward, build_head, load_trained
 
 
 def load_clip(
@@ -62,15 +60,7 @@ def load_clip(
     Raises:
         ValueError: If the weights lack a parameter, or the tokenizer belongs to another model.
     """
-    loaded: Any = CLIPModel.from_pretrained(model_name_or_path, dtype=dtype, output_loading_info=True)
-    model, info = loaded
-    # transformers leaves missing parameters random, with a warning at most.
-    missing = sorted(info["missing_keys"] & dict(model.named_parameters()).keys())
-    if missing:
-        raise ValueError(
-            f"`model_name_or_path` must hold a trained CLIP, got {model_name_or_path!r}, which lacks {len(missing)} "
-            f"parameters, such as {missing[0]!r}."
-        )
+    model = load_trained(CLIPModel, model_name_or_path, device, dtype)
     # From a folder without a tokenizer, transformers makes an empty one.
     tokenizer = CLIPTokenizer.from_pretrained(processor_name_or_path)
     vocab_size = model.config.text_config.vocab_size
@@ -80,10 +70,10 @@ def load_clip(
             f"got {len(tokenizer)}."
         )
     image_processor = CLIPImageProcessorPil.from_pretrained(processor_name_or_path)
-    return model.eval().to(device if device is not None else PartialState().device), tokenizer, image_processor
+    return model, tokenizer, image_processor
 
 
-class CLIPReward(PromptCutter):
+class CLIPReward(ModelReward):
     """
     The cosine of an image and its prompt under any CLIP model of transformers, as a reward function for
     [`UDMGRPOTrainer`].
@@ -132,69 +122,27 @@ class CLIPReward(PromptCutter):
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ):
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be >= 1, got {batch_size}.")
+        super().__init__(model_name_or_path, batch_size, device, dtype)
         if text_cache_size < 0:
             raise ValueError(f"`text_cache_size` must be >= 0, got {text_cache_size}.")
-        self.model_name_or_path = model_name_or_path
         self.processor_name_or_path = processor_name_or_path or model_name_or_path
         self.prefix = prefix
-        self.batch_size = batch_size
         self.text_cache_size = text_cache_size
-        self.device = device
-        self.dtype = dtype
         self.__name__ = "clip"
-        self._model: Any = None
         self._text_features: dict[str, torch.Tensor] = {}
-
-    @torch.inference_mode()
-    def __call__(
-        self, prompts: list[str], completions: list[Image.Image] | torch.Tensor, **columns: Any
-    ) -> list[float]:
-        """
-        Reward images.
-
-        Args:
-            prompts (`list[str]`):
-                What each image should show.
-            completions (`list[Image.Image]` or `torch.Tensor` of shape `(B, 3, H, W)` and dtype `torch.uint8`):
-                The generated images. Both forms are rewarded alike.
-            columns (`dict[str, Any]`):
-                Other arguments of the trainer. They are not used.
-
-        Returns:
-            `list[float]`: A reward for each image.
-
-        Raises:
-            ValueError: If a tensor of images has another shape or dtype, if the numbers of images and prompts differ,
-            if the checkpoint lacks a weight, if its tokenizer belongs to another model, or if a score is not finite.
-        """
-        completions = as_pil_images(completions, len(prompts))
-
-        if self._model is None:
-            self._load()
-        rewards = []
-        for start in range(0, len(prompts), self.batch_size):
-            image_features = self._encode_images(completions[start : start + self.batch_size])  # (B, D)
-            text_features = self._encode_prompts(prompts[start : start + self.batch_size])  # (B, D)
-            cosines = (image_features * text_features).sum(dim=-1)  # (B,)
-            rewards.extend(self._score(cosines).tolist())
-
-        for prompt, reward in zip(prompts, rewards, strict=True):
-            if not math.isfinite(reward):
-                raise ValueError(
-                    f"The score of an image for {prompt!r} must be finite, got {reward}. If the weights are sound, "
-                    f"use `dtype=torch.float32` (it is {self.dtype})."
-                )
-        return rewards
 
     def _load(self) -> None:
         self._model, self._tokenizer, self._image_processor = load_clip(
             self.model_name_or_path, self.processor_name_or_path, self.device, self.dtype
         )
 
+    def _score_batch(self, prompts: list[str], images: list[Image.Image]) -> torch.Tensor:
+        image_features = self._encode_images(images)  # (B, D)
+        text_features = self._encode_prompts(prompts)  # (B, D)
+        return self._score((image_features * text_features).sum(dim=-1))  # (B,)
+
     def _encode_images(self, images: list[Image.Image]) -> torch.Tensor:
-        images = [self._prepare_image(image.convert("RGB")) for image in images]
+        images = [self._prepare_image(image) for image in images]
         inputs = self._image_processor(images=images, return_tensors="pt").to(self._model.device)
         features = self._model.get_image_features(**inputs).pooler_output
         return functional.normalize(features.float(), dim=-1)  # (B, D)
@@ -353,3 +301,46 @@ class HPSv2Reward(CLIPReward):
         square = Image.new("RGB", (size, size))
         square.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
         return square
+
+
+class AestheticReward(CLIPReward):
+    r"""
+    LAION's aesthetic predictor (https://github.com/christophschuhmann/improved-aesthetic-predictor): how much people
+    would like the image, on a scale of 1 to 10. The prompt makes no difference.
+
+    The score is the output of a small head for the normalized features of the image,
+    \\( h(f(x) / \lVert f(x) \rVert) \\). Without activations, as in the file that most papers use, h is affine.
+
+    Args:
+        head_path (`str`):
+            The authors' file of the head, such as `"sac+logos+ava1-l14-linearMSE.pth"` or the one with activations,
+            `"ava+logos-l14-reluMSE.pth"`. No code in it is executed.
+        model_name_or_path (`str`, *optional*, defaults to `"openai/clip-vit-large-patch14"`):
+            The CLIP model that the head was trained on.
+        kwargs (`dict[str, Any]`):
+            The other arguments of [`CLIPReward`].
+
+    Example:
+
+    ```python
+    >>> from PIL import Image
+    >>> from trl_udm.rewards.clip import AestheticReward
+
+    >>> reward = AestheticReward("sac+logos+ava1-l14-linearMSE.pth")
+    >>> (score,) = reward(prompts=["a red square"], completions=[Image.new("RGB", (512, 512), "red")])
+    ```
+    """
+
+    def __init__(self, head_path: str, model_name_or_path: str = "openai/clip-vit-large-patch14", **kwargs: Any):
+        super().__init__(model_name_or_path, **kwargs)
+        self.head_path = head_path
+        self.__name__ = "aesthetic"
+
+    def _load(self) -> None:
+        weights = load_tensors(self.head_path)
+        head = build_head({name.removeprefix("layers."): value for name, value in weights.items()}, self.head_path)
+        super()._load()
+        self._head = head.to(self._model.device)
+
+    def _score_batch(self, prompts: list[str], images: list[Image.Image]) -> torch.Tensor:
+        return self._head(self._encode_images(images)).squeeze(-1)  # (B,)

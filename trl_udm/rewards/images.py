@@ -42,7 +42,8 @@ def as_pil_images(completions: list[Image.Image] | torch.Tensor, num_prompts: in
         completions = [Image.fromarray(pixels) for pixels in completions.permute(0, 2, 3, 1).cpu().numpy()]
     for image in completions:
         if not isinstance(image, Image.Image):
-            raise TypeError(f"{rule}, got a list with {type(image).__name__}.")
+            remedy = " Wrap the reward in a `FrameReward` for videos." if isinstance(image, list) else ""
+            raise TypeError(f"{rule}, got a list with {type(image).__name__}.{remedy}")
     if len(completions) != num_prompts:
         raise ValueError(
             f"`completions` must have an image for each of {num_prompts} prompts, got {len(completions)} images."

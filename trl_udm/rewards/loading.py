@@ -28,6 +28,10 @@ _CLASSES = {
     "pickscore": "trl_udm.rewards.clip:PickScoreReward",
     "clipscore": "trl_udm.rewards.clip:CLIPScoreReward",
     "hpsv2": "trl_udm.rewards.clip:HPSv2Reward",
+    "hpsv3": "trl_udm.rewards.hpsv3:HPSv3Reward",
+    "imagereward": "trl_udm.rewards.image_reward:ImageRewardReward",
+    "aesthetic": "trl_udm.rewards.clip:AestheticReward",
+    "judge": "trl_udm.rewards.vlm_judge:VLMJudgeReward",
 }
 
 REWARD_NAMES = tuple(_CLASSES)
@@ -36,7 +40,7 @@ REWARD_NAMES = tuple(_CLASSES)
 
 def load_reward(name: str, options: dict[str, Any] | None = None) -> Callable:
     """
-    Make a reward, and call it once so that its weights are loaded.
+    Make a reward, and call it once so that its weights are loaded. A judge has none, and is not called.
 
     Args:
         name (`str`):
@@ -74,7 +78,7 @@ def load_reward(name: str, options: dict[str, Any] | None = None) -> Callable:
         return reward
     if isinstance(reward, type):
         reward = reward(**options)
-    if name in _CLASSES:
+    if name in _CLASSES and name != "judge":
         reward(prompts=['the word "hello"'], completions=[image])
     return reward
 

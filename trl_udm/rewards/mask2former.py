@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torch.nn import functional
 from transformers import Mask2FormerForUniversalSegmentation
 
 from .geneval import CLASS_NAMES, THRESHOLD, Detection
+from .model_reward import load_trained
 
 
 MAX_CANDIDATES = 100
@@ -167,24 +167,13 @@ class Mask2FormerDetector:
             import scipy  # noqa: F401
         except ImportError as error:
             raise ImportError("`Mask2FormerDetector` needs SciPy: `pip install trl-udm[geneval]`.") from error
-        loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
-            self.model_name_or_path, dtype=self.dtype, output_loading_info=True
-        )
-        model, info = loaded
-        # transformers leaves missing parameters random, with a warning at most.
-        missing = sorted(info["missing_keys"] & dict(model.named_parameters()).keys())
-        if missing:
-            raise ValueError(
-                f"`model_name_or_path` must hold a trained Mask2Former, got {self.model_name_or_path!r}, which lacks "
-                f"{len(missing)} parameters, such as {missing[0]!r}."
-            )
+        model = load_trained(Mask2FormerForUniversalSegmentation, self.model_name_or_path, self.device, self.dtype)
         if model.config.num_labels != len(CLASS_NAMES):
             raise ValueError(
                 f"`model_name_or_path` must be a model of COCO's {len(CLASS_NAMES)} classes, got "
                 f"{self.model_name_or_path!r} with {model.config.num_labels}."
             )
-        device = self.device if self.device is not None else PartialState().device
-        self.model = model.eval().to(device)
+        self.model = model
 
 
 def find_objects(

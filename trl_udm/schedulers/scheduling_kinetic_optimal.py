@@ -50,7 +50,8 @@ class KineticOptimalSchedulerOutput(BaseOutput):
         prev_sample (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
             Token ids of the next state, one step closer to the clean sample.
         pred_original_sample (`torch.LongTensor` of shape `(batch_size, num_tokens)`, *optional*):
-            Clean token ids x₁ drawn from the model's logits at this step, if it got any.
+            Clean token ids x₁ drawn from the model's logits at this step, if it got any. With `num_draws` its shape is
+            `(batch_size, num_tokens, num_draws)`.
     """
 
     prev_sample: torch.Tensor
@@ -67,7 +68,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
     `codebook_size`.
 
     **Metric path** (`alpha` is a number). The codes are the L2-normalized rows e of a codebook, `d(j, k) = ‖e_j −
-    e_k‖²`, `beta_t = c · (t / (1 − t))^alpha`, and
+    e_k‖^metric_power`, `beta_t = c · (t / (1 − t))^alpha`, and
 
         p_t(k | x₁) = softmax_k(−beta_t · d(x₁, k)).
 
@@ -109,6 +110,9 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
             Number of codes V. Taken from the codebook if there is one.
         codebook_dim (`int`, *optional*):
             Length of a code. Taken from the codebook if there is one.
+        metric_power (`float`, defaults to 2.0):
+            Power of the distance between two codes that d is, in `(0, ∞)`: 2 for URSA, 4 for FUDOKI. Not used by the
+            mixture path.
 
     Raises:
         ValueError: If a setting is not in its range.
@@ -146,16 +150,16 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         eps: float = 1e-5,
         codebook_size: int | None = None,
         codebook_dim: int | None = None,
+        metric_power: float = 2.0,
     ):
-        for name, value in {"shift": shift, "eps": eps, "alpha": alpha, "c": c}.items():
+        settings = {"alpha": alpha, "c": c, "shift": shift, "eps": eps, "metric_power": metric_power}
+        for name, value in settings.items():
             is_unused = alpha is None and name in ("alpha", "c")
             if not is_unused and (value is None or not 0 < value < math.inf):
                 raise ValueError(f"`{name}` must be a number > 0, got {value}.")
 
         # Diffusers' decorator would mark arguments given by position as defaults, which `from_config` leaves out
-        self.register_to_config(
-            alpha=alpha, c=c, shift=shift, eps=eps, codebook_size=codebook_size, codebook_dim=codebook_dim
-        )
+        self.register_to_config(**settings, codebook_size=codebook_size, codebook_dim=codebook_dim)
         self.num_inference_steps: Any = None  # a number then
         self.timesteps: Any = None  # a tensor after `set_timesteps`
         self._normed: torch.Tensor | None = None  # the codebook that `_squared_norms` is of
@@ -340,7 +344,14 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         codebook, squared_norms = self._codes(token_ids.device)
         with torch.autocast(token_ids.device.type, enabled=False):
             distances = torch.addmm(squared_norms, codebook[token_ids], codebook.T, alpha=-2)  # (T, V)
-        return distances.add_(squared_norms[token_ids].unsqueeze(-1)).clamp_(min=torch.finfo(torch.float32).tiny)
+        distances.add_(squared_norms[token_ids].unsqueeze(-1)).clamp_(min=torch.finfo(torch.float32).tiny)
+        return self._raise_squares(distances)
+
+    def _raise_squares(self, squared_distances: torch.Tensor) -> torch.Tensor:
+        """The metric d from squared distances, which it overwrites."""
+        if self.config.metric_power == 2:
+            return squared_distances
+        return squared_distances.pow_(self.config.metric_power / 2).clamp_(min=torch.finfo(torch.float32).tiny)
 
     def _path_logits(self, original_samples: torch.Tensor, beta: torch.Tensor) -> Compute:
         """The metric path's logits −beta_t · d(x₁, k) of T tokens, tile by tile. `beta` has shape `(T,)` or none."""
@@ -348,12 +359,16 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         norms = squared_norms[original_samples].unsqueeze(-1)
         # d = ‖x₁‖² + ‖k‖² − 2 x₁ · k is a product of two rows
         rows_of_tokens = torch.cat([2 * codebook[original_samples], -norms, -torch.ones_like(norms)], dim=-1)
-        rows_of_tokens *= beta.unsqueeze(-1)  # (T, D + 2)
+        beta = beta.unsqueeze(-1).expand_as(norms)  # (T, 1)
+        is_square = self.config.metric_power == 2
+        if is_square:  # the product is that of the logits then
+            rows_of_tokens *= beta  # (T, D + 2)
 
         def compute(rows: slice | torch.Tensor, codes: slice) -> torch.Tensor:
             norms = squared_norms[codes].unsqueeze(-1)
             with torch.autocast(norms.device.type, enabled=False):
-                return rows_of_tokens[rows] @ torch.cat([codebook[codes], torch.ones_like(norms), norms], dim=-1).T
+                logits = rows_of_tokens[rows] @ torch.cat([codebook[codes], torch.ones_like(norms), norms], dim=-1).T
+            return logits if is_square else self._raise_squares(logits.neg_().clamp_(min=0)).mul_(-beta[rows])
 
         return compute
 
@@ -425,8 +440,8 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
                 Clean token ids x₁.
             noised_samples (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
                 Token ids of the states x_t.
-            t (`torch.Tensor` of shape `(batch_size,)`):
-                Their times, in `[0, 1)`.
+            t (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_tokens)`):
+                Their times, in `[0, 1]`. A token at time 1 counts as one at the last step.
             num_inference_steps (`int`):
                 Number of steps N of the grid.
 
@@ -444,6 +459,51 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         weights = (self._sigma_to_t(next_sigma) - t) * rates.view_as(t)
         return num_inference_steps * weights.masked_fill(is_last, 1.0)
 
+    @torch.no_grad()
+    def transition_probabilities(
+        self,
+        noised_samples: torch.Tensor,
+        prev_samples: torch.Tensor,
+        original_samples: torch.Tensor,
+        timestep: int | torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Probabilities with which a step moves tokens from one state to the next, given clean tokens x₁.
+
+        A token stays with probability `exp(−h · λ)`, and moves to k with probability `(1 − exp(−h · λ)) · u(k) / λ`.
+        The last step moves every token to x₁.
+
+        Args:
+            noised_samples (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
+                Token ids of the state before the step.
+            prev_samples (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
+                Token ids of the state after it.
+            original_samples (`torch.LongTensor` of shape `(batch_size, num_tokens, num_draws)`):
+                Clean token ids x₁, several for each token.
+            timestep (`int` or `torch.Tensor`):
+                Step index, in `[0, num_inference_steps - 1]`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_tokens, num_draws)`: The probabilities in float32.
+        """
+        step_index = self._step_index(timestep)
+        x_t, x_s = (x.unsqueeze(-1).expand_as(original_samples) for x in (noised_samples, prev_samples))
+        if step_index == self.num_inference_steps - 1:
+            return (x_s == original_samples).float()
+        t = self.timestep_to_t(step_index)
+        step_size = self.timestep_to_t(step_index + 1) - t
+        probabilities = (x_s == x_t).float().flatten()  # those of a token that is at x₁ already
+        if not self.needs_model_output(step_index):
+            return probabilities.view_as(x_t)
+        x_t, x_s, x_1 = x_t.flatten(), x_s.flatten(), original_samples.flatten()
+        length = max(1, self._chunk_elements(x_t.device) // self.config.codebook_size)
+        for rows in (x_t != x_1).nonzero().squeeze(1).split(length):
+            velocity = self._velocity(x_t[rows], x_1[rows], torch.full_like(x_t[rows], t, dtype=torch.float32))
+            rates = velocity.sum(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+            moved = velocity.gather(-1, x_s[rows].unsqueeze(-1)).squeeze(-1) / rates * -torch.expm1(-step_size * rates)
+            probabilities[rows] = torch.where(x_s[rows] == x_t[rows], torch.exp(-step_size * rates), moved)
+        return probabilities.view_as(original_samples)
+
     @overload
     def step(
         self,
@@ -452,6 +512,8 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: Literal[True] = True,
+        num_draws: int | None = None,
+        average_rates: bool = False,
     ) -> KineticOptimalSchedulerOutput: ...
 
     @overload
@@ -463,6 +525,8 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         generator: torch.Generator | list[torch.Generator] | None = None,
         *,
         return_dict: Literal[False],
+        num_draws: int | None = None,
+        average_rates: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     @torch.no_grad()
@@ -473,6 +537,8 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         sample: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        num_draws: int | None = None,
+        average_rates: bool = False,
     ) -> KineticOptimalSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
         """
         Take one step of the reverse process.
@@ -489,6 +555,11 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
                 RNG of the draws, on any device, or one for each sample.
             return_dict (`bool`, defaults to `True`):
                 Whether to return a [`KineticOptimalSchedulerOutput`] or a plain tuple.
+            num_draws (`int`, *optional*):
+                Number of clean tokens to draw for each token, > 0, as [`DFlowGRPOTrainer`] needs them. The first is
+                the one that the step uses. By default one is drawn, and has no dimension of its own.
+            average_rates (`bool`, defaults to `False`):
+                Whether the rates of the step, but for the last one, are the means over all draws.
 
         Returns:
             [`KineticOptimalSchedulerOutput`] or `tuple`: The next state, and the clean sample drawn on the way.
@@ -498,6 +569,8 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         """
         step_index = self._step_index(timestep)
         self._check_token_ids("sample", sample)
+        if num_draws is not None and num_draws < 1:
+            raise ValueError(f"`num_draws` must be > 0 or None, got {num_draws}.")
         if model_output is None and self.needs_model_output(timestep):
             raise ValueError(f"`model_output` must be given at timestep {step_index}, got None: tokens move there.")
         expected_shape = (*sample.shape, self.config.codebook_size)
@@ -509,36 +582,47 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
             )
         # Drawn at once, so that no draw depends on the size of the chunks or on other tokens
         uniforms = rand_tensor((*sample.shape, 5), generator, sample.device, widest_dtype(sample.device))
-        pred_original_sample: Any = None
+        more_uniforms = uniforms.new_empty(*sample.shape, 0)
+        if num_draws is not None and num_draws > 1:
+            size = (*sample.shape, 2 * (num_draws - 1))
+            more_uniforms = rand_tensor(size, generator, sample.device, uniforms.dtype)
+        draws: Any = None  # (B, N, n)
         if model_output is not None:
-            pred_original_sample = self._draw_original_sample(model_output, sample, uniforms[..., :2])
+            draws = self._draw_original_samples(model_output, torch.cat([uniforms[..., :2], more_uniforms], dim=-1))
         if step_index == self.num_inference_steps - 1:
-            prev_sample = pred_original_sample.clone()
+            prev_sample = draws[..., 0].clone()
         elif not self.needs_model_output(timestep):
             prev_sample = sample.clone()
+        elif average_rates:
+            prev_sample = self._jump_at_mean_rates(sample, draws, step_index, uniforms[..., 2:])
         else:
-            prev_sample = self._jump(sample, pred_original_sample, step_index, uniforms[..., 2:])
+            prev_sample = self._jump(sample, draws[..., 0], step_index, uniforms[..., 2:])
+        pred_original_sample = draws if num_draws is not None or draws is None else draws[..., 0]
 
         if not return_dict:
             return prev_sample, pred_original_sample
         return KineticOptimalSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
 
-    def _draw_original_sample(
-        self, logits: torch.Tensor | TiledLogits, sample: torch.Tensor, uniforms: torch.Tensor
-    ) -> torch.Tensor:
+    def _draw_original_samples(self, logits: torch.Tensor | TiledLogits, uniforms: torch.Tensor) -> torch.Tensor:
+        """Clean tokens (B, N, n), from random numbers (B, N, 2n)."""
+        uniforms = uniforms.unflatten(-1, (-1, 2))  # (B, N, n, 2)
+        codes = torch.empty(uniforms.shape[:-1], dtype=torch.long, device=uniforms.device)
+        num_elements = self._chunk_elements(uniforms.device)
         if isinstance(logits, TiledLogits):
-            codes = logits.draw(uniforms, self._chunk_elements(sample.device))
+            for i in range(codes.size(-1)):
+                codes[..., i] = logits.draw(uniforms[..., i, :], num_elements)
         else:
-            codes = torch.empty_like(sample)
             # Logits are often a slice of the model's output. Slices of both dimensions do not copy it, as `flatten`
             # would.
-            num_tokens = max(1, self._chunk_elements(sample.device) // self.config.codebook_size)
-            num_samples = max(1, num_tokens // sample.shape[1])
-            starts = itertools.product(range(0, sample.shape[0], num_samples), range(0, sample.shape[1], num_tokens))
+            num_tokens = max(1, num_elements // self.config.codebook_size)
+            num_samples = max(1, num_tokens // codes.shape[1])
+            starts = itertools.product(range(0, codes.shape[0], num_samples), range(0, codes.shape[1], num_tokens))
             for i, j in starts:
                 chunk = (slice(i, i + num_samples), slice(j, j + num_tokens))
                 probabilities = torch.softmax(logits[chunk], dim=-1, dtype=torch.float32).flatten(0, 1)
-                codes[chunk] = draw_codes(probabilities, uniforms[chunk].flatten(0, 1)).view_as(sample[chunk])
+                for draw in range(codes.size(-1)):
+                    drawn = draw_codes(probabilities, uniforms[chunk][..., draw, :].flatten(0, 1))
+                    codes[chunk][..., draw] = drawn.view(codes[chunk].shape[:-1])
         _check_drawn(codes)
         return codes
 
@@ -557,7 +641,7 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         is_moving = prev_samples != original_samples
         if self._is_tiled:
             codebook, _ = self._codes(prev_samples.device)
-            gains = (codebook[prev_samples] - codebook[original_samples]).square().sum(dim=-1)
+            gains = self._raise_squares((codebook[prev_samples] - codebook[original_samples]).square().sum(dim=-1))
             # No gain is larger than d(x_t, x₁), here without what rounding may take from it
             rates = self.beta_derivative(t).to(gains.device) * (1e-5 + 1.0001 * gains)
             is_moving &= _is_jumping(rates, step_size, uniforms[:, 0])
@@ -571,6 +655,28 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         self, x_t: torch.Tensor, x_1: torch.Tensor, t: float, step_size: float, uniforms: torch.Tensor
     ) -> torch.Tensor:
         velocity = self._velocity(x_t, x_1, torch.full_like(x_t, t, dtype=torch.float32))  # (T, V)
+        return self._jump_by(velocity, x_t, step_size, uniforms)
+
+    def _jump_at_mean_rates(
+        self, noised_samples: torch.Tensor, original_samples: torch.Tensor, step_index: int, uniforms: torch.Tensor
+    ) -> torch.Tensor:
+        """As `_jump`, at rates that are the means over clean tokens (B, N, n)."""
+        t = self.timestep_to_t(step_index)
+        step_size = self.timestep_to_t(step_index + 1) - t
+        chunks = []
+        length = max(
+            1, self._chunk_elements(uniforms.device) // (self.config.codebook_size * original_samples.size(-1))
+        )
+        tensors = (noised_samples.flatten(), original_samples.flatten(0, 1), uniforms.flatten(0, 1))
+        for x_t, x_1, numbers in zip(*(tensor.split(length) for tensor in tensors), strict=True):
+            states = x_t.repeat_interleave(x_1.size(-1))  # (T * n,)
+            velocity = self._velocity(states, x_1.flatten(), torch.full_like(states, t, dtype=torch.float32))
+            velocity = velocity.unflatten(0, x_1.shape).mean(dim=1)  # (T, V)
+            chunks.append(self._jump_by(velocity, x_t.clone(), step_size, numbers))
+        return torch.cat(chunks).view_as(noised_samples)
+
+    @staticmethod
+    def _jump_by(velocity: torch.Tensor, x_t: torch.Tensor, step_size: float, uniforms: torch.Tensor) -> torch.Tensor:
         jumping = _is_jumping(velocity.sum(dim=-1), step_size, uniforms[:, 0]).nonzero().squeeze(1)
         x_t[jumping] = draw_codes(velocity[jumping], uniforms[jumping, 1:])
         return x_t
@@ -583,7 +689,8 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         codebook, _ = self._codes(device)
         beta = self.beta(t).to(device)
         logits = self._path_logits(x_1, beta)
-        logits_of_state = -beta * (codebook[x_t] - codebook[x_1]).square().sum(dim=-1, keepdim=True)  # (T, 1)
+        squared_distances = (codebook[x_t] - codebook[x_1]).square().sum(dim=-1, keepdim=True)
+        logits_of_state = -beta * self._raise_squares(squared_distances)  # (T, 1)
 
         def weigh(logits: torch.Tensor, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             probabilities = logits.exp()  # not normalized

@@ -34,7 +34,8 @@ class UniformDDIMSchedulerOutput(DiscreteDDIMSchedulerOutput):
         prev_sample (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
             Token ids of the next state, one step closer to the clean sample.
         pred_original_sample (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
-            Clean token ids x₁ drawn from the model's logits at this step.
+            Clean token ids x₁ drawn from the model's logits at this step. With `num_draws` its shape is `(batch_size,
+            num_tokens, num_draws)`.
     """
 
     pred_original_sample: torch.Tensor
@@ -119,6 +120,7 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
         temperature: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: Literal[True] = True,
+        num_draws: int | None = None,
     ) -> UniformDDIMSchedulerOutput: ...
 
     @overload
@@ -131,6 +133,7 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
         temperature: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: Literal[False],
+        num_draws: int | None = None,
     ) -> tuple[torch.Tensor, ...]: ...
 
     @torch.no_grad()
@@ -143,6 +146,7 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
         temperature: float = 1.0,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
+        num_draws: int | None = None,
     ) -> UniformDDIMSchedulerOutput | tuple[torch.Tensor, ...]:
         """
         Take one step of the reverse process.
@@ -160,24 +164,69 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
                 RNG of the draws, on any device, or one for each sample. The step is taken on the generator's device.
             return_dict (`bool`, *optional*, defaults to `True`):
                 Whether to return a [`UniformDDIMSchedulerOutput`], or a tuple of its fields.
+            num_draws (`int`, *optional*):
+                Number of clean tokens to draw for each token, > 0, as [`DFlowGRPOTrainer`] needs them. The first is
+                the one that the step uses. By default one is drawn, and has no dimension of its own.
 
         Returns:
             [`UniformDDIMSchedulerOutput`] or `tuple`: The next state, and the clean sample drawn on the way.
         """
+        if num_draws is not None and num_draws < 1:
+            raise ValueError(f"`num_draws` must be > 0 or None, got {num_draws}.")
         settings: dict[str, Any] = {"timestep": timestep, "temperature": temperature, "return_dict": False}
         if isinstance(generator, list):
             check_generators(generator, len(sample))
             batch = zip(model_output.split(1), sample.split(1), generator, strict=True)
+            settings["num_draws"] = num_draws
             rows = [self.step(logits, sample=x_t, generator=each, **settings)[:3] for logits, x_t, each in batch]
             x_s, x_1, probabilities = (torch.cat(tensors) for tensors in zip(*rows, strict=True))
         else:
             # The parent draws on the device of the logits, which must be the generator's
             device = sample.device if generator is None else generator.device
             logits, x_t = model_output.to(device), sample.to(device)
-            fields = super().step(logits, sample=x_t, generator=generator, **settings)[:3]
-            x_s, x_1, probabilities = (field.to(sample.device) for field in fields)
+            x_s, x_1, probabilities = super().step(logits, sample=x_t, generator=generator, **settings)[:3]
+            if num_draws is not None:
+                others = [
+                    self._sample_from_logits(logits, temperature=temperature, generator=generator)[0]
+                    for _ in range(num_draws - 1)
+                ]
+                x_1 = torch.stack([x_1, *others], dim=-1)
+            x_s, x_1, probabilities = (field.to(sample.device) for field in (x_s, x_1, probabilities))
         output = UniformDDIMSchedulerOutput(x_s, x_1, probabilities, model_output, pred_original_sample=x_1)
         return output if return_dict else output.to_tuple()
+
+    @torch.no_grad()
+    def transition_probabilities(
+        self,
+        noised_samples: torch.Tensor,
+        prev_samples: torch.Tensor,
+        original_samples: torch.Tensor,
+        timestep: int | torch.Tensor,
+    ) -> torch.Tensor:
+        """
+        Probabilities p(x_s | x_t, x₁) with which a step moves tokens from one state to the next, given clean tokens.
+
+        Args:
+            noised_samples (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
+                Token ids of the state x_t before the step.
+            prev_samples (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
+                Token ids of the state x_s after it.
+            original_samples (`torch.LongTensor` of shape `(batch_size, num_tokens, num_draws)`):
+                Clean token ids x₁, several for each token.
+            timestep (`int` or `torch.Tensor`):
+                Step index, in `[0, num_inference_steps - 1]`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_tokens, num_draws)`: The probabilities in float32.
+        """
+        t, s, codebook_size = self._alpha(int(timestep)), self._alpha(int(timestep) + 1), self.config.codebook_size
+
+        def probability(is_same: torch.Tensor, survival: float) -> torch.Tensor:
+            return survival * is_same.float() + (1 - survival) / codebook_size
+
+        x_t, x_s = noised_samples.unsqueeze(-1), prev_samples.unsqueeze(-1)
+        joint = probability(x_s == original_samples, s) * probability(x_t == x_s, t / s)
+        return joint / probability(x_t == original_samples, t)
 
 
 __all__ = ["UniformDDIMScheduler", "UniformDDIMSchedulerOutput"]

@@ -99,14 +99,8 @@ class PolicyMixin:
             with self.accelerator.unwrap_model(self.model).disable_adapter():
                 yield self.model
             return
-        trained = {weight: weight.data for weight in self.initial_weights}
-        try:
-            for weight, initial in self.initial_weights.items():
-                weight.data = initial.to(weight.device, weight.dtype)
+        with replaced_weights(self.initial_weights):
             yield self.model
-        finally:
-            for weight, value in trained.items():
-                weight.data = value
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         if self.beta == 0.0 or self.args.kl_estimator == "k3":
@@ -184,6 +178,19 @@ class PolicyMixin:
         finally:
             if is_wrapped:
                 setattr(pipeline, name, transformer)
+
+
+@contextlib.contextmanager
+def replaced_weights(weights: dict[nn.Parameter, torch.Tensor]) -> Iterator[None]:
+    """A context in which parameters have other values."""
+    own = {weight: weight.data for weight in weights}
+    try:
+        for weight, value in weights.items():
+            weight.data = value.to(weight.device, weight.dtype)
+        yield
+    finally:
+        for weight, value in own.items():
+            weight.data = value
 
 
 def prepare_model(

@@ -14,6 +14,7 @@
 
 """Logging of completions: metrics of a generation batch, the table of completions, and a grid of images."""
 
+import functools
 import math
 import os
 import random
@@ -28,7 +29,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.integrations import TensorBoardCallback
 
-from ..image_grid import image_statistics, make_image_grid
+from ..image_grid import image_statistics, make_contact_sheet, make_image_grid, save_animation
 
 
 class CompletionsMixin:
@@ -67,9 +68,11 @@ class CompletionsMixin:
         for buffer in self._logs.values():
             buffer.clear()
         self._logs["prompt"].extend(gather_object(prompts))
-        self._logs["completion"].extend(gather_object(["<image>"] * len(completions) if is_image else completions))
         if is_image:
-            self._logs["images"].extend(gather_object([[image] for image in completions]))
+            self._logs["images"].extend(gather_object([[make_contact_sheet(one)] for one in completions]))
+            self._logs["animated"] = completions[:16]  # those of the main process are the first ones
+            completions = ["<video>" if isinstance(one, list) else "<image>" for one in completions]
+        self._logs["completion"].extend(gather_object(completions))
         for i, name in enumerate(reward_func_names):
             self._logs["rewards"][name].extend(rewards_per_func[:, i].tolist())
         self._logs["advantages"].extend(advantages.tolist())
@@ -134,9 +137,10 @@ class CompletionsMixin:
         name = os.path.join(self.args.output_dir, "completions", f"completions_{self.state.global_step:05d}")
         if self._logs["images"]:
             rewards = list(zip(*self._logs["rewards"].values(), strict=True))
-            images = [image for (image,) in self._logs["images"]]
-            grid = make_image_grid(images, list(self._logs["prompt"]), rewards)
+            make_grid = functools.partial(make_image_grid, prompts=list(self._logs["prompt"]), rewards=rewards)
+            grid = make_grid([image for (image,) in self._logs["images"]])
             grid.save(f"{name}.png")
+            save_animation(f"{name}.gif", self._logs["animated"], make_grid)
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
                     callback.tb_writer.add_image(

@@ -46,7 +46,7 @@ class EMAMixin:
 
     The average is diffusers' [`~diffusers.training_utils.EMAModel`]. Evaluation uses it, `save_model` and checkpoints
     hold it beside the raw weights, and a resumed run continues it. It follows the weights closely at first: the decay
-    of step n is at most n / (9 + n).
+    of step n > 1 is at most n / (9 + n). It is updated in every step, or in those that `args.ema_steps` divides.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -71,8 +71,14 @@ class EMAMixin:
         self._ema_parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.ema = EMAModel(self._ema_parameters, decay=self.args.ema_decay, foreach=True)
         if self._ema_hook is None:  # else an earlier call of `train` has hooked this optimizer
-            self._ema_hook = optimizer.register_step_post_hook(lambda *_: self.ema.step(self._ema_parameters))
+            self._ema_hook = optimizer.register_step_post_hook(lambda *_: self._update_average())
         return optimizer
+
+    def _update_average(self) -> None:
+        if (self.ema.optimization_step + 1) % self.args.ema_steps == 0:
+            self.ema.step(self._ema_parameters)
+        else:
+            self.ema.optimization_step += 1  # which the decay follows
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:

@@ -41,6 +41,10 @@ class RewardsMixin:
     `multi_objective_aggregation` of [`~trl.GRPOTrainer`], and `_count_failure` of [`CheckpointMixin`].
     """
 
+    # Of the standard deviation of rewards: what is subtracted from their number, and what is added to it
+    _std_correction = 0
+    _std_epsilon = 1e-4
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.reward_weights = torch.tensor(self.args.reward_weights, dtype=torch.float64)
@@ -156,7 +160,9 @@ class RewardsMixin:
             return torch.where(is_equal & ~torch.isnan(values), 0.0, centered)
 
         def std(centered: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-            return torch.nanmean(centered.square(), dim=dim, keepdim=True).sqrt()
+            count = (~torch.isnan(centered)).sum(dim=dim, keepdim=True)
+            variance = torch.nanmean(centered.square(), dim=dim, keepdim=True)
+            return (variance * (count / (count - self._std_correction).clamp(min=1))).sqrt()
 
         weights = self.reward_weights  # (F,)
         grouped = rewards_per_func.double().unflatten(0, (-1, num_generations))  # (P, G, F)
@@ -174,14 +180,18 @@ class RewardsMixin:
         if self.multi_objective_aggregation == "sum_then_normalize":
             centered = center(rewards, weighted.abs().nansum(dim=-1))
             batch_std = std(rewards - torch.nanmean(rewards))
-            divisors = {"group": std(centered, dim=1) + 1e-4, "batch": batch_std + 1e-4, "none": 1.0}
+            divisors = {
+                "group": std(centered, dim=1) + self._std_epsilon,
+                "batch": batch_std + self._std_epsilon,
+                "none": 1.0,
+            }
             advantages = centered / divisors[self.scale_rewards]
         else:
             centered = center(grouped, grouped.abs())
-            weighted = centered / (std(centered, dim=1) + 1e-4) * weights
+            weighted = centered / (std(centered, dim=1) + self._std_epsilon) * weights
             total = weighted.nansum(dim=-1).masked_fill(unscorable, torch.nan)
             centered = center(total, weighted.abs().nansum(dim=-1))  # the batch's mean is the group's: 0
-            advantages = centered / (std(centered) + 1e-4)
+            advantages = centered / (std(centered) + self._std_epsilon)
         std_rewards = std(centered, dim=1).expand_as(centered)
         advantages = advantages.nan_to_num(nan=0.0)
         advantages = torch.where(advantages < 0, self.args.negative_advantage_scale * advantages, advantages)

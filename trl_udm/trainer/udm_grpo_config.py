@@ -106,6 +106,9 @@ class UDMGRPOConfig(GRPOConfig):
         timestep_sampling (`str`, *optional*, defaults to `"consecutive"`):
             How the K steps are drawn. `"consecutive"`: from a start on. `"stratified"`: one from each of K equal parts
             of the steps that the window reaches, which are `timestep_window[0]` to `timestep_window[1] + K - 1`.
+        frame_timesteps (`bool`, *optional*, defaults to `False`):
+            Whether each frame of a video has K steps of its own. Frames are the first axis of the pipeline's latent
+            shape. By default all frames of a sample have the same steps.
         timestep_weighting (`str`, *optional*, defaults to `"none"`):
             Weights of a sample's tokens in log π. `"none"`: all tokens that count weigh the same. `"elbo"`: as in the
             evidence lower bound of the sample, [`KineticOptimalScheduler.elbo_weights`].
@@ -132,6 +135,8 @@ class UDMGRPOConfig(GRPOConfig):
             Decay per step of an exponential moving average of the trained weights, in `[0, 1)`. 0.99 averages over
             about the last 100 steps. Evaluation then uses the average, and it is saved beside the weights. By default
             there is none.
+        ema_steps (`int`, *optional*, defaults to `1`):
+            Number of optimization steps between updates of the average.
 
         > Parameters that control evaluation
 
@@ -240,6 +245,9 @@ class UDMGRPOConfig(GRPOConfig):
         default="consecutive",
         metadata={"help": "'consecutive': K steps from a start on. 'stratified': one from each of K equal parts."},
     )
+    frame_timesteps: bool = field(
+        default=False, metadata={"help": "Whether each frame of a video has its own K steps."}
+    )
     timestep_weighting: Literal["none", "elbo"] = field(
         default="none", metadata={"help": "Weights of the tokens in log π: equal, or those of the ELBO."}
     )
@@ -263,6 +271,7 @@ class UDMGRPOConfig(GRPOConfig):
     ema_decay: float | None = field(
         default=None, metadata={"help": "Decay per step of an average of the weights, in [0, 1). By default none."}
     )
+    ema_steps: int = field(default=1, metadata={"help": "Optimization steps between updates of the average."})
 
     # Parameters that control evaluation
     num_inference_steps_eval: int = field(default=25, metadata={"help": "Denoising steps in evaluation."})
@@ -318,6 +327,7 @@ class UDMGRPOConfig(GRPOConfig):
             ("guidance_trunc", 0 <= self.guidance_trunc <= 1, "in [0, 1]"),
             ("advantage_clip", self.advantage_clip is None or self.advantage_clip > 0, "> 0 or None"),
             ("ema_decay", self.ema_decay is None or 0 <= self.ema_decay < 1, "in [0, 1) or None"),
+            ("ema_steps", self.ema_steps > 0, "> 0"),
             ("reward_timeout", self.reward_timeout is None or self.reward_timeout > 0, "> 0 or None"),
             ("reward_error", self.reward_error in ("raise", "none"), "'raise' or 'none'"),
             ("max_failed_steps", self.max_failed_steps >= 0, ">= 0"),
@@ -337,6 +347,13 @@ class UDMGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"`timestep_weighting` must be 'none' with `action={self.action!r}` and `trajectory="
                 f"{self.trajectory!r}`, got 'elbo': the bound is of the clean sample at forward states."
+            )
+        is_forward = (self.action, self.trajectory, self.timestep_weighting) == ("clean", "forward", "none")
+        if self.frame_timesteps and not is_forward:
+            raise ValueError(
+                f"`frame_timesteps` must be False with `action={self.action!r}`, `trajectory={self.trajectory!r}` and "
+                f"`timestep_weighting={self.timestep_weighting!r}`, got True: all frames of a sampler's state, and of "
+                "the bound's, have one time. Set 'clean', 'forward' and 'none'."
             )
         if self.top_entropy_quantile < 1.0 and self.importance_sampling_level == "sequence":
             raise ValueError(
@@ -408,12 +425,17 @@ def _find_nearest(fits: Callable[[int], bool], value: int, first: int, last: int
     return " or ".join(str(size) for side in sides for size in itertools.islice(filter(fits, side), 1)) or "none"
 
 
-def check_scheduler(args: UDMGRPOConfig, scheduler: Any) -> None:
-    """Raises a `ValueError` if an option needs a method that the scheduler does not have."""
-    if args.timestep_weighting == "elbo" and not hasattr(scheduler, "elbo_weights"):
+def check_pipeline(args: UDMGRPOConfig, pipeline: Any) -> None:
+    """Raises a `ValueError` if an option needs what the pipeline or its scheduler does not have."""
+    if args.timestep_weighting == "elbo" and not hasattr(pipeline.scheduler, "elbo_weights"):
         raise ValueError(
-            f"`timestep_weighting` must be 'none' with a {type(scheduler).__name__}, got 'elbo': it has no "
+            f"`timestep_weighting` must be 'none' with a {type(pipeline.scheduler).__name__}, got 'elbo': it has no "
             "`elbo_weights`. A `KineticOptimalScheduler` has."
+        )
+    if args.frame_timesteps and not pipeline.takes_token_times:
+        raise ValueError(
+            f"`frame_timesteps` must be False with a {type(pipeline).__name__}, got True: by its `takes_token_times`, "
+            "all tokens of a sample have one time."
         )
 
 

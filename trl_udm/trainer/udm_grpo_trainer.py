@@ -42,7 +42,7 @@ from .completions import CompletionsMixin
 from .ema import EMAMixin
 from .hub import HubMixin
 from .reward_runner import RewardsMixin, check_rewards
-from .udm_grpo_config import UDMGRPOConfig, check_datasets, check_scheduler
+from .udm_grpo_config import UDMGRPOConfig, check_datasets, check_pipeline
 
 
 @dataclasses.dataclass
@@ -58,7 +58,7 @@ class Rollout:
         output ([`UDMSamplerOutput`]):
             The samples (B, N) and, where asked for, the sampler's trajectory.
         completions (`list`):
-            The decoded samples: B PIL images, or strings.
+            The decoded samples: B PIL images, videos or strings.
     """
 
     prompt_ids: torch.Tensor
@@ -86,11 +86,13 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             Pipeline whose `transformer` is trained, in place or by an adapter.
         reward_funcs (`Callable` or `list[Callable]`):
             Reward functions `f(prompts, completions, **columns) -> list[float | None]`, synchronous or not, as in
-            [`~trl.GRPOTrainer`]. `completions` are the outputs of `pipeline.decode`: PIL images, or strings.
+            [`~trl.GRPOTrainer`]. `completions` are the outputs of `pipeline.decode`: PIL images, lists of them for
+            videos, or strings.
         args ([`UDMGRPOConfig`], *optional*):
             Configuration.
         train_dataset ([`~datasets.Dataset`]):
-            Dataset with a column `"prompt"`. Its other columns are passed to the reward functions.
+            Dataset with a column `"prompt"`. Its other columns are passed to the reward functions. Those that
+            `pipeline.encode_condition` reads, such as `"image"`, also give tokens of the samples.
         eval_dataset ([`~datasets.Dataset`] or `dict[str, Dataset]`, *optional*):
             Dataset of evaluation prompts.
         callbacks (`list[TrainerCallback]`, *optional*):
@@ -131,6 +133,8 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
 
     args: UDMGRPOConfig
     model: Any  # not `None`, as transformers says
+    _config_class: type[UDMGRPOConfig] = UDMGRPOConfig
+    _sampler_kwargs: dict[str, Any] = {}  # further arguments of `pipeline.sample_tokens`
     _tag_names = ["trl", "trl-udm", "udm-grpo"]
     _name = "UDM-GRPO"
     _paper = {
@@ -167,11 +171,11 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             raise TypeError(f"`pipeline` must be a `UDMPipeline`, got {type(pipeline).__name__}.")
         pipeline.check_components()
         if args is None:
-            args = UDMGRPOConfig(f"{type(pipeline).__name__}-UDM-GRPO")
-        if not isinstance(args, UDMGRPOConfig):
-            raise TypeError(f"`args` must be a `UDMGRPOConfig`, got {type(args).__name__}.")
+            args = self._config_class(f"{type(pipeline).__name__}-{self._name}")
+        if not isinstance(args, self._config_class):
+            raise TypeError(f"`args` must be a `{self._config_class.__name__}`, got {type(args).__name__}.")
         args = copy.copy(args)  # changed below
-        check_scheduler(args, pipeline.scheduler)
+        check_pipeline(args, pipeline)
         datasets = check_datasets(args, train_dataset, eval_dataset)
         reward_funcs, eval_reward_funcs = check_rewards(pipeline, args, reward_funcs, eval_reward_funcs)
         self.pipeline = pipeline
@@ -223,6 +227,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             if isinstance(component, nn.Module) and component is not transformer:
                 component.requires_grad_(False).eval().to(self.accelerator.device)
         for dataset in datasets:
+            pipeline.encode_condition([dataset[0]], self.latent_shape)  # tells mistakes before the first rollout
             expect_prompts(dataset["prompt"], [pipeline, *(runner.reward_func for runner in self._reward_runners)])
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # whose weights are elsewhere, or split
             check_bidirectional(pipeline, train_dataset[0]["prompt"], self.latent_shape, **self.chat_template_kwargs)
@@ -264,7 +269,9 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
 
         for runner in self._reward_runners:
             runner.cancel()  # what an earlier batch left, after an error
-        rollout = self._rollout(prompts, mode, on_decoded=submit if self.args.async_rewards else None)
+        condition = self.pipeline.encode_condition(inputs, self.latent_shape)
+        on_decoded = submit if self.args.async_rewards else None
+        rollout = self._rollout(prompts, mode, on_decoded=on_decoded, condition=condition)
         reward_arguments = self._reward_arguments(inputs, rollout.output.clean_samples, rollout.completions)
         if self.args.async_rewards:  # scoring needs no rewards, so they may go on meanwhile
             batch = self._score_rows(rollout, mode)
@@ -277,7 +284,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         self._log_rollout(
             mode, prompts, rollout.completions, num_samples, rewards_per_func, rewards, std_rewards, advantages
         )
-        self._log_diversity(mode, rollout.output.clean_samples, num_generations, len(rewards))
+        self._log_diversity(mode, rollout.output.drawn_samples, num_generations, len(rewards))
         num_processes = self.accelerator.num_processes
         advantages = nn.functional.pad(advantages, (0, len(prompts) * num_processes - len(advantages)))
         advantages = advantages.chunk(num_processes)[self.accelerator.process_index].float()  # (B,)
@@ -293,9 +300,10 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         mode: str,
         return_trajectory: bool = False,
         on_decoded: Callable[[int, torch.Tensor, list[Any]], None] | None = None,
+        condition: torch.Tensor | None = None,
     ) -> Rollout:
         """
-        Draws a sample for each prompt.
+        Draws a sample for each prompt, with the tokens of a `condition` (B, N).
 
         The samples come with the trajectory where the rows are built from it, or where it is asked for. `on_decoded`
         is called for each micro-batch, with the number of samples before it, its samples, and its completions.
@@ -311,7 +319,9 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         batch_size = args.rollout_batch_size or len(prompts)
         outputs, completions = [], []
         with profiling_context(self, "rollout"), self._sampling():
-            for ids, mask in zip(prompt_ids.split(batch_size), prompt_mask.split(batch_size), strict=True):
+            for first in range(0, len(prompts), batch_size):
+                part = slice(first, first + batch_size)
+                ids, mask = prompt_ids[part], prompt_mask[part]
                 negative_ids = negative_mask = None
                 if guidance_scale != 1.0:
                     negative_ids, negative_mask = (tensor[-1:].expand(len(ids), -1) for tensor in encoded)
@@ -324,7 +334,9 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
                     guidance_trunc=args.guidance_trunc,
                     negative_prompt_ids=negative_ids,
                     negative_prompt_mask=negative_mask,
+                    condition=None if condition is None else condition[part],
                     return_trajectory=return_trajectory,
+                    **self._sampler_kwargs,
                 )
                 outputs.append(output)
                 parts = output.clean_samples.split(args.decode_batch_size or batch_size)
@@ -340,16 +352,16 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         """The rows (B * K) of B samples, with their old and reference log-probabilities."""
         num_timesteps = self.args.num_train_timesteps
         group_size = self.num_generations if mode == "train" and self.args.shared_noise else 1
-        # (B * K, N), (B * K, N), (B * K,)
+        # (B * K, N), (B * K, N), (B * K,) or (B * K, N)
         noised_samples, actions, t = self._build_rows(rollout.output, group_size)
         prompt_ids = torch.cat([rollout.prompt_ids.repeat_interleave(num_timesteps, dim=0), noised_samples], dim=1)
         # `_compute_loss` hands on ids and masks only, so the mask of the noised tokens holds their time. That can go
         # once TRL hands on further keys of a batch (docs/upstream.md).
         prompt_mask = torch.cat(
-            [rollout.prompt_mask.repeat_interleave(num_timesteps, dim=0), t.unsqueeze(1).expand_as(noised_samples)],
+            [rollout.prompt_mask.repeat_interleave(num_timesteps, dim=0), t.view(len(t), -1).expand_as(actions)],
             dim=1,
         )
-        completion_mask = self.pipeline.completion_mask(actions)
+        completion_mask = self._mask_actions(rollout.output, actions)
         input_ids = torch.cat([prompt_ids, actions], dim=1)  # (B * K, T + N + N)
         attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)
         batch_size = self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
@@ -378,35 +390,58 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
                     batch["ref_per_token_logps"] = score(reference)[0]
         return batch
 
+    def _mask_actions(self, output: UDMSamplerOutput, actions: torch.Tensor) -> torch.Tensor:
+        """The tokens that count, of actions in rows (B * K, N). Given ones do not."""
+        mask = self.pipeline.completion_mask(actions)
+        if output.condition is None:
+            return mask
+        return mask * (output.condition.repeat_interleave(self.args.num_train_timesteps, dim=0) < 0)
+
+    def _draw_timesteps(
+        self, num_samples: int, group_size: int, device: torch.device, num_frames: int = 1
+    ) -> torch.Tensor:
+        """Timesteps (B * K, F) of F frames in the rows of B samples. Each `group_size` samples have the same."""
+        first, last = self.args.timestep_window
+        num_groups, num_timesteps = num_samples // group_size, self.args.num_train_timesteps
+        index = torch.arange(num_timesteps, device=device).unsqueeze(1)  # (K, 1)
+        if self.args.timestep_sampling == "stratified":
+            num_steps = last + num_timesteps - first
+            parts = index + torch.rand(num_groups, num_timesteps, num_frames, device=device)
+            # Rounding may take the last part beyond its end
+            timesteps = first + (parts * (num_steps / num_timesteps)).long().clamp(max=num_steps - 1)
+        else:
+            timesteps = torch.randint(first, last + 1, (num_groups, 1, num_frames), device=device) + index
+        return timesteps.repeat_interleave(group_size, dim=0).flatten(0, 1)
+
     @torch.no_grad()
     def _build_rows(
         self, output: UDMSamplerOutput, group_size: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Noised states and actions of K timesteps for each of B samples, both (B * K, N), sample by sample, and the
-        times of the states (B * K,). Each `group_size` samples share timesteps and random numbers of the noise.
+        times of the states: (B * K,), or (B * K, N) where frames differ or tokens are given, which are at time 1. Each
+        `group_size` samples share timesteps and random numbers of the noise.
         """
         args, scheduler = self.args, self.pipeline.scheduler
         num_samples, device = output.clean_samples.size(0), output.clean_samples.device
-        first, last = args.timestep_window
-        num_groups, num_timesteps = num_samples // group_size, args.num_train_timesteps
-        if args.timestep_sampling == "stratified":
-            num_steps = last + num_timesteps - first
-            parts = torch.arange(num_timesteps, device=device) + torch.rand(num_groups, num_timesteps, device=device)
-            # Rounding may take the last part beyond its end
-            timesteps = first + (parts * (num_steps / num_timesteps)).long().clamp(max=num_steps - 1)
-        else:
-            starts = torch.randint(first, last + 1, (num_groups, 1), device=device)
-            timesteps = starts + torch.arange(num_timesteps, device=device)
-        timesteps = timesteps.repeat_interleave(group_size, dim=0).flatten()  # (B / group_size, K) to (B * K,)
+        num_frames = self.latent_shape[0] if args.frame_timesteps else 1  # F
+        timesteps = self._draw_timesteps(num_samples, group_size, device, num_frames)  # (B * K, F)
         rows = torch.arange(num_samples, device=device).repeat_interleave(args.num_train_timesteps)  # (B * K,)
         clean_samples = output.clean_samples[rows]  # (B * K, N)
         grid = torch.tensor([scheduler.timestep_to_t(timestep) for timestep in scheduler.timesteps.tolist()])
-        t = grid.to(device)[timesteps]  # (B * K,)
+        t = grid.to(device)[timesteps]  # (B * K, F)
+        timesteps = timesteps[:, 0]  # with more than one frame, only the times are used
+        if num_frames > 1 or output.condition is not None:
+            t = t.repeat_interleave(clean_samples.size(1) // num_frames, dim=1)  # (B * K, N)
+        if output.condition is not None:
+            t = t.masked_fill(output.condition[rows] >= 0, 1.0)
+        t = t.squeeze(1)
         if args.trajectory == "forward":
             generators = None
             if group_size > 1:
-                seeds = torch.randint(2**62, (num_groups, num_timesteps)).repeat_interleave(group_size, dim=0)
+                seeds = torch.randint(2**62, (num_samples // group_size, args.num_train_timesteps)).repeat_interleave(
+                    group_size, dim=0
+                )
                 generators = [torch.Generator().manual_seed(seed) for seed in seeds.flatten().tolist()]
             noised_samples = scheduler.add_noise(clean_samples, t, generators)
         else:
@@ -426,23 +461,21 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         `attention_mask` is the conditioning's mask, the time of the noised tokens, and the tokens of the action that
         count.
         """
-        num_prompt_tokens = input_ids.size(1) - 2 * logits_to_keep
+        sizes = [input_ids.size(1) - 2 * logits_to_keep, logits_to_keep, logits_to_keep]
         batch_size = batch_size or input_ids.size(0)  # Chunk inputs into smaller batches to reduce memory peak
         all_logps, all_entropies = [], []
         for input_ids_batch, mask_batch in zip(
             input_ids.split(batch_size), attention_mask.split(batch_size), strict=True
         ):
-            prompt_ids, noised_samples, actions = input_ids_batch.split(
-                [num_prompt_tokens, logits_to_keep, logits_to_keep], dim=1
-            )
-            prompt_mask, t = mask_batch[:, :num_prompt_tokens].long(), mask_batch[:, num_prompt_tokens].float()
-            rows = (prompt_ids, prompt_mask, noised_samples, self.latent_shape, actions, t)
+            prompt_ids, noised_samples, actions = input_ids_batch.split(sizes, dim=1)
+            prompt_mask, t, mask = mask_batch.split(sizes, dim=1)
+            t = t.float() if self.pipeline.takes_token_times else t[:, 0].float()
+            rows = (prompt_ids, prompt_mask.long(), noised_samples, self.latent_shape, actions, t)
             with self.accelerator.autocast():
                 if self.args.kl_estimator == "full":
                     reference = None if self._kl is None else self._predict_reference(*rows)
                     logps, entropies, kl = self.pipeline.score_with_kl(model, reference, *rows)
                     if kl is not None:
-                        mask = mask_batch[:, -logits_to_keep:]
                         self._kl.append((kl * mask).sum(dim=1) / mask.sum(dim=1))
                 else:
                     logps, entropies = self.pipeline.score(model, *rows)
