@@ -14,13 +14,11 @@
 
 import json
 
-import pytest
 from PIL import Image
 
 from . import load_example
 
 
-@pytest.mark.skip(reason="The checkpoint of the world that moves is still being trained.")
 def test_the_example_trains_on_videos_and_leaves_its_results(tmp_path, capsys):
     small = ["--max_steps", "2", "--num_generations", "4", "--per_device_train_batch_size", "24"]
     small += ["--num_eval_videos", "1", "--num_inference_steps", "5", "--num_inference_steps_eval", "5"]

@@ -126,7 +126,6 @@ def test_training_and_evaluation_prompts_are_disjoint_and_cover_all_kinds():
 
 @pytest.fixture(scope="module")
 def pipeline():
-    pytest.skip("The checkpoint of the world that moves is still being trained.")
     pipeline = URSAPipeline.from_pretrained(CHECKPOINT_PATH)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

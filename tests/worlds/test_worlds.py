@@ -32,8 +32,6 @@ def test_every_folder_is_a_registered_world():
 
 @pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
 def test_a_world_has_a_checkpoint_a_reward_and_prompts(world):
-    if world.name == "moving":
-        pytest.skip("The checkpoint of the world that moves is still being trained.")
     assert (world.checkpoint_path / "model_index.json").is_file()
     assert world.checkpoint_path.parent.name == world.name
     assert callable(world.make_reward())
