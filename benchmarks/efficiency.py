@@ -20,7 +20,13 @@ How many samples a recipe needs, by the protocol of docs/efficiency.md, on an em
 A setting is what `SETTINGS` has for its name: options that differ from the paper's recipe, which is in
 `examples/configs`. Each run is a process with one thread. It is evaluated before it begins and every 1,280 samples. A
 second call of the command continues with the runs, and within the runs, that are not finished. The output folder then
-holds the runs, `table.md` and `curves.png`. `--report` writes these two for the runs that are there.
+holds the runs, `table.md`, `summary.md` and `curves.png`. `--report` writes these for the runs that are there.
+
+With `--tuning_seed`, each setting has the learning rate that is best with that seed. So do the algorithms of
+docs/dflow_grpo.md compare:
+
+    python benchmarks/efficiency.py --output_dir outputs/algorithms --settings paper dFlowGRPO diffu-GRPO \\
+        --worlds shapes words sums --learning_rates 1.25e-4 2.5e-4 5e-4 --tuning_seed 5 --num_samples 2560 --bf16
 """
 
 import argparse
@@ -35,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ablation import SETTINGS as ABLATION
 from tqdm.auto import tqdm
 
 
@@ -102,6 +109,7 @@ CORNERS = {
 }
 for window in ("paper", "grid"):
     SETTINGS |= {f"{window}, {corner}": {**SETTINGS[window], **options} for corner, options in CORNERS.items()}
+SETTINGS |= ABLATION["algorithms"]
 
 
 def load_trainer(folder: Path, run: dict[str, Any]):
@@ -110,8 +118,9 @@ def load_trainer(folder: Path, run: dict[str, Any]):
     import train_geneval
     import train_ocr
     import train_text
+    from common import ALGORITHMS
 
-    from trl_udm import GenEvalReward, TextUDMPipeline, UDMGRPOConfig, UDMGRPOTrainer, URSAPipeline
+    from trl_udm import GenEvalReward, TextUDMPipeline, URSAPipeline
 
     if run["world"] == "shapes":
         path, *judges, train_dataset, eval_dataset = train_geneval.load_task(train_geneval.ScriptArguments(), None)
@@ -129,10 +138,12 @@ def load_trainer(folder: Path, run: dict[str, Any]):
     pipeline = pipeline_class.from_pretrained(path)
     if run["options"]["bf16"]:
         pipeline.transformer.set_attn_implementation("eager")  # on a CPU the fastest one in bfloat16
-    trainer = UDMGRPOTrainer(
+    options = {**run["options"], "output_dir": str(folder)}
+    config_class, trainer_class = ALGORITHMS[options.pop("algorithm", "udm_grpo")]
+    trainer = trainer_class(
         pipeline,
         reward_funcs,
-        UDMGRPOConfig(**{**run["options"], "output_dir": str(folder)}),
+        config_class(**options),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
     )
@@ -243,7 +254,8 @@ def count_passes(options: dict[str, Any]) -> float:
     has_old = num_iterations * options["steps_per_generation"] > 1
     has_reference, is_full = options["beta"] != 0, options.get("kl_estimator") == "full"
     scoring = has_old + (has_reference and not is_full)
-    update = 3 + (has_reference and is_full)
+    share = 2 * options["num_pairs"] / options["num_generations"] if "num_pairs" in options else 1  # of the samples
+    update = 3 * share + (has_reference and is_full)
     return rollout + num_timesteps * (scoring + update * num_iterations)
 
 
@@ -317,6 +329,44 @@ def format_table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def interpolate(rows: list[dict[str, float]], samples: float) -> float | None:
+    """The accuracy at a number of samples, on a line between two evaluations."""
+    for row, following in zip(rows, rows[1:], strict=False):
+        if row["samples"] <= samples <= following["samples"]:
+            share = (samples - row["samples"]) / (following["samples"] - row["samples"])
+            return row["accuracy"] + share * (following["accuracy"] - row["accuracy"])
+    return None
+
+
+def format_summary(runs: list[dict[str, Any]]) -> str:
+    """
+    One row for each world, setting and learning rate: means over the seeds, after equal numbers of samples and of
+    passes. The passes are those of the cheapest setting of the world.
+    """
+    lines = [
+        "| world | setting | learning rate | seeds | passes a sample | accuracy before | at the end | after passes "
+        "| KL | diversity |",
+        "|---" * 10 + "|",
+    ]
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault((run["world"], run["setting"], run["options"]["learning_rate"]), []).append(run)
+    for (world, setting, rate), group in groups.items():
+        num_passes = count_passes(group[0]["options"])
+        least = min(count_passes(run["options"]) * run["rows"][-1]["samples"] for run in runs if run["world"] == world)
+        last = [run["rows"][-1] for run in group]
+        ends = [row["accuracy"] for row in last]
+        between = [interpolate(run["rows"], least / num_passes) for run in group]
+        reached = [accuracy for accuracy in between if accuracy is not None]
+        cells = [world, setting, f"{rate:g}", str(len(group)), f"{num_passes:.0f}"]
+        cells += [f"{statistics.fmean(run['rows'][0]['accuracy'] for run in group):.3f}"]
+        cells += [f"{statistics.fmean(ends):.3f} ({min(ends):.3f} to {max(ends):.3f})"]
+        cells += [f"{statistics.fmean(reached):.3f} ({least / 1000:.0f} k)" if reached else ""]
+        cells += [f"{statistics.fmean(row[name] for row in last):.3f}" for name in ("kl", "diversity")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def save_curves(path: Path, runs: list[dict[str, Any]]) -> None:
     """Plots accuracy against samples: a panel for each world, a color for each setting, a line for each run."""
     from trl_udm.drawing import open_figure
@@ -338,6 +388,23 @@ def save_curves(path: Path, runs: list[dict[str, Any]]) -> None:
             axis.legend(fontsize=8, loc="lower right")
 
 
+def train_all(args: argparse.Namespace, seeds: list[int], rates: dict[tuple[str, str], list[float | None]]) -> None:
+    """Makes the runs of each seed and of each world and setting with its learning rates."""
+    runs = []
+    for seed in seeds:
+        for (world, setting), values in rates.items():
+            for rate in values:
+                overrides = {**SETTINGS[setting], **({} if rate is None else {"learning_rate": rate})}
+                options = build_options(world, overrides, seed, args.num_samples, args.bf16)
+                folder = Path(world, setting.replace(", ", "_").replace(" ", "-"), f"{options['learning_rate']:g}")
+                run = {"world": world, "setting": setting, "pipeline": args.pipeline, "options": options}
+                runs.append((args.output_dir / folder / str(seed), run))
+    with ThreadPoolExecutor(args.num_workers) as pool:
+        futures = [pool.submit(train, *run) for run in runs]
+        for future in tqdm(futures, desc="Training", unit="run"):
+            future.result()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the runs and the report")
@@ -346,6 +413,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--learning_rates", nargs="+", type=float, help="by default that of the paper's recipe")
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 1, 2])
+    parser.add_argument("--tuning_seed", type=int, help="try all rates with this seed, the best one with the others")
     parser.add_argument("--num_samples", type=int, default=6400, help="samples of a run, a multiple of 1,280")
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16, as the search does")
     parser.add_argument("--num_workers", type=int, default=os.cpu_count(), help="runs at a time, each with one thread")
@@ -357,28 +425,19 @@ def main() -> None:
         return
     if args.num_samples % SAMPLES_BETWEEN_EVALUATIONS != 0:
         parser.error(f"--num_samples must be a multiple of {SAMPLES_BETWEEN_EVALUATIONS}, got {args.num_samples}")
+    rates = {(world, setting): args.learning_rates or [None] for world in args.worlds for setting in args.settings}
+    if not args.report and args.tuning_seed is not None:
+        train_all(args, [args.tuning_seed], rates)
+        for run in sorted(read_runs(args.output_dir), key=lambda run: run["rows"][-1]["accuracy"]):
+            if run["options"]["seed"] == args.tuning_seed and (run["world"], run["setting"]) in rates:
+                rates[run["world"], run["setting"]] = [run["options"]["learning_rate"]]
     if not args.report:
-        runs = []
-        for seed in args.seeds:
-            for world in args.worlds:
-                for setting in args.settings:
-                    for rate in args.learning_rates or [None]:
-                        overrides = dict(SETTINGS[setting])
-                        if rate is not None:
-                            overrides["learning_rate"] = rate
-                        options = build_options(world, overrides, seed, args.num_samples, args.bf16)
-                        folder = Path(
-                            world, setting.replace(", ", "_").replace(" ", "-"), f"{options['learning_rate']:g}"
-                        )
-                        run = {"world": world, "setting": setting, "pipeline": args.pipeline, "options": options}
-                        runs.append((args.output_dir / folder / str(seed), run))
-        with ThreadPoolExecutor(args.num_workers) as pool:
-            futures = [pool.submit(train, *run) for run in runs]
-            for future in tqdm(futures, desc="Training", unit="run"):
-                future.result()
+        train_all(args, args.seeds, rates)
     runs = read_runs(args.output_dir)
     table = format_table(runs)
     (args.output_dir / "table.md").write_text(table)
+    compared = [run for run in runs if run["options"]["seed"] != args.tuning_seed]
+    (args.output_dir / "summary.md").write_text(format_summary(compared))
     save_curves(args.output_dir / "curves.png", runs)
     print(table)
 

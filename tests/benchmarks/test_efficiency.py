@@ -18,22 +18,26 @@ from pathlib import Path
 
 import pytest
 
-from trl_udm import UDMGRPOConfig
+from trl_udm import DFlowDPOConfig, DFlowGRPOConfig, UDMGRPOConfig
 
 
+CONFIGS = {"udm_grpo": UDMGRPOConfig, "dflow_grpo": DFlowGRPOConfig, "dflow_dpo": DFlowDPOConfig}
 EFFICIENCY = Path(__file__).parents[2] / "benchmarks" / "efficiency.py"
 
 
 @pytest.fixture(scope="module")
 def module():
-    return runpy.run_path(str(EFFICIENCY))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.syspath_prepend(EFFICIENCY.parent)
+        return runpy.run_path(str(EFFICIENCY))
 
 
 def test_every_setting_of_every_world_is_a_valid_configuration(tmp_path, module):
     for world in module["WORLDS"]:
         for name, overrides in module["SETTINGS"].items():
             options = module["build_options"](world, overrides, seed=1, num_samples=2560)
-            args = UDMGRPOConfig(**{**options, "output_dir": str(tmp_path)})
+            config_class = CONFIGS[options.pop("algorithm", "udm_grpo")]
+            args = config_class(**{**options, "output_dir": str(tmp_path)})
             rollouts = args.max_steps / (args.num_iterations * args.steps_per_generation)
             assert rollouts * args.generation_batch_size / args.num_train_timesteps == 2560, name
             assert args.max_steps == 2 * args.save_steps
@@ -47,6 +51,9 @@ def test_passes_are_counted_by_hand(module):
     assert count("grid, beta 0.5, 4 updates") == 9 + 3 + 3 + 4 * 3 * 3
     assert count("fast") == 9 + 8 + 8 + 3 * 8
     assert count("fast, full KL") == 9 + 8 + 4 * 8
+    assert count("dFlowGRPO") == 10 + 3 * 8
+    assert count("DPO on the pairs of a group") == 10 + 3 * 8
+    assert count("diffu-GRPO") == 10 + 3
 
 
 @pytest.mark.parametrize(
@@ -98,3 +105,42 @@ def test_a_run_that_was_stopped_continues_as_an_unbroken_one(tmp_path, module, m
     )  # energy distances, with noise
     module["save_curves"](tmp_path / "curves.png", module["read_runs"](tmp_path))
     assert (tmp_path / "curves.png").exists()
+
+
+def test_the_summary_compares_at_equal_samples_and_at_equal_passes(module):
+    def make_run(setting, seed, accuracies):
+        options = module["build_options"]("shapes", module["SETTINGS"][setting], seed, num_samples=2560)
+        rows = [{"samples": 1280 * i, "accuracy": value, "kl": 0.1, "diversity": 0.4} for i, value in accuracies]
+        return {"world": "shapes", "setting": setting, "options": options, "rows": rows}
+
+    runs = [make_run("paper", seed, enumerate((0.6, 0.7, last))) for seed, last in ((1, 0.8), (2, 0.9))]
+    runs.append(make_run("diffu-GRPO", 1, enumerate((0.6, 0.62, 0.65))))
+    lines = module["format_summary"](runs).splitlines()
+    # 2,560 samples of 13 passes are 33 k, with which the paper's 21 passes draw 1,585 samples
+    expected = 0.7 + (1584.76 - 1280) / 1280 * 0.15
+    assert [line.split(" | ", 3)[-1] for line in lines[2:]] == [
+        f"2 | 21 | 0.600 | 0.850 (0.800 to 0.900) | {expected:.3f} (33 k) | 0.100 | 0.400 |",
+        "1 | 13 | 0.600 | 0.650 (0.650 to 0.650) | 0.650 (33 k) | 0.100 | 0.400 |",
+    ]
+
+
+def test_the_best_learning_rate_of_the_tuning_seed_is_taken(module, monkeypatch, tmp_path):
+    made = []
+
+    def train(folder, run):
+        made.append((run["options"]["seed"], run["options"]["learning_rate"]))
+        rows = [{"samples": 0, "accuracy": 0.6}, {"samples": 1280, "accuracy": 1 - made[-1][1]}]
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps(run))
+        (folder / "evaluations.json").write_text(
+            json.dumps([{**row, "kl": 0.1, "diversity": 0.4, "seconds": 1} for row in rows])
+        )
+
+    monkeypatch.setitem(module["main"].__globals__, "train", train)
+    command = ["efficiency.py", "--output_dir", str(tmp_path), "--settings", "paper", "--num_samples", "1280"]
+    command += ["--learning_rates", "0.2", "0.1", "0.3", "--tuning_seed", "5", "--seeds", "1", "2"]
+    monkeypatch.setattr("sys.argv", [*command, "--num_workers", "1"])
+    module["main"]()
+    assert made == [(5, 0.2), (5, 0.1), (5, 0.3), (1, 0.1), (2, 0.1)]
+    (line,) = (tmp_path / "summary.md").read_text().splitlines()[2:]
+    assert line.startswith("| shapes | paper | 0.1 | 2 | 21 | 0.600 | 0.900 ")
