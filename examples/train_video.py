@@ -66,13 +66,6 @@ class ScriptArguments:
     )
 
 
-class VideoTrainer(UDMGRPOTrainer):
-    """Logs the first frame of each video as its image."""
-
-    def _log_rollout(self, mode, prompts, completions, *args):
-        super()._log_rollout(mode, prompts, [frames[0] for frames in completions], *args)
-
-
 def draw_videos(trainer: UDMGRPOTrainer, rows: list[dict[str, Any]], **conditions: Any) -> list[list[Image.Image]]:
     """Draws a video for each row, with the same random numbers before and after training."""
     trainer.model.eval()
@@ -134,7 +127,7 @@ def main(argv: list[str]) -> dict[str, Any]:
                 f"{training_args.pipeline_kwargs}: the world's videos have {NUM_FRAMES} frames."
             )
         train_rows, _ = split_metadata()
-        trainer = VideoTrainer(
+        trainer = UDMGRPOTrainer(
             load_pipeline(URSAPipeline, model_args.model_name_or_path or CHECKPOINT_PATH, model_args),
             reward_funcs=MovingReward(mode=script_args.reward_mode),
             args=training_args,

@@ -24,7 +24,7 @@ def test_the_example_trains_on_videos_and_leaves_its_results(tmp_path, capsys):
     small += ["--num_eval_videos", "1", "--num_inference_steps", "5", "--num_inference_steps_eval", "5"]
     results = load_example("train_video").main(["--output_dir", str(tmp_path), "--disable_tqdm", "True", *small])
     assert set(results["before"]) == set(results["after"]) > {"overall", "image_to_video", "speed"}
-    assert 0.3 < results["before"]["overall"] < 0.9
+    assert 0.1 < results["before"]["overall"] < 0.5 < results["before"]["image_to_video"]
     assert json.loads((tmp_path / "results.json").read_text()) == results
     for name in ("samples_before", "samples_after"):
         with Image.open(tmp_path / f"{name}.gif") as video, Image.open(tmp_path / f"{name}.png") as sheet:

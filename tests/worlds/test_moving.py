@@ -149,8 +149,8 @@ def test_the_shipped_model_draws_clearly_and_often_something_else(pipeline):
     options = {"num_frames": 5, "num_inference_steps": 10, "guidance_scale": 1.0}
     columns = {"prompts": [row["prompt"] for row in rows], **column(rows, "tag", "include")}
     videos = pipeline(columns["prompts"], generator=torch.Generator().manual_seed(0), **options).frames
-    assert 0.45 < np.mean(MovingReward()(completions=videos, **columns)) < 0.65
-    assert np.mean([len(tracks) in (1, 2) for tracks in MovingDetector()(videos)]) > 0.9
+    assert 0.15 < np.mean(MovingReward()(completions=videos, **columns)) < 0.35
+    assert np.mean([len(tracks) in (1, 2) for tracks in MovingDetector()(videos)]) > 0.75
 
     images = [render(sample_scene(row, rng))[0] for row in rows]
     videos = pipeline(columns["prompts"], image=images, generator=torch.Generator().manual_seed(0), **options).frames
@@ -158,4 +158,4 @@ def test_the_shipped_model_draws_clearly_and_often_something_else(pipeline):
         np.abs(np.subtract(video[0], image, dtype=float)).mean() for video, image in zip(videos, images, strict=True)
     ]
     assert np.mean(errors) < 8  # of 255
-    assert np.mean(MovingReward()(completions=videos, **columns)) > 0.45
+    assert np.mean(MovingReward()(completions=videos, **columns)) > 0.65

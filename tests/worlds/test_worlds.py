@@ -21,13 +21,13 @@ import pytest
 from trl_udm import worlds
 from trl_udm.evaluation.benchmarks import BENCHMARKS
 from trl_udm.rewards.geneval import GenEvalReward
-from trl_udm.worlds import IMAGE_WORLDS, WORLDS
+from trl_udm.worlds import VISUAL_WORLDS, WORLDS
 
 
 def test_every_folder_is_a_registered_world():
     folders = {path.parent.name for path in Path(worlds.__file__).parent.glob("*/__init__.py")}
     assert folders == set(WORLDS)
-    assert [name for name in WORLDS if name not in IMAGE_WORLDS] == ["moving", "sums"]
+    assert [name for name in WORLDS if name not in VISUAL_WORLDS] == ["sums"]
 
 
 @pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)
@@ -39,16 +39,17 @@ def test_a_world_has_a_checkpoint_a_reward_and_prompts(world):
     assert rows and all(row["prompt"] for row in rows)
 
 
-@pytest.mark.parametrize("name", IMAGE_WORLDS)
-def test_an_image_world_is_a_benchmark(name, tmp_path):
+@pytest.mark.parametrize("name", VISUAL_WORLDS)
+def test_a_visual_world_is_a_benchmark(name, tmp_path):
     benchmark = BENCHMARKS[name]
     rows = benchmark.load_rows()
     assert rows == WORLDS[name].load_eval_rows()
     assert benchmark.make_reward(benchmark.reward_options).__name__ == WORLDS[name].make_reward().__name__
     prompts = tmp_path / "prompts.txt"
     prompts.write_text('a card with the word "SUN"\n')
-    if WORLDS[name].prompt_options["task"] == "ocr":
-        assert benchmark.load_rows(str(prompts)) == [{"prompt": 'a card with the word "SUN"', "target_text": "SUN"}]
+    columns = {"moving": {}, "words": {"target_text": "SUN"}}
+    if name in columns:
+        assert benchmark.load_rows(str(prompts)) == [{"prompt": 'a card with the word "SUN"', **columns[name]}]
     else:
         with pytest.raises(ValueError, match="Row 0 .* `tag` must be one of"):
             benchmark.load_rows(str(prompts))

@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..worlds import IMAGE_WORLDS
+from ..worlds import VISUAL_WORLDS
 from .parser import check_range
 
 
-MODEL_HELP = f"Folder or Hub repository of a pipeline, or an embedded world: {', '.join(IMAGE_WORLDS)}."
+MODEL_HELP = f"Folder or Hub repository of a pipeline, or an embedded world: {', '.join(VISUAL_WORLDS)}."
 
 
 @dataclass(kw_only=True)
@@ -34,7 +34,7 @@ class ModelArguments:
 
     Args:
         model (`str`):
-            Folder or Hub repository of a pipeline, or the name of an embedded world of images.
+            Folder or Hub repository of a pipeline, or the name of an embedded world of images or videos.
         dtype (`str`, *optional*):
             Dtype of the weights: `"float32"`, `"bfloat16"` or `"float16"`. By default bfloat16 on a GPU and float32 on
             a CPU.
@@ -48,7 +48,7 @@ class ModelArguments:
     @property
     def checkpoint_path(self) -> str | Path:
         """`str` or `Path`: Where the pipeline is."""
-        return IMAGE_WORLDS[self.model].checkpoint_path if self.model in IMAGE_WORLDS else self.model
+        return VISUAL_WORLDS[self.model].checkpoint_path if self.model in VISUAL_WORLDS else self.model
 
 
 @dataclass(kw_only=True)

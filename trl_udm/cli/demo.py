@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 PIPELINE_NAMES = ("URSAPipeline", "TextUDMPipeline")
 """The families that the page draws with, by the name in `model_index.json`."""
 
+PAGE_WORLDS = {name: world for name, world in WORLDS.items() if world.modality != "video"}
+"""The embedded worlds that it shows."""
+
 TILE_SIZE = 96
 """Width and height of a state in the strip, in pixels."""
 
@@ -79,7 +82,7 @@ class Arguments(SamplingArguments):
 
     model: str = field(
         default="shapes",
-        metadata={"help": f"Folder or Hub repository of a pipeline, or an embedded world: {', '.join(WORLDS)}."},
+        metadata={"help": f"Folder or Hub repository of a pipeline, or an embedded world: {', '.join(PAGE_WORLDS)}."},
     )
     compare: str | None = field(
         default=None,
@@ -92,7 +95,7 @@ class Arguments(SamplingArguments):
 
     @property
     def checkpoint_path(self) -> Any:
-        return WORLDS[self.model].checkpoint_path if self.model in WORLDS else self.model
+        return PAGE_WORLDS[self.model].checkpoint_path if self.model in PAGE_WORLDS else self.model
 
 
 def load_pipelines(arguments: Arguments) -> dict[str, "UDMPipeline"]:
@@ -242,7 +245,8 @@ def make_page(pipelines: dict[str, "UDMPipeline"], arguments: Arguments) -> "gr.
 
     is_text = next(iter(pipelines.values())).modality == "text"
     size = {name: getattr(arguments, name) for name in ("height", "width") if getattr(arguments, name) is not None}
-    prompts = [row["prompt"] for row in WORLDS[arguments.model].load_eval_rows()] if arguments.model in WORLDS else []
+    world = PAGE_WORLDS.get(arguments.model)
+    prompts = [] if world is None else [row["prompt"] for row in world.load_eval_rows()]
     prompts = prompts[:: max(1, len(prompts) // 6)]
     # Without the button that uploads, and without those that would cover a state
     image_options: dict[str, Any] = {"format": "png", "show_label": False, "elem_classes": "pixels", "buttons": []}

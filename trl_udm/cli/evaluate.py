@@ -104,6 +104,8 @@ def run(arguments: Arguments) -> None:
             if getattr(arguments, name):
                 raise ValueError(f"`--{name}` needs `--model`: without one, the images in `--output_dir` are scored.")
     else:
+        if benchmark.world is not None and benchmark.world.modality == "video" and (arguments.num_frames or 1) == 1:
+            raise ValueError(f"`--benchmark {benchmark.name}` needs `--num_frames`: its reward looks at videos.")
         rows = benchmark.load_rows(arguments.prompts)
     options = {**benchmark.reward_options, **arguments.options}
     reward = benchmark.make_reward(options)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ..rewards.loading import REWARD_NAMES, find_reward, load_reward
-from ..worlds import IMAGE_WORLDS
+from ..worlds import VISUAL_WORLDS
 from .parser import check_range
 
 
@@ -40,7 +40,7 @@ class Arguments:
         > Parameters that control the reward
 
         reward (`str`):
-            Name of the reward, as in [`~trl_udm.rewards.loading.load_reward`], or of an embedded world of images.
+            Name of the reward, as in [`~trl_udm.rewards.loading.load_reward`], or of an embedded world of images or videos.
         options (`dict[str, Any]`, *optional*, defaults to `{}`):
             Arguments of its constructor.
 
@@ -72,7 +72,7 @@ class Arguments:
 
     reward: str = field(
         init=False,
-        metadata={"help": f"{', '.join([*REWARD_NAMES, *IMAGE_WORLDS])}, or module:attribute of a reward of yours."},
+        metadata={"help": f"{', '.join([*REWARD_NAMES, *VISUAL_WORLDS])}, or module:attribute of a reward of yours."},
     )
     options: dict = field(
         default_factory=dict,
@@ -106,7 +106,7 @@ def make_reward(name: str, options: dict[str, Any]) -> Callable[..., list[float 
     Returns:
         `Callable`: The reward.
     """
-    return IMAGE_WORLDS[name].make_reward(**options) if name in IMAGE_WORLDS else load_reward(name, options)
+    return VISUAL_WORLDS[name].make_reward(**options) if name in VISUAL_WORLDS else load_reward(name, options)
 
 
 def run(arguments: Arguments) -> None:
@@ -130,7 +130,7 @@ def run(arguments: Arguments) -> None:
     reward_names = ("reward", "options", "token_file")
     server_options = {name: value for name, value in vars(arguments).items() if name not in reward_names}
     # A mistake is told before the server starts, which loads the reward in a thread
-    if arguments.reward in IMAGE_WORLDS:
+    if arguments.reward in VISUAL_WORLDS:
         make_reward(arguments.reward, arguments.options)
     else:
         find_reward(arguments.reward, arguments.options)

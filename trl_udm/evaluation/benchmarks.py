@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..rewards.loading import load_reward
-from ..worlds import IMAGE_WORLDS, World
+from ..worlds import VISUAL_WORLDS, World
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ BENCHMARKS = {
         Benchmark("geneval", task="geneval"),
         Benchmark("ocr", task="ocr"),
         Benchmark("pickscore", reward_options={"normalize": False}),  # the score that papers report
-        *(Benchmark(name, world=world) for name, world in IMAGE_WORLDS.items()),
+        *(Benchmark(name, world=world) for name, world in VISUAL_WORLDS.items()),
     )
 }
 """All benchmarks by name."""

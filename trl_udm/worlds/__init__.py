@@ -98,5 +98,5 @@ WORLDS = {
 }
 """All worlds by name."""
 
-IMAGE_WORLDS = {name: world for name, world in WORLDS.items() if world.modality == "image"}
-"""The worlds whose models draw images."""
+VISUAL_WORLDS = {name: world for name, world in WORLDS.items() if world.modality != "text"}
+"""The worlds whose models draw images or videos."""
