@@ -40,7 +40,8 @@ class Arguments:
         > Parameters that control the reward
 
         reward (`str`):
-            Name of the reward, as in [`~trl_udm.rewards.loading.load_reward`], or of an embedded world of images or videos.
+            Name of the reward, as in [`~trl_udm.rewards.loading.load_reward`], or of an embedded world of images or
+            videos.
         options (`dict[str, Any]`, *optional*, defaults to `{}`):
             Arguments of its constructor.
 

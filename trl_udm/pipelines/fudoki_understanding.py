@@ -12,8 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
-import os
-from typing import Any, Self, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
@@ -23,10 +22,7 @@ from transformers.models.janus import JanusForConditionalGeneration
 
 from ..random_tensor import check_generators
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
-from .lora import Adapter
-from .original_checkpoint import is_original_fudoki
-from .original_fudoki import load_original_fudoki, read_fudoki_adapter
-from .pipeline_udm import HUB_KWARGS, UDMPipeline
+from .original_fudoki import OriginalFUDOKIMixin
 from .text import TextMixin
 
 
@@ -37,7 +33,7 @@ SYSTEM_PROMPT = (
 """What comes before a question."""
 
 
-class FUDOKIUnderstandingPipeline(TextMixin, UDMPipeline):
+class FUDOKIUnderstandingPipeline(TextMixin, OriginalFUDOKIMixin):
     r"""
     Answers to questions about images with FUDOKI (https://huggingface.co/papers/2505.20147), on transformers' Janus.
     Experimental: it answers, and cannot be trained.
@@ -73,6 +69,7 @@ class FUDOKIUnderstandingPipeline(TextMixin, UDMPipeline):
     transformer: JanusForConditionalGeneration
     scheduler: KineticOptimalScheduler
     tokenizer: PreTrainedTokenizerBase
+    _original_options: ClassVar[dict[str, Any]] = {"num_vision_heads": 16}
 
     def __init__(
         self,
@@ -97,42 +94,6 @@ class FUDOKIUnderstandingPipeline(TextMixin, UDMPipeline):
                 f"{[tokenizer.bos_token_id, tokenizer.eos_token_id, *tokens]}."
             )
         self.image_processor = VaeImageProcessor(do_resize=False)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, num_vision_heads: int = 16, **kwargs
-    ) -> Self:
-        """
-        As in [`FUDOKIPipeline`].
-
-        Args:
-            pretrained_model_name_or_path (`str` or `Path`):
-                A folder, or a repository such as `"LucasJinWang/FUDOKI"`.
-            num_vision_heads (`int`, *optional*, defaults to `16`):
-                Number of attention heads of the vision encoder, which no file of the original layout names. The
-                published one has 16. Not used for this library's layout, which has it.
-            kwargs:
-                As in [`FUDOKIPipeline`], without `max_prompt_length` and `uncond_token_id`.
-
-        Returns:
-            [`FUDOKIUnderstandingPipeline`]: The pipeline, in evaluation mode.
-
-        Raises:
-            OSError: If a part is missing.
-            ValueError: If a part is damaged, lacks a weight, has the wrong shape, or holds more than it should.
-        """
-        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        if not is_original_fudoki(pretrained_model_name_or_path, **hub_kwargs):
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        components = load_original_fudoki(pretrained_model_name_or_path, num_vision_heads=num_vision_heads, **kwargs)
-        pipeline = cls(**components)
-        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        return pipeline
-
-    @classmethod
-    def read_adapter(cls, source: Any, subfolder: str | None = None, **kwargs: Any) -> Adapter:
-        """As in [`FUDOKIPipeline`]."""
-        return read_fudoki_adapter(source, subfolder, **kwargs)
 
     def latent_shape(self, *args: Any, **kwargs: Any) -> tuple[int, ...]:
         raise NotImplementedError(

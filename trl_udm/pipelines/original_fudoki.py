@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from huggingface_hub import snapshot_download
@@ -31,8 +31,8 @@ from ..models.modeling_fudoki import FUDOKIForImageGeneration
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
 from ..weights import check_state_dict, find_file, load_embedding, load_state_dict, read_shapes
 from .lora import PREFIX, Adapter, read_adapter
-from .original_checkpoint import load_json
-from .pipeline_udm import HUB_KWARGS
+from .original_checkpoint import is_original_fudoki, load_json
+from .pipeline_udm import HUB_KWARGS, UDMPipeline
 
 
 _WEIGHTS_NAME = "model"
@@ -189,6 +189,51 @@ def convert_reader(
         projection_dim=config.text_config.hidden_size,
     )
     return reader, vision_config
+
+
+class OriginalFUDOKIMixin(UDMPipeline):
+    """Loading of a pipeline and of adapters in the original layout, beside this library's own."""
+
+    _original_options: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
+        """
+        Loads a pipeline from a folder or a Hub repository, in this library's layout or in the original one.
+
+        No code of the original is run, and of its pickles only the table of an embedding is read.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`):
+                A folder, or a repository such as `"LucasJinWang/FUDOKI"`.
+            kwargs:
+                As in [`~diffusers.DiffusionPipeline.from_pretrained`], with `use_safetensors=True` by default. The
+                original layout takes `dtype`, `cache_dir`, `revision`, `token`, `local_files_only`, `force_download`
+                and components. [`FUDOKIPipeline`] also takes `max_prompt_length` and `uncond_token_id` there,
+                [`FUDOKIUnderstandingPipeline`] `num_vision_heads`: the number of attention heads of the vision
+                encoder, which no file of that layout names. The published one has 16, which is the default.
+
+        Returns:
+            The pipeline, in evaluation mode.
+
+        Raises:
+            OSError: If a part is missing.
+            ValueError: If a part is damaged, lacks a weight, has the wrong shape, or holds more than it should.
+        """
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        if not is_original_fudoki(pretrained_model_name_or_path, **hub_kwargs):
+            kwargs = {name: value for name, value in kwargs.items() if name not in cls._original_options}
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        options = {**cls._original_options, **kwargs}
+        pipeline = cls(**load_original_fudoki(pretrained_model_name_or_path, **options))
+        # As `DiffusionPipeline.from_pretrained` does, for `name_or_path`
+        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return pipeline
+
+    @classmethod
+    def read_adapter(cls, source: Any, subfolder: str | None = None, **kwargs: Any) -> Adapter:
+        """As in [`UDMPipeline`]. It may also be one that dFlowGRPO has released, by its folder or repository."""
+        return read_fudoki_adapter(source, subfolder, **kwargs)
 
 
 def load_original_fudoki(

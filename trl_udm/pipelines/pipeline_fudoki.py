@@ -31,24 +31,16 @@ from ..cut_prompts import PromptCutter
 from ..models.modeling_fudoki import FUDOKIForImageGeneration
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
 from .images import check_image_prompts
-from .lora import Adapter
 from .original_checkpoint import is_original_fudoki, load_json
-from .original_fudoki import (
-    find_folder,
-    load_original_fudoki,
-    load_original_tokenizer,
-    read_fudoki_adapter,
-    read_original_config,
-)
+from .original_fudoki import find_folder, load_original_tokenizer, read_original_config
 from .pipeline_output import URSAPipelineOutput
-from .pipeline_udm import HUB_KWARGS, CallArguments, StepCallback, UDMPipeline
+from .pipeline_udm import CallArguments, StepCallback
 
 
 logger = logging.getLogger(__name__)
 
 UNCOND_TOKEN_ID = 100015
 """The token that FUDOKI has in place of a prompt where it is unconditional. No file of the model names it."""
-
 
 PROMPT_END = "\n\nAssistant:<begin_of_image>"
 """What comes after the text of a prompt."""
@@ -65,7 +57,7 @@ class FUDOKICallArguments(CallArguments, total=False):
     num_images_per_prompt: int
 
 
-class FUDOKIPipeline(PromptCutter, UDMPipeline):
+class FUDOKIPipeline(PromptCutter, OriginalFUDOKIMixin):
     r"""
     Images from text with FUDOKI (https://huggingface.co/papers/2505.20147), on transformers' modules of Janus.
 
@@ -161,36 +153,6 @@ class FUDOKIPipeline(PromptCutter, UDMPipeline):
         self.image_processor = VaeImageProcessor()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
-        """
-        Loads a pipeline from a folder or a Hub repository, in this library's layout or in the original one.
-
-        No code of the original is run, and of its pickles only the table of an embedding is read.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `Path`):
-                A folder, or a repository such as `"LucasJinWang/FUDOKI"`.
-            kwargs:
-                As in [`~diffusers.DiffusionPipeline.from_pretrained`], with `use_safetensors=True` by default. The
-                original layout takes `dtype`, `cache_dir`, `revision`, `token`, `local_files_only`, `force_download`,
-                `max_prompt_length`, `uncond_token_id` and components.
-
-        Returns:
-            [`FUDOKIPipeline`]: The pipeline, in evaluation mode.
-
-        Raises:
-            OSError: If a part is missing.
-            ValueError: If a part is damaged, lacks a weight, has the wrong shape, or holds more than it should.
-        """
-        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        if not is_original_fudoki(pretrained_model_name_or_path, **hub_kwargs):
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        pipeline = cls(**load_original_fudoki(pretrained_model_name_or_path, **kwargs))
-        # As `DiffusionPipeline.from_pretrained` does, for `name_or_path`
-        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
-        return pipeline
-
-    @classmethod
     def from_configs(
         cls, pretrained_model_name_or_path: str | os.PathLike, dtype: torch.dtype = torch.float32, **hub_kwargs
     ) -> Self:
@@ -248,11 +210,6 @@ class FUDOKIPipeline(PromptCutter, UDMPipeline):
             transformer, vae = FUDOKIForImageGeneration(config), JanusVQVAE(vq_config)
         scheduler = KineticOptimalScheduler(metric_power=4.0, **sizes)
         return cls(transformer.to(dtype), scheduler, tokenizer, vae.to(dtype), **kwargs)
-
-    @classmethod
-    def read_adapter(cls, source: Any, subfolder: str | None = None, **kwargs: Any) -> Adapter:
-        """As in [`UDMPipeline`]. It may also be one that dFlowGRPO has released, by its folder or repository."""
-        return read_fudoki_adapter(source, subfolder, **kwargs)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
         """

@@ -18,6 +18,7 @@ import itertools
 import random
 from typing import Any
 
+from ..shapes.prompts import split_kinds
 from ..shapes.world import COLORS
 from .world import CLASS_NAMES, DIRECTIONS, NUM_CELLS, SPEEDS, MovingObject
 
@@ -152,11 +153,4 @@ def split_metadata(num_eval_prompts: int = 20, seed: int = 0) -> tuple[list[dict
     Returns:
         `tuple[list[dict], list[dict]]`: Training rows and evaluation rows, as in [`all_metadata`].
     """
-    train, evaluation = [], []
-    for tag in TAGS:
-        rows = all_metadata(tag)
-        random.Random(f"{seed} {tag}").shuffle(rows)
-        num_eval = min(num_eval_prompts, len(rows) // 3)
-        evaluation += rows[:num_eval]
-        train += rows[num_eval:]
-    return train, evaluation
+    return split_kinds({tag: all_metadata(tag) for tag in TAGS}, num_eval_prompts, seed)

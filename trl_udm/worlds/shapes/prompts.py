@@ -164,9 +164,28 @@ def split_metadata(num_eval_prompts: int = 20, seed: int = 0) -> tuple[list[dict
     Returns:
         `tuple[list[dict], list[dict]]`: Training rows and evaluation rows, as in [`all_metadata`].
     """
+    return split_kinds({tag: all_metadata(tag) for tag in TAGS}, num_eval_prompts, seed)
+
+
+def split_kinds(
+    kinds: dict[str, list[dict[str, Any]]], num_eval_prompts: int, seed: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """
+    Splits the rows of each kind into training and evaluation rows.
+
+    Args:
+        kinds (`dict[str, list[dict]]`):
+            The rows of each kind. They are shuffled in place.
+        num_eval_prompts (`int`):
+            Evaluation rows a kind, at most a third of its rows.
+        seed (`int`):
+            Seed of the split.
+
+    Returns:
+        `tuple[list[dict], list[dict]]`: Training rows and evaluation rows, kind by kind.
+    """
     train, evaluation = [], []
-    for tag in TAGS:
-        rows = all_metadata(tag)
+    for tag, rows in kinds.items():
         random.Random(f"{seed} {tag}").shuffle(rows)
         num_eval = min(num_eval_prompts, len(rows) // 3)
         evaluation += rows[:num_eval]
