@@ -24,6 +24,7 @@ import json
 import os
 import signal
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ LORA = LoraConfig(r=4, target_modules="all-linear", exclude_modules=["lm_head"])
 
 def fed_tokens(prompt: str, index: int) -> torch.Tensor:
     """Tokens (N,) that depend on the prompt and on the sample's place in the whole generation batch alone."""
-    seed = 1000 * index + sum(map(ord, prompt))
+    seed = zlib.crc32(f"{index} {prompt}".encode())
     return torch.randint(2, NUM_CODES, (NUM_TOKENS,), generator=torch.Generator().manual_seed(seed))
 
 
@@ -61,10 +62,9 @@ class FedTrainer(UDMGRPOTrainer):
     """Takes samples and noised states from `fed_tokens`, so that any number of processes sees the same ones."""
 
     def _rollout(self, prompts, mode, return_trajectory=False, on_decoded=None, condition=None):
-        self.fed_prompts = prompts
-        self.first_index = self.accelerator.process_index * len(prompts)
+        first_index = self.accelerator.process_index * len(prompts)
         prompt_ids, prompt_mask = self.pipeline.encode_prompt(prompts)
-        samples = torch.stack([fed_tokens(prompt, self.first_index + i) for i, prompt in enumerate(prompts)])
+        samples = torch.stack([fed_tokens(prompt, first_index + i) for i, prompt in enumerate(prompts)])
         completions = self.pipeline.decode(samples, self.latent_shape)
         if on_decoded is not None:
             for first in range(0, len(prompts), 4):
@@ -75,8 +75,8 @@ class FedTrainer(UDMGRPOTrainer):
         num_timesteps = self.args.num_train_timesteps
         noise = torch.stack(
             [
-                fed_tokens(prompt, 1000 * (1 + timestep) + self.first_index + i)
-                for i, prompt in enumerate(self.fed_prompts)
+                fed_tokens(str(sample), 1 + timestep)
+                for sample in output.clean_samples.tolist()
                 for timestep in range(num_timesteps)
             ]
         )

@@ -123,6 +123,15 @@ class UDMGRPOConfig(GRPOConfig):
         negative_advantage_scale (`float`, *optional*, defaults to `1.0`):
             Factor of negative advantages, in `[0, inf)`. At 0 a run learns from the better half of each group alone.
 
+        > Parameters that control dynamic sampling
+
+        drop_zero_variance (`bool`, *optional*, defaults to `False`):
+            Whether samples of groups whose rewards are all equal are left out of the update. The loss is then the mean
+            over the others.
+        resample_zero_variance (`int`, *optional*, defaults to `0`):
+            Greatest number of further draws of a generation batch. Each draws as many groups, for other prompts, as
+            have had equal rewards only so far, and those with spread take their place.
+
         > Parameters that control the KL divergence
 
         kl_estimator (`str`, *optional*, defaults to `"k3"`):
@@ -261,6 +270,14 @@ class UDMGRPOConfig(GRPOConfig):
     )
     negative_advantage_scale: float = field(default=1.0, metadata={"help": "Factor of negative advantages."})
 
+    # Parameters that control dynamic sampling
+    drop_zero_variance: bool = field(
+        default=False, metadata={"help": "Whether groups of equal rewards are left out of the update."}
+    )
+    resample_zero_variance: int = field(
+        default=0, metadata={"help": "Greatest number of further draws that replace groups of equal rewards."}
+    )
+
     # Parameters that control the KL divergence
     kl_estimator: Literal["k3", "full"] = field(
         default="k3",
@@ -322,6 +339,7 @@ class UDMGRPOConfig(GRPOConfig):
             ("timestep_sampling", self.timestep_sampling in samplings, f"one of {samplings}"),
             ("timestep_weighting", self.timestep_weighting in ("none", "elbo"), "'none' or 'elbo'"),
             ("negative_advantage_scale", 0 <= self.negative_advantage_scale < math.inf, ">= 0"),
+            ("resample_zero_variance", self.resample_zero_variance >= 0, ">= 0"),
             ("kl_estimator", self.kl_estimator in ("k3", "full"), "'k3' or 'full'"),
             ("importance_sampling_level", self.importance_sampling_level in levels, f"one of {levels}"),
             ("guidance_trunc", 0 <= self.guidance_trunc <= 1, "in [0, 1]"),
