@@ -63,6 +63,7 @@ UPDATES = {
     "lora": {**FED, "use_lora": True},
     "async": {**FED, "async_rewards": True},
     "split_group": SPLIT_GROUP,
+    "dynamic": {**FED, "drop_zero_variance": True, "resample_zero_variance": 1, "solved": PROMPTS[:4]},
     "full_kl": {**FED, "kl_estimator": "full"},
     "lora_full_kl": {**FED, "kl_estimator": "full", "use_lora": True},
 }
@@ -132,8 +133,13 @@ def check_updates(tmp_path):
         one = run_case(str(tmp_path / "one"), name, **settings)
         two = load(tmp_path, name)
         # Each sample is rewarded once, by the process that has it
-        assert one["rewarded"] == two[0]["rewarded"] + two[1]["rewarded"]
-        assert len(two[0]["rewarded"]) == len(two[1]["rewarded"]) == (2 if name == "split_group" else 6)
+        assert sorted(one["rewarded"]) == sorted(two[0]["rewarded"] + two[1]["rewarded"])
+        if name == "dynamic":
+            assert one["log"][0]["samples_drawn"] == two[0]["log"][0]["samples_drawn"] > 12
+            assert one["log"][0]["frac_resampled"] == two[0]["log"][0]["frac_resampled"]
+        else:
+            assert one["rewarded"] == two[0]["rewarded"] + two[1]["rewarded"]
+            assert len(two[0]["rewarded"]) == len(two[1]["rewarded"]) == (2 if name == "split_group" else 6)
         assert two[0]["advantages"] == pytest.approx(one["advantages"], abs=1e-6)
         assert len(set(one["advantages"])) > 1
         # There is no momentum: the change of the weights is the gradient

@@ -25,6 +25,7 @@ import os
 import signal
 import sys
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +146,11 @@ def run_case(
     model_path: str | None = None,
     failure: str | None = None,
     resume_from: str | None = None,
+    solved: Sequence[str] = (),
     **kwargs,
 ) -> dict[str, Any]:
     """
-    Trains the toy text family.
+    Trains the toy text family. Samples of prompts that are `solved` have equal rewards.
 
     Returns the `weights` before and after each step, the `log` of each step, the `rewarded` completions of this
     process, the `advantages` of all samples of the last rollout, the `samples` of a rollout after training, whose seed
@@ -164,7 +166,8 @@ def run_case(
             if failure == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("the detector of process 1 is out of order")
-        return [sum(map(ord, completion)) / len(completion) / 100 for completion in completions]
+        rewards = [sum(map(ord, completion)) / len(completion) / 100 for completion in completions]
+        return [1.0 if prompt in solved else reward for prompt, reward in zip(prompts, rewards, strict=True)]
 
     pipeline = build_toy_text_pipeline()
     if model_path is not None:
