@@ -261,9 +261,9 @@ def summarize(results: list[dict[str, Any]], num_resamples: int = 2000) -> dict[
             Number of resamples.
 
     Returns:
-        `dict[str, dict]`: For each tag and for `"overall"`: `mean`, `low`, `high`, `num_prompts`, `num_images`, and
-        `num_abstained`, the number of further images that have no score. The overall mean is the mean of the tags'
-        means, as in GenEval's score.
+        `dict[str, dict]`: For each tag and for `"overall"`: `mean`, `low`, `high`, `num_prompts`, `num_images` and,
+        where there are any, `num_abstained`: the number of further images that have no score. The overall mean is the
+        mean of the tags' means, as in GenEval's score.
     """
     by_tag: dict[str, dict[str, list[float]]] = {}
     num_abstained = Counter(result["tag"] or "all" for result in results if result["score"] is None)
@@ -291,14 +291,9 @@ def _statistics(
     mean: float, resampled: np.ndarray, num_prompts: int, num_images: int, num_abstained: int
 ) -> dict[str, float]:
     low, high = np.quantile(resampled, (0.025, 0.975))
-    return {
-        "mean": float(mean),
-        "low": float(low),
-        "high": float(high),
-        "num_prompts": num_prompts,
-        "num_images": num_images,
-        "num_abstained": num_abstained,
-    }
+    statistics = {"mean": float(mean), "low": float(low), "high": float(high)}
+    statistics |= {"num_prompts": num_prompts, "num_images": num_images}
+    return statistics | ({"num_abstained": num_abstained} if num_abstained > 0 else {})
 
 
 def evaluate(

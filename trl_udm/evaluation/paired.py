@@ -16,6 +16,7 @@
 
 import base64
 import html
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +72,11 @@ def compare_evaluations(first: dict[str, Any], second: dict[str, Any], num_resam
         without a score. `prompts` has the two scores of each prompt.
 
     Raises:
+        ImportError: If SciPy is not installed.
         ValueError: If the prompts differ, or there is no reward that both have.
     """
+    if find_spec("scipy") is None:
+        raise ImportError("`compare_evaluations` needs SciPy: `pip install trl-udm[geneval]`.")
     names = [name for name in second["results"] if name in first["results"]]
     if not names:
         raise ValueError(

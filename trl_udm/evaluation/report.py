@@ -80,7 +80,7 @@ def write_report(
             interval = f"{row['low']:.3f} to {row['high']:.3f}" if is_known else "n/a"
             tag = tag.replace("|", r"\|")  # which would begin a column
             lines.append(f"| {tag} | {row['mean']:.3f} | {interval} | {row['num_prompts']} | {row['num_images']} |")
-        if num_abstained := summary["overall"]["num_abstained"]:
+        if num_abstained := summary["overall"].get("num_abstained", 0):
             num_images = num_abstained + summary["overall"]["num_images"]
             lines += ["", f"{num_abstained} of {num_images} images have no score: {name} abstained."]
         lines.append("")
