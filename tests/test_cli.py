@@ -165,7 +165,7 @@ MISTAKES = {
     "evaluate --benchmark dpg --model shapes --output_dir out": "`--prompts` is needed for dpg",
     "evaluate --benchmark dpg --output_dir out": "The reward 'dpg' cannot be made with `options` {}: missing a req",
     f"{EVALUATE_SHAPES} --rewards nothing": "`name` must be one of ('geneval', ",
-    f"{EVALUATE_SHAPES} --rewards shapes shapes": "must have names that differ, got ['geneval_accuracy', 'geneval_",
+    f"{EVALUATE_SHAPES} --rewards shapes shapes": "`--rewards` must have names that differ, got ['shapes', 'sh",
     f"{EVALUATE_SHAPES} --rewards shapes --options '{{\"x\": 1}}'": "`--options` must have an object for names of",
     f"{EVALUATE_SHAPES} --rewards shapes --options '{{\"shapes\": 1}}'": "got 1 for 'shapes'",
     "compare folder": "the following arguments are required: folders",

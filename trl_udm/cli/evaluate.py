@@ -125,6 +125,8 @@ def run(arguments: Arguments) -> None:
     names = arguments.rewards or [benchmark.name]
     if not benchmark.has_reward and arguments.rewards is None:
         raise ValueError(f"`--rewards` is needed for {benchmark.name}, which has none of its own.")
+    if len(set(names)) != len(names):
+        raise ValueError(f"`--rewards` must have names that differ, got {names}.")
     options = arguments.options if arguments.rewards else {benchmark.name: arguments.options}
     for name, value in options.items():
         if name not in names or not isinstance(value, dict):

@@ -161,7 +161,8 @@ def score_images(
             `metadata.jsonl`. Animated images are videos, lists of frames. It computes in its own precision: autocast
             is off.
         batch_size (`int`, *optional*, defaults to `16`):
-            Images that are scored at a time. The images of one prompt are always scored together.
+            Images that are scored at a time. The images of one prompt are always scored together, and by themselves
+            if the reward is `groupwise`.
         settings (`dict[str, Any]`, *optional*):
             What else the scores depend on, such as the reward's options.
 
@@ -176,6 +177,7 @@ def score_images(
     folders = _prompt_folders(images_dir)
     if not folders:
         raise ValueError(f"`images_dir` must have folders like 00000 with a metadata.jsonl, got {images_dir}.")
+    batch_size = 1 if getattr(reward_func, "groupwise", False) else batch_size
     groups: list[list] = [[]]
     for folder in folders:
         row = load_json(folder / "metadata.jsonl")

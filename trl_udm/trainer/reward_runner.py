@@ -68,7 +68,10 @@ class RewardsMixin:
             if isinstance(reward_func, nn.Module | str):
                 return reward_func
             runner_class = AsyncRewardRunner if is_async_callable(reward_func) else RewardRunner
-            return runner_class(reward_func, args.reward_timeout, args.reward_error, abstains)
+            return runner_class(reward_func, args.reward_timeout, args.reward_error, abstains, get_group_size)
+
+        def get_group_size() -> int:
+            return self.num_generations if self.model.training else self.num_generations_eval
 
         return [*map(wrap, reward_funcs), *(wrap(one, lambda: self.model.training) for one in eval_reward_funcs)]
 
@@ -80,6 +83,8 @@ class RewardsMixin:
         """Submits a micro-batch with the arguments that `_calculate_rewards` of [`~trl.GRPOTrainer`] would give."""
         columns = [key for key in inputs[0] if key not in ("prompt", "completion", "completion_ids")]
         for runner in self._reward_runners:
+            if runner.is_groupwise:
+                continue
             runner.submit(
                 prompts=prompts,
                 completions=completions,
