@@ -147,10 +147,12 @@ def run_case(
     failure: str | None = None,
     resume_from: str | None = None,
     solved: Sequence[str] = (),
+    is_groupwise: bool = False,
     **kwargs,
 ) -> dict[str, Any]:
     """
-    Trains the toy text family. Samples of prompts that are `solved` have equal rewards.
+    Trains the toy text family. Samples of prompts that are `solved` have equal rewards. If the reward `is_groupwise`,
+    each call must have a whole group.
 
     Returns the `weights` before and after each step, the `log` of each step, the `rewarded` completions of this
     process, the `advantages` of all samples of the last rollout, the `samples` of a rollout after training, whose seed
@@ -161,6 +163,7 @@ def run_case(
 
     def mean_letter(prompts, completions, **kwargs):
         rewarded.extend(completions)
+        assert not is_groupwise or len(completions) == args.num_generations
         if failure is not None and trainer.accelerator.process_index == 1:
             Path(output_dir, "failed").touch()
             if failure == "kill":
@@ -169,6 +172,7 @@ def run_case(
         rewards = [sum(map(ord, completion)) / len(completion) / 100 for completion in completions]
         return [1.0 if prompt in solved else reward for prompt, reward in zip(prompts, rewards, strict=True)]
 
+    mean_letter.groupwise = is_groupwise
     pipeline = build_toy_text_pipeline()
     if model_path is not None:
         pipeline.transformer = pipeline.transformer.from_pretrained(model_path)
@@ -255,11 +259,15 @@ def evaluate_rewards(output_dir: str, name: str, backend: str, **kwargs) -> dict
             raise ConnectionError("no route to the scorer")
         return number
 
+    def group_size(prompts, **columns):
+        return [len(prompts)] * len(prompts)
+
+    group_size.groupwise = True
     dataset = Dataset.from_dict({"prompt": PROMPTS[:5], "number": [0.0, 1.0, 2.0, 3.0, 4.0]})
     trainer = UDMGRPOTrainer(
         build_toy_text_pipeline(),
-        [number, odd, failing_for_3],
-        build_args(output_dir, name, backend, reward_weights=[1.0, 0.0, 0.0], reward_error="none", **kwargs),
+        [number, odd, failing_for_3, group_size],
+        build_args(output_dir, name, backend, reward_weights=[1.0, 0.0, 0.0, 0.0], reward_error="none", **kwargs),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         eval_dataset={"all": dataset, "last": dataset.select([4])},
     )

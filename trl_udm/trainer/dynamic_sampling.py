@@ -35,7 +35,7 @@ class DynamicSamplingMixin:
     take its place. With `args.drop_zero_variance`, the update has fewer rows: those of groups with spread.
 
     Needs `args`, `model`, `accelerator`, `train_dataset`, `_step`, `_metrics` and the pending logs of
-    [`~trl.GRPOTrainer`], `pipeline`, `_draw` and `_compute_advantages`.
+    [`~trl.GRPOTrainer`], `pipeline`, `_draw`, and of [`RewardsMixin`] weights and advantages.
     """
 
     @property
@@ -43,23 +43,28 @@ class DynamicSamplingMixin:
         return self.model.training and bool(self.args.drop_zero_variance or self.args.resample_zero_variance)
 
     def _select_groups(
-        self, inputs: list[dict[str, Any]], rollout: Rollout, rewards_per_func: torch.Tensor
+        self,
+        inputs: list[dict[str, Any]],
+        rollout: Rollout,
+        rewards_per_func: torch.Tensor,
+        reward_weights: torch.Tensor,
     ) -> tuple[Rollout, torch.Tensor]:
         """
         The samples that this process trains on, and the advantages of those of all processes.
 
-        What was drawn for `inputs`, and has the rewards (B, F) of all processes, is drawn further if need be. Selected
-        groups are dealt out anew, so that all processes have equally many samples.
+        What was drawn for `inputs`, and has the rewards and weights (B, F) of all processes, is drawn further if need
+        be. Selected groups are dealt out anew, so that all processes have equally many samples.
         """
         args, accelerator, group_size = self.args, self.accelerator, self.num_generations
         num_processes, process_index = accelerator.num_processes, accelerator.process_index
 
-        def has_spread(rewards_per_func: torch.Tensor) -> torch.Tensor:
-            std_rewards = self._compute_advantages(rewards_per_func, group_size)[2]
+        def has_spread(rewards_per_func: torch.Tensor, reward_weights: torch.Tensor) -> torch.Tensor:
+            std_rewards = self._compute_advantages(rewards_per_func, group_size, reward_weights)[2]
             return std_rewards[::group_size] > 0  # nor has a group without any reward, where it is NaN
 
         num_groups = len(rewards_per_func) // group_size
-        prompts, outputs, is_useful = [x["prompt"] for x in inputs], [rollout.output], has_spread(rewards_per_func)
+        prompts, outputs = [x["prompt"] for x in inputs], [rollout.output]
+        is_useful = has_spread(rewards_per_func, reward_weights)  # (P,)
         # The place of each sample of this process among those of all, draw by draw
         places = [process_index * len(inputs) + torch.arange(len(inputs))]
         # The same prompts after a resume, which restores `_step`
@@ -78,8 +83,10 @@ class DynamicSamplingMixin:
             places.append(own + len(rewards_per_func))
             prompts += [x["prompt"] for x in further_inputs]
             outputs.append(further.output)
-            is_useful = torch.cat([is_useful, has_spread(further_rewards)])
+            further_weights = self._find_reward_weights(further_inputs, len(further_rewards))
+            is_useful = torch.cat([is_useful, has_spread(further_rewards, further_weights)])
             rewards_per_func = torch.cat([rewards_per_func, further_rewards])
+            reward_weights = torch.cat([reward_weights, further_weights])
         # The metrics are those of the first draw, which is the one without dynamic sampling
         self._pending_metrics.clear()
         self._pending_extra_logs.clear()
@@ -97,7 +104,7 @@ class DynamicSamplingMixin:
         selected = (groups.unsqueeze(1) * group_size + torch.arange(group_size)).flatten()  # (P * G,)
         self._metrics["train"]["samples_drawn"].append(float(len(rewards_per_func)))
         self._metrics["train"]["frac_resampled"].append((groups >= num_groups).double().mean().item())
-        advantages = self._compute_advantages(rewards_per_func[selected], group_size)[0]
+        advantages = self._compute_advantages(rewards_per_func[selected], group_size, reward_weights[selected])[0]
         if args.drop_zero_variance:  # groups that only fill the update up do not count in the mean of the loss
             advantages = advantages * (size / max(num_useful, 1))
         output, places = UDMSamplerOutput.cat(outputs), torch.cat(places)

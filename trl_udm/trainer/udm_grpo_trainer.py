@@ -251,7 +251,8 @@ class UDMGRPOTrainer(
             inputs = inputs[::num_timesteps]  # the sampler repeats a sample for each of its rows
         inputs = self._mark_padding(inputs)
         rollout, batch, rewards_per_func = self._draw(inputs, mode)
-        advantages, rewards, std_rewards = self._compute_advantages(rewards_per_func, num_generations)
+        weights = self._find_reward_weights(inputs, len(rewards_per_func))  # (B, F)
+        advantages, rewards, std_rewards = self._compute_advantages(rewards_per_func, num_generations, weights)
         prompts = [x["prompt"] for x in inputs]
         num_samples = len(inputs) - sum(row.get("is_padding", False) for row in inputs)
         self._log_rollout(
@@ -259,7 +260,7 @@ class UDMGRPOTrainer(
         )
         self._log_diversity(mode, rollout.output.drawn_samples, num_generations, len(rewards))
         if self._is_sampling_dynamic:
-            rollout, advantages = self._select_groups(inputs, rollout, rewards_per_func)
+            rollout, advantages = self._select_groups(inputs, rollout, rewards_per_func, weights)
         if batch is None:
             batch = self._score_rows(rollout, mode)
         num_processes, num_drawn = self.accelerator.num_processes, len(rollout.output.clean_samples)
