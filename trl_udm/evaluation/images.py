@@ -282,9 +282,9 @@ def summarize(results: list[dict[str, Any]], num_resamples: int = 2000) -> dict[
         resampled_means.append(resampled)
         sizes = (len(prompts), int(counts.sum()), num_abstained[tag])
         summary[tag] = _statistics(totals.sum() / counts.sum(), resampled, *sizes)
-    num_prompts, num_scored = (sum(row[name] for row in summary.values()) for name in ("num_prompts", "num_images"))
+    num_prompts = sum(map(len, by_tag.values()))
     mean = float(np.mean([statistics["mean"] for statistics in summary.values()]))
-    sizes = (num_prompts, num_scored, num_abstained.total())
+    sizes = (num_prompts, len(results) - num_abstained.total(), num_abstained.total())
     summary["overall"] = _statistics(mean, np.mean(resampled_means, axis=0), *sizes)
     return summary
 

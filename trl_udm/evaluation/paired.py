@@ -254,9 +254,9 @@ def write_comparison(
     scored.sort(key=lambda row: row["first"] - row["second"])
     gained = [row for row in scored if row["second"] > row["first"]][:num_shown]
     lost = [row for row in reversed(scored) if row["second"] < row["first"]][:num_shown]
-    for title, rows in (("The largest gains", gained), ("The largest losses", lost)):
-        parts.append(f"<h2>{title} of {escape(name)}</h2>" if rows else "")
-        for row in rows:
+    for title, prompts in (("The largest gains", gained), ("The largest losses", lost)):
+        parts.append(f"<h2>{title} of {escape(name)}</h2>" if prompts else "")
+        for row in prompts:
             parts.append(f'<section class="pair"><h3>{escape(row["prompt"])}</h3>')
             for label, key, report, group in zip(titles, ("first", "second"), (first, second), groups, strict=True):
                 parts.append(f'<div class="side"><p>{escape(label)}: {row[key]:.3f}</p><div>')
@@ -267,4 +267,5 @@ def write_comparison(
                 parts.append("</div></div>")
             parts.append("</section>")
     head = f'<meta charset="utf-8"><title>{escape(a)} and {escape(b)}</title><style>{_STYLE}</style>'
-    Path(path).write_text(f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n")
+    page = f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    Path(path).write_text(page, encoding="utf-8")

@@ -17,13 +17,12 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from PIL import Image
 
 from .vlm_judge import VLMJudgeReward
 
 
-class DPGReward(VLMJudgeReward):
+class DPGReward:
     """
     The score of DPG-Bench, with a vision-language model on a server that answers the questions.
 
@@ -47,18 +46,19 @@ class DPGReward(VLMJudgeReward):
     >>> from trl_udm.rewards.dpg import DPGReward
 
     >>> reward = DPGReward("Qwen/Qwen2.5-VL-7B-Instruct", "http://127.0.0.1:8000/v1")
-    >>> reward.template.text
+    >>> reward.judge.template.text
     '{question} Answer yes or no, in one word.'
     ```
     """
 
     def __init__(self, model: str, base_url: str | None = None, name: str = "dpg", **kwargs: Any):
-        super().__init__(model, base_url, template="question", name=name, **kwargs)
+        self.judge = VLMJudgeReward(model, base_url, template="question", name=name, **kwargs)
+        self.__name__ = name
 
     async def __call__(
         self,
         prompts: list[str],
-        completions: Sequence[Image.Image | Sequence[Image.Image]] | torch.Tensor,
+        completions: Sequence[Image.Image | Sequence[Image.Image]],
         questions: list[list[dict[str, Any]] | None],
         log_metric: Callable[[str, float], None] | None = None,
         **columns: Any,
@@ -69,8 +69,7 @@ class DPGReward(VLMJudgeReward):
         Args:
             prompts (`list[str]`):
                 The prompts.
-            completions (`list[Image.Image]`, `list[list[Image.Image]]` or `torch.Tensor` of shape `(B, 3, H, W)` and \
-dtype `torch.uint8`):
+            completions (`list[Image.Image]` or `list[list[Image.Image]]`):
                 The generated images, or the frames of each video.
             questions (`list[list[dict]]`):
                 The questions of each prompt, as [`~trl_udm.data.dpg.load_dpg`] gives them. `None` for a prompt of
@@ -85,7 +84,7 @@ dtype `torch.uint8`):
         """
         asked = [(i, question["question"]) for i, row in enumerate(questions) for question in row or ()]
         answers = iter(
-            await super().__call__(
+            await self.judge(
                 [prompts[i] for i, _ in asked],
                 [completions[i] for i, _ in asked],
                 question=[question for _, question in asked],
@@ -97,13 +96,11 @@ dtype `torch.uint8`):
 
 def _score_graph(questions: list[dict[str, Any]], probabilities: list[float | None]) -> float | None:
     """The share of the answered questions that are answered with yes, as are those that they depend on."""
-    answers = {
-        question["id"]: None if probability is None else probability > 0.5
-        for question, probability in zip(questions, probabilities, strict=True)
-    }
+    numbers = [question["id"] for question in questions]
+    answers = {i: p > 0.5 for i, p in zip(numbers, probabilities, strict=True) if p is not None}
     scores = [
-        answers[question["id"]] and all(answers.get(parent) is not False for parent in question["dependency"])
+        answers[question["id"]] and all(answers.get(parent, True) for parent in question["dependency"])
         for question in questions
-        if answers[question["id"]] is not None
+        if question["id"] in answers
     ]
     return sum(scores) / len(scores) if scores else None
