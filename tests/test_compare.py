@@ -69,11 +69,22 @@ def test_the_interval_is_that_of_the_paired_bootstrap(tmp_path):
     assert tags["overall"]["num_prompts"] == 30 and tags["overall"]["win_rate"] == (second > first).mean()
 
 
+def test_means_are_those_of_the_evaluations(tmp_path):
+    # "a" is in two rows of the benchmark, as some prompts of the shapes are
+    rows = [("x", "a", [1.0, 0.0]), ("x", "b", [0.0, 0.5]), ("x", "a", [1.0, 1.0]), ("y", "c", [0.25])]
+    reports = [load_evaluation(make_evaluation(tmp_path / str(i), rows[i:] + rows[:i])) for i in range(2)]
+    tags = compare_evaluations(*reports)["closeness"]["tags"]
+    for tag, row in reports[0]["summaries"]["closeness"].items():
+        assert tags[tag]["first"] == tags[tag]["second"] == row["mean"] and tags[tag]["win_rate"] == 0.5
+
+
 def test_prompts_without_a_score_are_left_out_and_few_have_no_interval(tmp_path):
     before = make_evaluation(tmp_path / "a", [("x", "one", [0.2, None]), ("x", "two", [0.5]), ("x", "three", [None])])
     after = make_evaluation(tmp_path / "b", [("x", "one", [0.4]), ("x", "two", [0.5]), ("x", "three", [1.0])])
-    row = compare_evaluations(load_evaluation(before), load_evaluation(after))["closeness"]["tags"]["x"]
+    comparison = compare_evaluations(load_evaluation(before), load_evaluation(after))["closeness"]
+    row = comparison["tags"]["x"]
     assert (row["first"], row["second"]) == (pytest.approx(0.35), pytest.approx(0.45))
+    assert [row["prompt"] for row in comparison["prompts"]] == ["one", "two"]
     assert (row["low"], row["win_rate"], row["num_prompts"], row["num_left_out"]) == (None, 0.75, 2, 1)
 
 

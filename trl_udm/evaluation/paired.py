@@ -16,8 +16,10 @@
 
 import base64
 import html
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -53,8 +55,8 @@ def compare_evaluations(first: dict[str, Any], second: dict[str, Any], num_resam
     """
     Compares the scores of two evaluations, prompt by prompt.
 
-    A prompt's score is the mean over its images that have one. The interval is that of the paired bootstrap: prompts
-    are drawn with replacement within each tag, each with its scores in both evaluations.
+    Means are over images that have a score, as those of [`~trl_udm.evaluation.summarize`]. The interval is that of the
+    paired bootstrap: prompts are drawn with replacement within each tag, each with its scores in both evaluations.
 
     Args:
         first (`dict`):
@@ -68,8 +70,8 @@ def compare_evaluations(first: dict[str, Any], second: dict[str, Any], num_resam
         `dict`: For each reward of both evaluations, a dictionary with `tags` and `prompts`. `tags` has, for each tag
         and for `"overall"` (the mean over the tags), the means `first` and `second`, their `difference`, its 95 %
         interval `low` and `high` (`None` for fewer than three prompts of a tag), `win_rate` (the share of prompts
-        where the second is better, where a tie counts half), `num_prompts`, and `num_left_out`, the number of prompts
-        without a score. `prompts` has the two scores of each prompt.
+        where the second has the better mean, where a tie counts half), `num_prompts`, and `num_left_out`, the number
+        of prompts that have no score in one of the two. `prompts` has the two means of each other prompt.
 
     Raises:
         ImportError: If SciPy is not installed.
@@ -84,7 +86,10 @@ def compare_evaluations(first: dict[str, Any], second: dict[str, Any], num_resam
         )
     comparison = {}
     for name in names:
-        before, after = (_group_by_prompt(report["results"][name]) for report in (first, second))
+        before, after = (
+            {key: _list_scores(rows) for key, rows in _group_by_prompt(report["results"][name]).items()}
+            for report in (first, second)
+        )
         if before.keys() != after.keys():
             (_, prompt), *_ = before.keys() ^ after.keys()
             raise ValueError(
@@ -92,11 +97,11 @@ def compare_evaluations(first: dict[str, Any], second: dict[str, Any], num_resam
                 f"them only, such as {prompt!r}."
             )
         prompts = [
-            {"tag": tag, "prompt": prompt, "first": _mean_score(before[key]), "second": _mean_score(after[key])}
+            {"tag": key[0], "prompt": key[1], "first": fmean(before[key]), "second": fmean(after[key])}
             for key in before
-            for tag, prompt in [key]
+            if before[key] and after[key]
         ]
-        comparison[name] = {"tags": _compare_tags(prompts, num_resamples), "prompts": prompts}
+        comparison[name] = {"tags": _compare_tags([before, after], num_resamples), "prompts": prompts}
     return comparison
 
 
@@ -107,52 +112,65 @@ def _group_by_prompt(results: list[dict[str, Any]]) -> dict[tuple[str, str], lis
     return groups
 
 
-def _mean_score(results: list[dict[str, Any]]) -> float | None:
-    scores = [result["score"] for result in results if result["score"] is not None]
-    return sum(scores) / len(scores) if scores else None
+def _list_scores(results: list[dict[str, Any]]) -> list[float]:
+    return [result["score"] for result in results if result["score"] is not None]
 
 
-def _compare_tags(prompts: list[dict[str, Any]], num_resamples: int) -> dict[str, dict[str, Any]]:
-    by_tag: dict[str, list[tuple[float, float]]] = {}
-    num_left_out: dict[str, int] = {}
-    for row in prompts:
-        if row["first"] is None or row["second"] is None:
-            num_left_out[row["tag"]] = num_left_out.get(row["tag"], 0) + 1
+def _compare_tags(groups: list[dict[tuple[str, str], list[float]]], num_resamples: int) -> dict[str, dict[str, Any]]:
+    by_tag: dict[str, list[list[float]]] = {}
+    num_left_out: Counter[str] = Counter()
+    for tag, prompt in groups[0]:
+        first, second = (scores[tag, prompt] for scores in groups)
+        if first and second:
+            by_tag.setdefault(tag, []).append([sum(first), len(first), sum(second), len(second)])
         else:
-            by_tag.setdefault(row["tag"], []).append((row["first"], row["second"]))
-    pairs = {tag: np.array(scores) for tag, scores in by_tag.items()}  # (P, 2) each
-    tags = {tag: _compare_pairs([scores], num_resamples, num_left_out.get(tag, 0)) for tag, scores in pairs.items()}
-    if pairs:
-        tags["overall"] = _compare_pairs([*pairs.values()], num_resamples, sum(num_left_out.values()))
+            num_left_out[tag] += 1
+    tables = {tag: np.array(rows) for tag, rows in by_tag.items()}  # (P, 4) each
+    tags = {tag: _compare_tables([table], num_resamples, num_left_out[tag]) for tag, table in tables.items()}
+    if tables:
+        tags["overall"] = _compare_tables([*tables.values()], num_resamples, num_left_out.total())
     return tags
 
 
-def _compare_pairs(pairs: list[np.ndarray], num_resamples: int, num_left_out: int) -> dict[str, Any]:
-    """Statistics of the scores (P, 2) of each of several tags, which weigh the same."""
+def _compare_tables(tables: list[np.ndarray], num_resamples: int, num_left_out: int) -> dict[str, Any]:
+    """
+    Statistics of several tags, which weigh the same. A table (P, 4) has, for each prompt, the sum and the number of
+    its scores in the first evaluation, and in the second.
+    """
     from scipy.stats import bootstrap
 
-    differences = [scores[:, 1] - scores[:, 0] for scores in pairs]
-    interval: tuple[float | None, float | None] = (None, None)
-    if min(map(len, pairs)) >= MIN_PROMPTS:
-        # Each tag is a sample of its own, so that all resamples have as many prompts of it
+    def compute_means(*rows: np.ndarray, axis: int = -1) -> np.ndarray:
+        """Both means (2, ...) of prompts whose rows in the tables are `rows`, each (..., P)."""
+        sums = [np.moveaxis(table[one], axis - 1, 0).sum(axis=0) for table, one in zip(tables, rows, strict=True)]
+        return np.mean([[part[..., i] / part[..., i + 1] for i in (0, 2)] for part in sums], axis=0)
+
+    def compute_difference(*rows: np.ndarray, axis: int) -> np.ndarray:
+        first, second = compute_means(*rows, axis=axis)
+        return second - first
+
+    # Each tag is a sample of its own, so that all resamples have as many prompts of it
+    samples = [np.arange(len(table)) for table in tables]
+    first, second = compute_means(*samples).tolist()
+    low = high = None
+    if min(map(len, tables)) >= MIN_PROMPTS:
         found = bootstrap(
-            differences,
-            lambda *samples, axis: np.mean([sample.mean(axis=axis) for sample in samples], axis=0),
+            samples,
+            compute_difference,
             n_resamples=num_resamples,
             method="percentile",
             vectorized=True,
             random_state=np.random.default_rng(0),
             batch=500,
         ).confidence_interval
-        interval = (float(found.low), float(found.high))
-    first, second = (float(np.mean([scores[:, i].mean() for scores in pairs])) for i in range(2))
-    wins = np.sign(np.concatenate(differences)) / 2 + 0.5
+        low, high = float(found.low), float(found.high)
+    gains = [table[:, 2] / table[:, 3] - table[:, 0] / table[:, 1] for table in tables]
+    wins = np.sign(np.concatenate(gains)) / 2 + 0.5
     return {
         "first": first,
         "second": second,
         "difference": second - first,
-        "low": interval[0],
-        "high": interval[1],
+        "low": low,
+        "high": high,
         "win_rate": float(wins.mean()),
         "num_prompts": len(wins),
         "num_left_out": num_left_out,
@@ -245,13 +263,12 @@ def write_comparison(
         parts += [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
         parts.append("</table>")
     parts.append(
-        f"<p>Scores are means over the images of a prompt. The interval is of the difference, by the paired bootstrap "
+        f"<p>The interval is of the difference, by the paired bootstrap "
         f"over prompts. The win rate is the share of prompts where {escape(b)} is better, and a tie counts half.</p>"
     )
     name, *_ = comparison
     groups = [_group_by_prompt(report["results"][name]) for report in (first, second)]
-    scored = [row for row in comparison[name]["prompts"] if row["first"] is not None and row["second"] is not None]
-    scored.sort(key=lambda row: row["first"] - row["second"])
+    scored = sorted(comparison[name]["prompts"], key=lambda row: row["first"] - row["second"])
     gained = [row for row in scored if row["second"] > row["first"]][:num_shown]
     lost = [row for row in reversed(scored) if row["second"] < row["first"]][:num_shown]
     for title, prompts in (("The largest gains", gained), ("The largest losses", lost)):
