@@ -115,6 +115,13 @@ def test_a_batch_without_any_spread_is_drawn_again_and_drops_to_one_group(tmp_pa
     assert len(batch["advantages"]) == 4 * 3 and not batch["advantages"].any()
 
 
+def test_nothing_is_drawn_again_where_no_sample_has_a_reward(tmp_path):
+    trainer = build(tmp_path, reward_error="none", **BOTH)
+    trainer.reward_funcs[0].abstains = lambda: True
+    batch = generate(trainer)
+    assert trainer._metrics["train"]["samples_drawn"] == [16.0] and not batch["advantages"].any()
+
+
 def test_a_run_with_dynamic_sampling_goes_on_as_if_nothing_had_happened(tmp_path):
     outcomes = []
     for folder, max_steps, resume in (("unbroken", 6, False), ("broken", 3, False), ("broken", 6, True)):

@@ -139,8 +139,8 @@ class UDMGRPOConfig(GRPOConfig):
             Whether samples of groups whose rewards are all equal are left out of the update. The loss is then the mean
             over the others.
         resample_zero_variance (`int`, *optional*, defaults to `0`):
-            Greatest number of further draws of a generation batch. Each draws as many groups, for other prompts, as
-            have had equal rewards only so far, and those with spread take their place.
+            Greatest number of further draws of a generation batch. Each draws a group of another prompt for every
+            group whose rewards are still all equal. Those whose rewards differ take their places.
 
         > Parameters that control the KL divergence
 
