@@ -95,6 +95,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "num_train_timesteps": 5,
         "timestep_window": [0, 0],
     },
+    "fast, full KL, decay, drop": {**DECAY, "drop_zero_variance": True},
+    "fast, full KL, decay, resample": {**DECAY, "resample_zero_variance": 2},
+    "fast, full KL, decay, drop and resample": {**DECAY, "drop_zero_variance": True, "resample_zero_variance": 2},
     "fast, shared noise": {**FAST, "shared_noise": True},
     "fast, ELBO": {**FAST, "timestep_weighting": "elbo"},
     "fast, std of the batch": {**FAST, "scale_rewards": "batch"},
@@ -197,7 +200,10 @@ def work(folder: Path) -> None:
 
         def evaluate(self, args: Any, step: int) -> None:
             rollouts = step / (args.num_iterations * args.steps_per_generation)
-            samples = round(rollouts * args.generation_batch_size / args.num_train_timesteps)
+            # Dynamic sampling logs what it has drawn, once a rollout. The last one has not been logged yet
+            drawn = [log["samples_drawn"] for log in trainer.state.log_history if "samples_drawn" in log]
+            drawn += trainer._metrics["train"].get("samples_drawn", [])
+            samples = round(sum(drawn) or rollouts * args.generation_batch_size / args.num_train_timesteps)
             self.rows.append({"step": step, "samples": samples, "seconds": self.seconds, **measure()})
             (folder / "evaluations.json").write_text(json.dumps(self.rows, indent=1))
             self.start = time.monotonic()
@@ -310,8 +316,10 @@ def format_table(runs: list[dict[str, Any]]) -> str:
         at = {row["samples"]: f"{row['accuracy']:.3f}" for row in rows}
         cost = ["", "", ""]
         if reached is not None:
-            passes = reached["samples"] * count_passes(options) / 1000
-            cost = [f"{reached['samples']:,}", f"{passes:.0f} k", f"{reached['seconds']:.0f}"]
+            passes = f"{reached['samples'] * count_passes(options) / 1000:.0f} k"
+            if options.get("drop_zero_variance") or options.get("resample_zero_variance"):
+                passes = ""  # not each sample that was drawn is trained
+            cost = [f"{reached['samples']:,}", passes, f"{reached['seconds']:.0f}"]
         cells = [
             run["world"],
             run["setting"],

@@ -140,7 +140,7 @@ MISTAKES = {
     "generate ring --config broken.yaml": "The file of `--config` is not valid YAML",
     "generate ring --config list.yaml": "Config file list.yaml must contain a YAML mapping",
     "generate ring --config type.yaml": "`batch_size` must be int, got [16]",
-    "evaluate --config choice.yaml": "`--benchmark` must be one of ['geneval', ",
+    "evaluate --config choice.yaml": "`--benchmark` must be one of ['dpg', 'drawbench', 'geneval', ",
     "generate ring --config dtype.yaml": "`dtype` must be Optional[Literal['float32', 'bfloat16', 'float16']], got",
     "generate ring --config unknown.yaml": "unrecognized arguments: --modle shapes",
     # Evaluation
@@ -161,6 +161,16 @@ MISTAKES = {
     f"{EVALUATE_SHAPES} --prompts file.txt": "got 'file.txt': it has no row",
     "evaluate --benchmark shapes --output_dir promptless": "metadata.jsonl must have a `prompt`, got {'tag': 'a'}",
     "evaluate --benchmark shapes --output_dir broken": "00000/metadata.jsonl is not valid JSON",
+    "evaluate --benchmark prompts --output_dir out": "`--rewards` is needed for prompts, which has none of its own",
+    "evaluate --benchmark dpg --model shapes --output_dir out": "`--prompts` is needed for dpg",
+    "evaluate --benchmark dpg --output_dir out": "The reward 'dpg' cannot be made with `options` {}: missing a req",
+    f"{EVALUATE_SHAPES} --rewards nothing": "`name` must be one of ('geneval', ",
+    f"{EVALUATE_SHAPES} --rewards shapes shapes": "`--rewards` must have names that differ, got ['shapes', 'sh",
+    f"{EVALUATE_SHAPES} --rewards shapes --options '{{\"x\": 1}}'": "`--options` must have an object for names of",
+    f"{EVALUATE_SHAPES} --rewards shapes --options '{{\"shapes\": 1}}'": "got 1 for 'shapes'",
+    "compare folder": "the following arguments are required: folders",
+    "compare folder folder": "There is no evaluation in folder: a folder of `trl-udm evaluate` has a results.json",
+    "compare folder folder --num_shown -1": "`--num_shown` must be >= 0, got -1",
     # Memory
     "memory --model BAAI/URSA-7B": "the Hub cannot be reached: there is no network, or HF_HUB_OFFLINE is set. These",
     "memory --model ./no/such": "These need no network: BAAI/URSA-0.6B-IBQ1024, BAAI/URSA-1.7B-IBQ512, BAAI/",
@@ -333,6 +343,48 @@ def test_evaluate_reports_on_shapes_and_continues(tmp_path, capsys):
     main([*EVALUATE, "--output_dir", str(tmp_path / "out")])
     report = json.loads((tmp_path / "out" / "results.json").read_text())
     assert report["results"]["geneval_accuracy"][1]["score"] == 1.0
+
+
+REWARDS_OF_THE_WORKING_FOLDER = """
+def width(prompts, completions, target_text, **columns):
+    return [image.width if text == "007" else None for image, text in zip(completions, target_text)]
+
+class Constant:
+    def __init__(self, value=0.5):
+        self.value = value
+
+    def __call__(self, prompts, completions, **columns):
+        return [self.value] * len(prompts)
+"""
+
+
+def test_evaluate_measures_several_rewards_of_the_same_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_rewards.py").write_text(REWARDS_OF_THE_WORKING_FOLDER)
+    Path("prompts.csv").write_text("prompt,target_text\na ring,007\na cross,NA\n")
+    argv = [
+        "evaluate",
+        "--benchmark",
+        "prompts",
+        "--prompts",
+        "prompts.csv",
+        "--model",
+        "shapes",
+        "--output_dir",
+        "out",
+    ]
+    argv += ["--num_inference_steps", "1", "--num_images_per_prompt", "1", "--rewards", "my_rewards:width"]
+    main(argv)
+    assert json.loads(Path("out/00000/metadata.jsonl").read_text()) == {"prompt": "a ring", "target_text": "007"}
+    kept = [*Path("out").glob("*/samples/*.png"), Path("out/00000/scores_width.json")]
+    times = [path.stat().st_mtime_ns for path in kept]
+    # Another reward draws no image again, and the first one scores none again
+    main([*argv, "my_rewards:Constant", "--options", json.dumps({"my_rewards:Constant": {"value": 2.0}})])
+    assert len(kept) == 3 and times == [path.stat().st_mtime_ns for path in kept]
+    summaries = json.loads(Path("out/results.json").read_text())["summaries"]
+    assert [summaries[name]["overall"]["mean"] for name in ("width", "Constant")] == [32, 2]
+    table = Path("out/results.md").read_text()
+    assert "1 of 2 images have no score: width abstained." in table and "| Constant | mean |" in table
 
 
 def test_evaluate_killed_and_given_again_ends_as_an_unbroken_run(tmp_path):

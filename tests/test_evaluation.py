@@ -446,13 +446,40 @@ def test_what_is_no_list_of_scores_is_refused(tmp_path, returned):
         score_images(tmp_path, broken)
 
 
-@pytest.mark.parametrize("score", [None, float("nan")])
-def test_a_score_that_is_no_number_is_refused(tmp_path, score):
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (None, "'broken' must give a number for at least one image, got None for all 1."),
+        (float("nan"), "'broken' must give a number or None, got nan for 'ab'"),
+        (float("inf"), "'broken' must give a number or None, got inf for 'ab'"),
+    ],
+)
+def test_a_score_that_is_no_number_is_refused(tmp_path, score, message):
     def broken(prompts, completions, **columns):
         return [score] * len(prompts)
 
     (tmp_path / "00000" / "samples").mkdir(parents=True)
     (tmp_path / "00000" / "metadata.jsonl").write_text('{"prompt": "ab"}')
     Image.new("RGB", (4, 4)).save(tmp_path / "00000" / "samples" / "00000.png")
-    with pytest.raises(ValueError, match=f"'broken' must give a number, got {score} for 'ab'"):
+    with pytest.raises(ValueError, match=message):
         score_images(tmp_path, broken)
+
+
+def test_a_reward_that_abstains_is_counted_and_asked_again(pipeline, tmp_path):
+    asked = []
+
+    def unsure(prompts, completions, target, **columns):
+        asked.append(prompts)
+        return [None if row == 0.4 or (row == 0.2 and i == 1) else row for i, row in enumerate(target)]
+
+    summaries = evaluate([unsure, closeness], tmp_path, pipeline, ROWS, **{**SETTINGS, "batch_size": 3})
+    assert summaries["unsure"]["short"]["mean"] == pytest.approx((2 * 0.2 + 3 * 0.6) / 5)
+    assert summaries["unsure"]["short"]["num_abstained"] == 1
+    assert summaries["unsure"]["overall"] == {**summaries["unsure"]["short"], "num_abstained": 4}  # no score of "long"
+    assert "num_abstained" not in summaries["closeness"]["overall"]
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert [row["score"] for row in report["results"]["unsure"]] == [0.2, None, 0.2, None, None, None, 0.6, 0.6, 0.6]
+    assert "4 of 9 images have no score: unsure abstained." in (tmp_path / "results.md").read_text()
+    asked.clear()
+    score_images(tmp_path, unsure, batch_size=3)
+    assert asked == [["ab"] * 3, ["abcd"] * 3]

@@ -35,8 +35,10 @@ _MODULES = {
     "DFlowDPOTrainer": ".dflow_grpo.dflow_dpo_trainer",
     "DFlowGRPOConfig": ".dflow_grpo.dflow_grpo_config",
     "DFlowGRPOTrainer": ".dflow_grpo.dflow_grpo_trainer",
+    "DPGReward": ".rewards.dpg",
     "DiagnosticsCallback": ".callbacks.diagnostics",
     "DiffusionGemmaUDMPipeline": ".pipelines.pipeline_diffusion_gemma",
+    "DiversityReward": ".rewards.diversity",
     "EMACallback": ".trainer.ema",
     "FUDOKIForImageGeneration": ".models.modeling_fudoki",
     "FUDOKIPipeline": ".pipelines.pipeline_fudoki",
@@ -99,6 +101,8 @@ if TYPE_CHECKING:
     from .rewards.clip import HPSv2Reward as HPSv2Reward
     from .rewards.clip import PickScoreReward as PickScoreReward
     from .rewards.clip_color import CLIPColorClassifier as CLIPColorClassifier
+    from .rewards.diversity import DiversityReward as DiversityReward
+    from .rewards.dpg import DPGReward as DPGReward
     from .rewards.frames import FrameReward as FrameReward
     from .rewards.geneval import GenEvalReward as GenEvalReward
     from .rewards.hpsv3 import HPSv3Reward as HPSv3Reward

@@ -144,7 +144,7 @@ def make_image_grid(
         prompts (`list[str]`):
             Their prompts. A prompt of more than six lines ends in an ellipsis.
         rewards (`list[tuple[float, ...]]`, *optional*):
-            For each image, its rewards: one for each reward function.
+            For each image, its rewards: one for each reward function. NaN is none.
         num_columns (`int`, *optional*):
             Number of columns. By default the grid is about square.
         tile_size (`int`, *optional*, defaults to `160`):
@@ -175,7 +175,7 @@ def make_image_grid(
 
     captions = []
     for i in range(len(sheets)):
-        numbers = "" if rewards is None else ", ".join(f"{reward:.2f}" for reward in rewards[i]) + " "
+        numbers = "" if rewards is None else ", ".join(map(_format_reward, rewards[i])) + " "
         captions.append(wrap(numbers + str(prompts[i])))
     titles = [wrap(title) for title in column_titles or []]
     row_titles = [make_drawable(" ".join(title.split())) for title in row_titles or []]
@@ -211,6 +211,10 @@ def make_image_grid(
             grid.paste(tile, (left + frame, top + frame))
             write(captions[i], left, top + tile_height + gap // 3)
     return grid
+
+
+def _format_reward(reward: float) -> str:
+    return "–" if math.isnan(reward) else f"{reward:.2f}"
 
 
 def image_statistics(images: Sequence[Picture]) -> dict[str, list[float]]:

@@ -23,7 +23,9 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.logging import get_logger
+from accelerate.utils import gather_object
 
 from .reward_values import get_reward_name, read_rewards
 from .threads import Worker, call_in_thread
@@ -45,6 +47,9 @@ class RewardRunner:
     each sample, else the mean of the values. With an attribute `logs_samples`, that is true, a function says that each
     value is of one sample. NaN and `None` are left out.
 
+    With an attribute `groupwise`, that is true, a function is called once for each group, with all samples of it. It
+    runs where it is called, after the rollout. If processes share a group, the one where it begins scores it.
+
     Args:
         reward_func (`Callable`):
             Reward function `f(prompts, completions, **columns) -> list[float | None]`.
@@ -56,6 +61,8 @@ class RewardRunner:
             Samples that fail have NaN for a reward. Their share is logged as `rewards/<name>/failed`.
         abstains (`Callable[[], bool]`, *optional*):
             Tells whether to return `None` for all samples without a call.
+        get_group_size (`Callable[[], int]`, *optional*):
+            Tells how many samples a group has. Needed for a function that is `groupwise`.
 
     Raises:
         RuntimeError: If the function raises. Always raised if it is asynchronous and exits.
@@ -73,13 +80,16 @@ class RewardRunner:
         timeout: float | None = None,
         on_error: str = "raise",
         abstains: Callable[[], bool] = lambda: False,
+        get_group_size: Callable[[], int] = lambda: 1,
     ):
         self.__name__ = get_reward_name(reward_func)
         self.reward_func = reward_func
         self.timeout = timeout
         self.on_error = on_error
         self.abstains = abstains
+        self.get_group_size = get_group_size
         self.logs_samples = getattr(reward_func, "logs_samples", False)
+        self.is_groupwise = getattr(reward_func, "groupwise", False)
         self.rewards: list[float | None] = []
         """The last rewards, without padding: `None` where the function abstained, NaN where it failed."""
         self._submitted: list[Future] = []  # by micro-batch
@@ -95,8 +105,9 @@ class RewardRunner:
 
     def start(self, event_loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Starts the thread that `submit` needs. The function runs there, or in the `event_loop` of another thread."""
-        self._worker = Worker(self.__name__)
-        self._event_loop = event_loop
+        if not self.is_groupwise:  # a micro-batch has parts of groups
+            self._worker = Worker(self.__name__)
+            self._event_loop = event_loop
 
     def submit(self, **kwargs: Any) -> None:
         """
@@ -135,16 +146,20 @@ class RewardRunner:
     ) -> tuple[list[float | None], list[Callable]]:
         """The rewards of a micro-batch without its padding, and what is to be logged then."""
         num_samples = len(prompts) - sum(is_padding)
-        if self.abstains() or num_samples == 0:
+        if self.abstains() or (num_samples == 0 and not self.is_groupwise):
             return [None] * num_samples, []
         kwargs = _take(slice(num_samples), prompts=prompts, **kwargs)
-        outcomes = [await self._attempt(**kwargs)]
-        if self.on_error == "raise" and isinstance(outcomes[0], Exception):
-            raise outcomes[0]
-        if isinstance(outcomes[0], RuntimeError | ValueError) and num_samples > 1:
-            attempts = [self._attempt(**_take(slice(i, i + 1), **kwargs)) for i in range(num_samples)]
-            outcomes = await asyncio.gather(*attempts) if self.is_async else [await attempt for attempt in attempts]
-        size = num_samples // len(outcomes)
+        own, size = slice(num_samples), num_samples
+        if self.is_groupwise:
+            size = self.get_group_size()
+            kwargs, own = gather_groups(size, **kwargs)
+        num_samples = len(kwargs["prompts"])
+        outcomes = await self._attempt_parts(size, **kwargs)
+        failures = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+        if self.on_error == "raise" and failures:
+            raise failures[0]
+        if not self.is_groupwise and num_samples > 1 and isinstance(outcomes[0], RuntimeError | ValueError):
+            size, outcomes = 1, await self._attempt_parts(1, **kwargs)
         errors = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
         rewards, logs = [], []
         for outcome in outcomes:
@@ -158,7 +173,7 @@ class RewardRunner:
                     known = [statistics.fmean(known)] * size
                 logs += [functools.partial(log_metric, name, value) for value in known]
             logs += [functools.partial(log_extra, column, values) for column, values in outcome.extras]
-        if self.on_error == "none":
+        if self.on_error == "none" and outcomes:
             failed = functools.partial(log_metric, f"rewards/{self.__name__}/failed", len(errors) / len(outcomes))
             logs += [failed] * num_samples
         if errors:
@@ -168,7 +183,15 @@ class RewardRunner:
                 f"failure: {errors[0]}{cause}",
                 main_process_only=False,
             )
+        if self.is_groupwise:
+            rewards = gather_object(rewards)[own]
         return rewards, logs
+
+    async def _attempt_parts(self, size: int, **kwargs: Any) -> "list[_Outcome | Exception]":
+        """What calls with `size` samples each give. Coroutines run at the same time."""
+        starts = range(0, len(kwargs["prompts"]), size)
+        attempts = [self._attempt(**_take(slice(start, start + size), **kwargs)) for start in starts]
+        return await asyncio.gather(*attempts) if self.is_async else [await attempt for attempt in attempts]
 
     async def _attempt(self, prompts: list[Any], **kwargs: Any) -> "_Outcome | Exception":
         """What a call gives, or its failure. Raises what is no failure but a mistake in the function."""
@@ -265,6 +288,34 @@ def _run_coroutine(coroutine: Coroutine, event_loop: asyncio.AbstractEventLoop |
     except StopIteration as done:
         return done.value
     raise AssertionError("The coroutine of a synchronous function must not wait.")
+
+
+def gather_groups(group_size: int, **kwargs: Any) -> tuple[dict[str, Any], slice]:
+    """
+    The arguments of a call for the whole groups that begin on this process.
+
+    All processes must call it. Only where a group is shared by several of them, samples are sent.
+
+    Args:
+        group_size (`int`):
+            Number of samples of a group.
+        kwargs (`dict[str, Any]`):
+            The arguments, with lists for the samples of this process.
+
+    Returns:
+        `tuple[dict, slice]`: The arguments, and which of the rewards of all processes are those of its samples.
+    """
+    process_index, num_samples = PartialState().process_index, len(kwargs["prompts"])
+    counts = gather_object([num_samples])
+    first = sum(counts[:process_index])
+    own = slice(first, first + num_samples)
+    if all(count % group_size == 0 for count in counts):
+        return kwargs, own
+    lists = {name: value for name, value in kwargs.items() if isinstance(value, list) and len(value) == num_samples}
+    parts = gather_object([lists])
+    begin, end = (-(-place // group_size) * group_size for place in (own.start, own.stop))
+    groups = {name: [value for part in parts for value in part[name]][begin:end] for name in lists}
+    return {**kwargs, **groups}, own
 
 
 def _take(rows: slice, **kwargs: Any) -> dict[str, Any]:

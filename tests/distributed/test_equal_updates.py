@@ -63,6 +63,8 @@ UPDATES = {
     "lora": {**FED, "use_lora": True},
     "async": {**FED, "async_rewards": True},
     "split_group": SPLIT_GROUP,
+    "groupwise": {**SPLIT_GROUP, "is_groupwise": True},
+    "dynamic": {**FED, "drop_zero_variance": True, "resample_zero_variance": 1, "solved": PROMPTS[:4]},
     "full_kl": {**FED, "kl_estimator": "full"},
     "lora_full_kl": {**FED, "kl_estimator": "full", "use_lora": True},
 }
@@ -132,20 +134,27 @@ def check_updates(tmp_path):
         one = run_case(str(tmp_path / "one"), name, **settings)
         two = load(tmp_path, name)
         # Each sample is rewarded once, by the process that has it
-        assert one["rewarded"] == two[0]["rewarded"] + two[1]["rewarded"]
-        assert len(two[0]["rewarded"]) == len(two[1]["rewarded"]) == (2 if name == "split_group" else 6)
+        assert sorted(one["rewarded"]) == sorted(two[0]["rewarded"] + two[1]["rewarded"])
+        if name == "dynamic":
+            assert one["log"][0]["samples_drawn"] == two[0]["log"][0]["samples_drawn"] > 12
+            assert one["log"][0]["frac_resampled"] == two[0]["log"][0]["frac_resampled"]
+        else:
+            assert one["rewarded"] == two[0]["rewarded"] + two[1]["rewarded"]
+            # The process where a group begins has all of it
+            counts = {"split_group": [2, 2], "groupwise": [4, 0]}.get(name, [6, 6])
+            assert [len(result["rewarded"]) for result in two] == counts
         assert two[0]["advantages"] == pytest.approx(one["advantages"], abs=1e-6)
         assert len(set(one["advantages"])) > 1
         # There is no momentum: the change of the weights is the gradient
         gradients, expected_gradients = gradients_of(two[0]["weights"]), gradients_of(one["weights"])
-        assert len(gradients) == len(expected_gradients) == (1 if name == "split_group" else 2)
+        assert len(gradients) == len(expected_gradients) == case.get("max_steps", 2)
         for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
             assert expected_gradient.abs().max() > 0.05
             torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-6)
         for expected, log in zip(one["log"], two[0]["log"], strict=True):
             assert log["loss"] == pytest.approx(expected["loss"], abs=1e-6)
             assert log["kl"] == pytest.approx(expected["kl"], rel=1e-5, abs=1e-6)
-        if name != "split_group":
+        if "max_steps" not in case:
             assert one["log"][1]["kl"] > 0.1 and one["log"][1]["clip_ratio/region_mean"] > 0
 
 
@@ -213,6 +222,7 @@ def check_evaluations(tmp_path, stderr):
         assert metrics["eval_all_rewards/odd/mean"] == 2.0
         assert metrics["eval_all_rewards/failing_for_3/mean"] == pytest.approx(7 / 4)
         assert metrics["eval_all_rewards/failing_for_3/failed"] == pytest.approx(1 / 5)
+        assert metrics["eval_all_rewards/group_size/mean"] == num_generations
         assert metrics["eval_last_reward"] == 4.0 and metrics["eval_last_rewards/odd/mean"] is None
     # The warnings of both processes, whichever has the prompt
     assert "samples have no reward of 'failing_for_3'" in stderr

@@ -24,6 +24,8 @@ import json
 import os
 import signal
 import sys
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ LORA = LoraConfig(r=4, target_modules="all-linear", exclude_modules=["lm_head"])
 
 def fed_tokens(prompt: str, index: int) -> torch.Tensor:
     """Tokens (N,) that depend on the prompt and on the sample's place in the whole generation batch alone."""
-    seed = 1000 * index + sum(map(ord, prompt))
+    seed = zlib.crc32(f"{index} {prompt}".encode())
     return torch.randint(2, NUM_CODES, (NUM_TOKENS,), generator=torch.Generator().manual_seed(seed))
 
 
@@ -61,10 +63,9 @@ class FedTrainer(UDMGRPOTrainer):
     """Takes samples and noised states from `fed_tokens`, so that any number of processes sees the same ones."""
 
     def _rollout(self, prompts, mode, return_trajectory=False, on_decoded=None, condition=None):
-        self.fed_prompts = prompts
-        self.first_index = self.accelerator.process_index * len(prompts)
+        first_index = self.accelerator.process_index * len(prompts)
         prompt_ids, prompt_mask = self.pipeline.encode_prompt(prompts)
-        samples = torch.stack([fed_tokens(prompt, self.first_index + i) for i, prompt in enumerate(prompts)])
+        samples = torch.stack([fed_tokens(prompt, first_index + i) for i, prompt in enumerate(prompts)])
         completions = self.pipeline.decode(samples, self.latent_shape)
         if on_decoded is not None:
             for first in range(0, len(prompts), 4):
@@ -75,8 +76,8 @@ class FedTrainer(UDMGRPOTrainer):
         num_timesteps = self.args.num_train_timesteps
         noise = torch.stack(
             [
-                fed_tokens(prompt, 1000 * (1 + timestep) + self.first_index + i)
-                for i, prompt in enumerate(self.fed_prompts)
+                fed_tokens(str(sample), 1 + timestep)
+                for sample in output.clean_samples.tolist()
                 for timestep in range(num_timesteps)
             ]
         )
@@ -145,10 +146,13 @@ def run_case(
     model_path: str | None = None,
     failure: str | None = None,
     resume_from: str | None = None,
+    solved: Sequence[str] = (),
+    is_groupwise: bool = False,
     **kwargs,
 ) -> dict[str, Any]:
     """
-    Trains the toy text family.
+    Trains the toy text family. Samples of prompts that are `solved` have equal rewards. If the reward `is_groupwise`,
+    each call must have a whole group.
 
     Returns the `weights` before and after each step, the `log` of each step, the `rewarded` completions of this
     process, the `advantages` of all samples of the last rollout, the `samples` of a rollout after training, whose seed
@@ -159,13 +163,16 @@ def run_case(
 
     def mean_letter(prompts, completions, **kwargs):
         rewarded.extend(completions)
+        assert not is_groupwise or len(completions) == args.num_generations
         if failure is not None and trainer.accelerator.process_index == 1:
             Path(output_dir, "failed").touch()
             if failure == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise RuntimeError("the detector of process 1 is out of order")
-        return [sum(map(ord, completion)) / len(completion) / 100 for completion in completions]
+        rewards = [sum(map(ord, completion)) / len(completion) / 100 for completion in completions]
+        return [1.0 if prompt in solved else reward for prompt, reward in zip(prompts, rewards, strict=True)]
 
+    mean_letter.groupwise = is_groupwise
     pipeline = build_toy_text_pipeline()
     if model_path is not None:
         pipeline.transformer = pipeline.transformer.from_pretrained(model_path)
@@ -252,11 +259,15 @@ def evaluate_rewards(output_dir: str, name: str, backend: str, **kwargs) -> dict
             raise ConnectionError("no route to the scorer")
         return number
 
+    def group_size(prompts, **columns):
+        return [len(prompts)] * len(prompts)
+
+    group_size.groupwise = True
     dataset = Dataset.from_dict({"prompt": PROMPTS[:5], "number": [0.0, 1.0, 2.0, 3.0, 4.0]})
     trainer = UDMGRPOTrainer(
         build_toy_text_pipeline(),
-        [number, odd, failing_for_3],
-        build_args(output_dir, name, backend, reward_weights=[1.0, 0.0, 0.0], reward_error="none", **kwargs),
+        [number, odd, failing_for_3, group_size],
+        build_args(output_dir, name, backend, reward_weights=[1.0, 0.0, 0.0, 0.0], reward_error="none", **kwargs),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
         eval_dataset={"all": dataset, "last": dataset.select([4])},
     )

@@ -29,6 +29,7 @@ import pytest
 import torch
 from PIL import Image
 
+from trl_udm.rewards.dpg import DPGReward
 from trl_udm.rewards.vlm_judge import TEMPLATES, JudgeTemplate, VLMJudgeReward
 
 
@@ -151,6 +152,8 @@ class Handler(BaseHTTPRequestHandler):
                 tops = [{"token": token, "logprob": math.log(p), "bytes": None} for token, p in tops.items()]
                 choice["logprobs"] = {"content": [{**tops[0], "top_logprobs": tops}], "refusal": None}
                 choice["finish_reason"], message["content"] = "length", "Yes"
+            elif word == "no":
+                message["content"] = "No."
             elif word == "json":
                 message["content"] = '{"reason": "fine", "score": 2.5}'
             usage = {"prompt_tokens": 100, "completion_tokens": 2, "total_tokens": 102}
@@ -284,3 +287,29 @@ def test_wrong_inputs_are_told_before_a_request(monkeypatch):
             judge(reward, ["a"], completions, question=["b"])
     with pytest.raises(TypeError, match="got a list with str"):
         judge(reward, ["a"], ["red"], question=["b"])
+
+
+def test_a_question_of_dpg_counts_as_no_where_one_that_it_depends_on_does(server):
+    def graph(*answers, dependency=()):
+        return [
+            {"id": i, "question": f"{answer}?", "dependency": [] if i == 1 else [*dependency]}
+            for i, answer in enumerate(answers, 1)
+        ]
+
+    graphs = {
+        "all": (graph("yes ,", "yes ,"), 1.0),
+        "half": (graph("no ,", "yes ,"), 0.5),
+        "dependent": (graph("no ,", "yes ,", dependency=[1]), 0.0),
+        "unanswered": (graph("garbage ,", "yes ,", dependency=[1]), 1.0),
+        "nothing": (graph("garbage ,"), None),
+        "another task": (None, None),
+    }
+    logged = {}
+    rewards = judge(
+        DPGReward("judge", server.url),
+        [*graphs],
+        questions=[questions for questions, _ in graphs.values()],
+        log_metric=lambda name, value: logged.setdefault(name, []).append(value),
+    )
+    assert rewards == [expected for _, expected in graphs.values()]
+    assert logged["dpg/unparsable"] == [0] * 6 + [1, 0, 1]

@@ -66,10 +66,10 @@ def test_a_sample_whose_reward_fails_is_left_out_of_its_group(tmp_path, is_async
     trainer, calls = trainer_with(tmp_path, fail_on_the_third, is_async, reward_error="none")
     compute_advantages, seen = trainer._compute_advantages, {}
 
-    def record(rewards_per_func, num_generations):
+    def record(rewards_per_func, *args):
         seen["rewards"] = rewards_per_func
-        seen["advantages"] = compute_advantages(rewards_per_func, num_generations)[0]
-        return compute_advantages(rewards_per_func, num_generations)
+        seen["advantages"] = compute_advantages(rewards_per_func, *args)[0]
+        return compute_advantages(rewards_per_func, *args)
 
     trainer._compute_advantages = record
     trainer.train()

@@ -226,6 +226,74 @@ def test_weights_that_teach_nothing_are_refused(tmp_path, weights):
         build_trainer(tmp_path, [first, second], reward_weights=weights)
 
 
+# --- Weights of the step and of the tag ---
+
+
+def test_weights_move_to_the_final_ones_and_evaluations_have_these(tmp_path):
+    options = {"reward_weights": [1.0, 0.0], "final_reward_weights": [0.0, 2.0], "reward_weights_steps": 4}
+    trainer = build_trainer(tmp_path, [first, second], max_steps=6, **options)
+    trainer.model.train()
+    weights = []
+    for trainer.state.global_step in (0, 1, 4, 5):
+        weights.append(trainer._find_reward_weights([{}] * 2, 2).tolist())
+    assert weights == [[[1.0, 0.0]] * 2, [[0.75, 0.5]] * 2, [[0.0, 2.0]] * 2, [[0.0, 2.0]] * 2]
+    trainer.state.global_step = 0
+    trainer.model.eval()
+    assert trainer._find_reward_weights([{}], 1).tolist() == [[0.0, 2.0]]
+
+
+def test_a_schedule_takes_all_steps_of_the_run_by_default(tmp_path):
+    def one(prompts, **kwargs):
+        return [1.0] * len(prompts)
+
+    def ten(prompts, **kwargs):
+        return [10.0] * len(prompts)
+
+    options = {"reward_weights": [1.0, 0.0], "final_reward_weights": [0.0, 1.0], "max_steps": 4}
+    trainer = build_trainer(tmp_path, [one, ten], eval_strategy="steps", eval_steps=2, **options)
+    trainer.train()
+    assert [log["reward"] for log in trainer.state.log_history if "reward" in log] == [1.0, 3.25, 5.5, 7.75]
+    assert {log["eval_reward"] for log in trainer.state.log_history if "eval_reward" in log} == {10.0}
+
+
+def test_tags_have_weights_of_their_own(tmp_path):
+    rows = Dataset.from_dict({"prompt": ["ab", "b"], "task": ["first", "other"]})
+    factors = {"tag_reward_weights": {"first": [1.0, 0.0]}, "tag_column": "task"}
+    args = build_args(tmp_path, reward_weights=[1.0, 3.0], shuffle_dataset=False, **factors)
+    trainer = UDMGRPOTrainer(build_toy_text_pipeline(), [first, second], args, rows, eval_reward_funcs=count_a)
+    trainer.model.train()
+    weights = trainer._find_reward_weights([{"task": "first"}, {"task": "other"}, {"task": None}], 3)
+    assert weights.tolist() == [[1.0, 0.0, 0.0], [1.0, 3.0, 0.0], [1.0, 3.0, 0.0]]
+    # A function that does not count for a group does not move its advantages
+    rewards = torch.tensor([[0.0, 9.0], [1.0, 0.0], [0.0, 9.0], [1.0, 0.0]], dtype=torch.float64)
+    rewards = torch.cat([rewards, torch.full((4, 1), math.nan, dtype=torch.float64)], dim=1)
+    advantages, sums, _ = trainer._compute_advantages(rewards, 2, weights[[0, 0, 1, 1]])
+    assert sums.tolist() == [0.0, 1.0, 27.0, 1.0]
+    assert advantages.sign().tolist() == [-1, 1, 1, -1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"final_reward_weights": [1.0]},
+            "`final_reward_weights` must have one weight for each of the 2 `reward_func",
+        ),
+        (
+            {"final_reward_weights": [0.0, 0.0]},
+            "`final_reward_weights` must be finite, and at least one of them not 0",
+        ),
+        ({"tag_reward_weights": {"a": [1.0]}}, "`train_dataset` must have the column 'tag' of `tag_column` for"),
+        ({"tag_reward_weights": {"a": [1.0]}, "tag_column": "prompt"}, r"`tag_reward_weights\['a'\]` must have one"),
+        ({"tag_reward_weights": {"a": [0, 0]}, "tag_column": "prompt"}, r"`tag_reward_weights\['a'\]` must be finite"),
+        ({"reward_weights_steps": 0}, "`reward_weights_steps` must be > 0 or None, got 0"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_trainer(tmp_path, [first, second], **options)
+
+
 # --- Evaluation ---
 
 

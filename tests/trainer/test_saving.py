@@ -105,6 +105,48 @@ def test_the_best_checkpoint_outlives_the_limit_and_is_the_model_at_the_end(tmp_
     assert any(not torch.equal(tensor, callback.weights[3][name]) for name, tensor in callback.weights[1].items())
 
 
+def test_the_best_checkpoint_is_that_of_a_watched_reward_whatever_is_trained_on(tmp_path):
+    """The trained reward is of whole groups, with a weight that moves, and groups are resampled. The watched one is
+    asynchronous, of whole groups, and abstains."""
+    eval_rewards = iter([0.1, 0.4, 0.9, 0.8, 0.3, 0.2])  # of two prompts an evaluation
+
+    def rank(completions, **kwargs):
+        return [float(sorted(completions).index(completion)) for completion in completions]
+
+    async def watched(completions, **kwargs):
+        assert len(completions) == 2
+        return [next(eval_rewards), None]
+
+    rank.groupwise = watched.groupwise = True
+    trainer = UDMGRPOTrainer(
+        build_toy_text_pipeline(),
+        [rank, count_a],
+        build_args(
+            tmp_path,
+            max_steps=3,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            save_only_model=True,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_rewards/watched/mean",
+            per_device_eval_batch_size=4,
+            num_generations_eval=2,
+            reward_weights=[1.0, 0.0],
+            final_reward_weights=[0.0, 1.0],
+            drop_zero_variance=True,
+            resample_zero_variance=1,
+        ),
+        train_dataset=PROMPTS,
+        eval_dataset=PROMPTS.select(range(2)),
+        eval_reward_funcs=watched,
+    )
+    trainer.train()
+    assert trainer.state.best_metric == pytest.approx(0.85)
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+
+
 @pytest.mark.parametrize("peft_config", [None, LORA])
 def test_a_checkpoint_of_the_model_only_has_no_optimizer(tmp_path, peft_config):
     names = {}

@@ -30,6 +30,7 @@ from .mistakes import DEBUG_VARIABLE, ArgumentParser, mistakes_in_one_line
 
 VERBS = {
     "evaluate": "draw images of a benchmark's prompts, score them, and write a report",
+    "compare": "compare two evaluations of the same prompts, and show their images side by side",
     "generate": "draw images of prompts",
     "demo": "open a page that draws prompts, with one model or two side by side",
     "merge": "add a LoRA to the weights of its base model",

@@ -23,7 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.benchmarks import BENCHMARKS
+from ..evaluation.benchmarks import BENCHMARKS, make_reward
+from ..rewards.loading import REWARD_NAMES
 from .arguments import MODEL_HELP, SamplingArguments, load_pipeline
 from .parser import check_output_dir
 
@@ -43,8 +44,11 @@ class Arguments(SamplingArguments):
         prompts (`str`, *optional*):
             File or Hub dataset of prompts, as [`~trl_udm.data.loading.load_prompts`] reads it. Embedded worlds have
             their own.
+        rewards (`list[str]`, *optional*):
+            Rewards that are measured in place of the benchmark's own: names of benchmarks that have one, of
+            `REWARD_NAMES`, or any `"module:attribute"`.
         options (`dict[str, Any]`, *optional*, defaults to `{}`):
-            Arguments of the reward's constructor.
+            Arguments of the reward's constructor. With `rewards`, a dictionary of them for each name.
         frames (`str`, *optional*):
             Frames of videos that the reward scores, as in [`FrameReward`]: `"first"`, `"middle"`, `"last"`, `"all"` or
             a number. By default it takes the videos.
@@ -67,8 +71,20 @@ class Arguments(SamplingArguments):
     prompts: str | None = field(
         default=None, metadata={"help": "File or Hub dataset of prompts, such as evaluation_metadata.jsonl."}
     )
+    rewards: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Rewards that are measured in place of the benchmark's own: "
+            f"{', '.join(sorted({*REWARD_NAMES, *(name for name in BENCHMARKS if BENCHMARKS[name].has_reward)}))}, "
+            "or module:attribute."
+        },
+    )
     options: dict = field(
-        default_factory=dict, metadata={"help": "Arguments of the reward's constructor, as a JSON object."}
+        default_factory=dict,
+        metadata={
+            "help": "Arguments of the reward's constructor, as a JSON object. With --rewards, an object with such an "
+            "object for each name."
+        },
     )
     frames: str | None = field(
         default=None, metadata={"help": "Frames of videos that are scored: first, middle, last, all or a number."}
@@ -86,11 +102,12 @@ def run(arguments: Arguments) -> None:
             What is measured, and on what.
 
     Raises:
-        ValueError: If the benchmark is unknown, the prompts are missing, or a flag needs a model.
+        ValueError: If the benchmark is unknown, the prompts or rewards are missing, or a flag needs a model.
     """
     from accelerate import PartialState
 
     from ..evaluation import evaluate
+    from ..reward_values import get_reward_name
     from ..rewards.frames import FrameReward
 
     if arguments.benchmark not in BENCHMARKS:  # a `--config` file is not checked against the choices
@@ -107,18 +124,33 @@ def run(arguments: Arguments) -> None:
         if benchmark.world is not None and benchmark.world.modality == "video" and (arguments.num_frames or 1) == 1:
             raise ValueError(f"`--benchmark {benchmark.name}` needs `--num_frames`: its reward looks at videos.")
         rows = benchmark.load_rows(arguments.prompts)
-    options = {**benchmark.reward_options, **arguments.options}
-    reward = benchmark.make_reward(options)
-    reward_settings = {"benchmark": benchmark.name, "options": options}
-    if arguments.frames is not None:
-        frames: Any = int(arguments.frames) if arguments.frames.isdecimal() else arguments.frames
-        reward = FrameReward(reward, frames)
-        reward_settings["frames"] = frames
+    names = arguments.rewards or [benchmark.name]
+    if not benchmark.has_reward and arguments.rewards is None:
+        raise ValueError(f"`--rewards` is needed for {benchmark.name}, which has none of its own.")
+    if len(set(names)) != len(names):
+        raise ValueError(f"`--rewards` must have names that differ, got {names}.")
+    options = arguments.options if arguments.rewards else {benchmark.name: arguments.options}
+    for name, value in options.items():
+        if name not in names or not isinstance(value, dict):
+            raise ValueError(
+                f"`--options` must have an object for names of `--rewards`, {names}, got {value!r} for {name!r}."
+            )
+    rewards, reward_settings = [], {}
+    for name in names:
+        defaults = BENCHMARKS[name].reward_options if name in BENCHMARKS else {}
+        settings_of_reward: dict[str, Any] = {"benchmark": name, "options": {**defaults, **options.get(name, {})}}
+        reward = make_reward(name, settings_of_reward["options"])
+        if arguments.frames is not None:
+            frames: Any = int(arguments.frames) if arguments.frames.isdecimal() else arguments.frames
+            reward = FrameReward(reward, frames)
+            settings_of_reward["frames"] = frames
+        rewards.append(reward)
+        reward_settings[get_reward_name(reward)] = settings_of_reward
     if rows is not None:
         pipeline = load_pipeline(arguments, arguments.adapter)
         settings = {"model": arguments.model, "adapter": arguments.adapter, "dtype": str(pipeline.dtype)}
     evaluate(
-        [reward],
+        rewards,
         arguments.output_dir,
         pipeline,
         rows,
@@ -126,7 +158,7 @@ def run(arguments: Arguments) -> None:
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         settings=settings,
-        reward_settings=reward_settings,
+        reward_settings=reward_settings if arguments.rewards else settings_of_reward,
         overwrite=arguments.overwrite,
         **arguments.pipeline_kwargs,
     )

@@ -58,6 +58,7 @@ class DFlowDPOConfig(DFlowGRPOConfig):
             ("dpo_beta", 0 < self.dpo_beta < math.inf, "> 0"),
             ("num_pairs", 1 <= self.num_pairs <= self.num_generations // 2, "in [1, `num_generations` / 2]"),
             ("beta", self.beta == 0.0, "0: pairs are compared with the policy that drew them"),
+            ("drop_zero_variance", not self.drop_zero_variance, "False: pairs of equal reward are left out anyway"),
             ("negative_advantage_scale", self.negative_advantage_scale > 0, "> 0: it orders the samples of a group"),
         ):
             if not is_valid:

@@ -36,6 +36,8 @@ class Benchmark:
             Options of the reward's constructor.
         world ([`~trl_udm.worlds.World`], *optional*):
             The world that is measured. It has its own reward and prompts.
+        has_reward (`bool`, *optional*, defaults to `True`):
+            Whether it has a reward. A benchmark of prompts alone keeps all of their columns, for any reward.
 
     Example:
 
@@ -54,6 +56,7 @@ class Benchmark:
     task: str | None = None
     reward_options: dict[str, Any] = field(default_factory=dict)
     world: World | None = None
+    has_reward: bool = True
 
     def make_reward(self, options: dict[str, Any]) -> Callable[..., list[float | None]]:
         """
@@ -82,9 +85,14 @@ class Benchmark:
         Raises:
             ValueError: If there are no prompts and no world, or a row is malformed.
         """
+        from ..data.dpg import load_dpg
         from ..data.loading import TASK_FEATURES, load_prompts
 
         if prompts is not None:
+            if self.name == "dpg":
+                return load_dpg(prompts)
+            if not self.has_reward:
+                return list(load_prompts(prompts))
             options = {"task": self.task} if self.world is None else self.world.prompt_options
             return list(load_prompts(prompts, **options).select_columns([*TASK_FEATURES[options.get("task")]]))
         if self.world is None:
@@ -97,8 +105,29 @@ BENCHMARKS = {
     for benchmark in (
         Benchmark("geneval", task="geneval"),
         Benchmark("ocr", task="ocr"),
+        Benchmark("dpg"),
+        Benchmark("prompts", has_reward=False),
+        Benchmark("drawbench", has_reward=False),
         Benchmark("pickscore", reward_options={"normalize": False}),  # the score that papers report
         *(Benchmark(name, world=world) for name, world in VISUAL_WORLDS.items()),
     )
 }
 """All benchmarks by name."""
+
+
+def make_reward(name: str, options: dict[str, Any]) -> Callable[..., list[float | None]]:
+    """
+    Makes a reward, as the benchmark of its name has it if there is one.
+
+    Args:
+        name (`str`):
+            Name of a benchmark with a reward, or what [`~trl_udm.rewards.loading.load_reward`] takes.
+        options (`dict[str, Any]`):
+            All options of its constructor.
+
+    Returns:
+        `Callable`: A reward function in TRL's contract.
+    """
+    if name in BENCHMARKS and BENCHMARKS[name].has_reward:
+        return BENCHMARKS[name].make_reward(options)
+    return load_reward(name, options)

@@ -33,6 +33,7 @@ import json
 import math
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,8 @@ def score_images(
     """
     Scores a folder of images. The processes of `accelerate launch` share the work.
 
-    A prompt that has scores is scored again only if its images or the `settings` have changed.
+    A prompt that has scores is scored again only if its images or the `settings` have changed, or if an image has no
+    score: a judge that did not answer may do so now.
 
     Args:
         images_dir (`str` or `Path`):
@@ -159,20 +161,23 @@ def score_images(
             `metadata.jsonl`. Animated images are videos, lists of frames. It computes in its own precision: autocast
             is off.
         batch_size (`int`, *optional*, defaults to `16`):
-            Images that are scored at a time. The images of one prompt are always scored together.
+            Images that are scored at a time. The images of one prompt are always scored together, and by themselves
+            if the reward is `groupwise`.
         settings (`dict[str, Any]`, *optional*):
             What else the scores depend on, such as the reward's options.
 
     Returns:
-        `list[dict]`: For each image, in every process: `filename`, `prompt`, `tag` (`None` without one) and `score`.
+        `list[dict]`: For each image, in every process: `filename`, `prompt`, `tag` (`None` without one) and `score`
+        (`None` where the reward abstained).
 
     Raises:
-        ValueError: If the folder has no prompts, a prompt has no images, or a score is `None` or not finite.
+        ValueError: If the folder has no prompts, a prompt has no images, a score is not finite, or no image has one.
     """
     images_dir, state, name = Path(images_dir), PartialState(), get_reward_name(reward_func)
     folders = _prompt_folders(images_dir)
     if not folders:
         raise ValueError(f"`images_dir` must have folders like 00000 with a metadata.jsonl, got {images_dir}.")
+    batch_size = 1 if getattr(reward_func, "groupwise", False) else batch_size
     groups: list[list] = [[]]
     for folder in folders:
         row = load_json(folder / "metadata.jsonl")
@@ -200,7 +205,7 @@ def score_images(
             }
             scores_path = folder / f"scores_{name}.json"
             found = load_json(scores_path) if scores_path.exists() else {}
-            if {**found, **known} != found:
+            if {**found, **known} != found or None in found["scores"].values():
                 unscored.append((scores_path, known, row, paths))
         if not unscored:
             continue
@@ -223,6 +228,8 @@ def score_images(
                     "score": folder_scores[path.name],
                 }
             )
+    if all(result["score"] is None for result in results):
+        raise ValueError(f"'{name}' must give a number for at least one image, got None for all {len(results)}.")
     return results
 
 
@@ -236,8 +243,8 @@ def _score(reward_func: Callable, rows: list[dict[str, Any]], images: list[Pictu
     name = get_reward_name(reward_func)
     scores = read_rewards(name, scores, prompts)
     for prompt, score in zip(prompts, scores, strict=True):
-        if score is None or not math.isfinite(score):
-            raise ValueError(f"'{name}' must give a number, got {score} for {prompt!r}.")
+        if score is not None and not math.isfinite(score):
+            raise ValueError(f"'{name}' must give a number or None, got {score} for {prompt!r}.")
     return scores
 
 
@@ -246,7 +253,8 @@ def summarize(results: list[dict[str, Any]], num_resamples: int = 2000) -> dict[
     Mean score of each tag, with a 95 % confidence interval from the bootstrap over prompts.
 
     Images of one prompt are alike. So the bootstrap draws prompts, not images, with replacement within each tag. Rows
-    with the same prompt count as one prompt.
+    with the same prompt count as one prompt. Images without a score are counted, and left out of all else. So is a tag
+    that has no scores.
 
     Args:
         results (`list[dict]`):
@@ -255,12 +263,15 @@ def summarize(results: list[dict[str, Any]], num_resamples: int = 2000) -> dict[
             Number of resamples.
 
     Returns:
-        `dict[str, dict]`: For each tag and for `"overall"`: `mean`, `low`, `high`, `num_prompts` and `num_images`. The
-        overall mean is the mean of the tags' means, as in GenEval's score.
+        `dict[str, dict]`: For each tag and for `"overall"`: `mean`, `low`, `high`, `num_prompts`, `num_images` and,
+        where there are any, `num_abstained`: the number of further images that have no score. The overall mean is the
+        mean of the tags' means, as in GenEval's score.
     """
     by_tag: dict[str, dict[str, list[float]]] = {}
+    num_abstained = Counter(result["tag"] or "all" for result in results if result["score"] is None)
     for result in results:
-        by_tag.setdefault(result["tag"] or "all", {}).setdefault(result["prompt"], []).append(result["score"])
+        if result["score"] is not None:
+            by_tag.setdefault(result["tag"] or "all", {}).setdefault(result["prompt"], []).append(result["score"])
     random = np.random.default_rng(0)
     summary, resampled_means = {}, []
     for tag, prompts in by_tag.items():
@@ -269,25 +280,22 @@ def summarize(results: list[dict[str, Any]], num_resamples: int = 2000) -> dict[
         drawn = random.integers(len(prompts), size=(num_resamples, len(prompts)))
         resampled = totals[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
         resampled_means.append(resampled)
-        summary[tag] = _statistics(totals.sum() / counts.sum(), resampled, len(prompts), int(counts.sum()))
-    summary["overall"] = _statistics(
-        float(np.mean([statistics["mean"] for statistics in summary.values()])),
-        np.mean(resampled_means, axis=0),
-        sum(len(prompts) for prompts in by_tag.values()),
-        len(results),
-    )
+        sizes = (len(prompts), int(counts.sum()), num_abstained[tag])
+        summary[tag] = _statistics(totals.sum() / counts.sum(), resampled, *sizes)
+    num_prompts = sum(map(len, by_tag.values()))
+    mean = float(np.mean([statistics["mean"] for statistics in summary.values()]))
+    sizes = (num_prompts, len(results) - num_abstained.total(), num_abstained.total())
+    summary["overall"] = _statistics(mean, np.mean(resampled_means, axis=0), *sizes)
     return summary
 
 
-def _statistics(mean: float, resampled: np.ndarray, num_prompts: int, num_images: int) -> dict[str, float]:
+def _statistics(
+    mean: float, resampled: np.ndarray, num_prompts: int, num_images: int, num_abstained: int
+) -> dict[str, float]:
     low, high = np.quantile(resampled, (0.025, 0.975))
-    return {
-        "mean": float(mean),
-        "low": float(low),
-        "high": float(high),
-        "num_prompts": num_prompts,
-        "num_images": num_images,
-    }
+    statistics = {"mean": float(mean), "low": float(low), "high": float(high)}
+    statistics |= {"num_prompts": num_prompts, "num_images": num_images}
+    return statistics | ({"num_abstained": num_abstained} if num_abstained > 0 else {})
 
 
 def evaluate(
@@ -326,7 +334,7 @@ def evaluate(
         settings (`dict[str, Any]`, *optional*):
             As in [`generate_images`].
         reward_settings (`dict[str, Any]`, *optional*):
-            The `settings` of [`score_images`].
+            The `settings` of [`score_images`], or a dictionary with those of each reward under its name.
         overwrite (`bool`, *optional*, defaults to `False`):
             Whether to first delete the prompts, images and scores in the folder. Needed when the weights have changed.
         pipeline_kwargs (`dict[str, Any]`):
@@ -379,8 +387,9 @@ def evaluate(
         generate_images(
             pipeline, rows, output_dir, num_images_per_prompt, batch_size, seed, settings, **pipeline_kwargs
         )
+    settings_of = reward_settings or {}
     results = {
-        name: score_images(output_dir, reward_func, batch_size, reward_settings)
+        name: score_images(output_dir, reward_func, batch_size, settings_of.get(name, settings_of))
         for name, reward_func in zip(names, reward_funcs, strict=True)
     }
     summaries = {name: summarize(rewards) for name, rewards in results.items()}

@@ -15,6 +15,7 @@
 """Reports: tables, grids of images, and curves."""
 
 import json
+import math
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,6 +80,9 @@ def write_report(
             interval = f"{row['low']:.3f} to {row['high']:.3f}" if is_known else "n/a"
             tag = tag.replace("|", r"\|")  # which would begin a column
             lines.append(f"| {tag} | {row['mean']:.3f} | {interval} | {row['num_prompts']} | {row['num_images']} |")
+        if num_abstained := summary["overall"].get("num_abstained", 0):
+            num_images = num_abstained + summary["overall"]["num_images"]
+            lines += ["", f"{num_abstained} of {num_images} images have no score: {name} abstained."]
         lines.append("")
     tables = "\n".join(lines)
     (output_dir / "results.md").write_text(tables)
@@ -119,15 +123,19 @@ class _ScoredImage:
     path: Path
     prompt: str
     tag: str | None
-    scores: tuple[float, ...]  # one of each reward
+    scores: tuple[float, ...]  # one of each reward, NaN where it abstained
 
 
 def _list_images(folder: Path, results: dict[str, list[dict[str, Any]]]) -> list[_ScoredImage]:
     return [
-        _ScoredImage(folder / row["filename"], row["prompt"], row["tag"], tuple(other["score"] for other in rows))
+        _ScoredImage(folder / row["filename"], row["prompt"], row["tag"], tuple(map(_read_score, rows)))
         for rows in zip(*results.values(), strict=True)
         for row in rows[:1]
     ]
+
+
+def _read_score(row: dict[str, Any]) -> float:
+    return math.nan if row["score"] is None else row["score"]
 
 
 def _pick_images(images: list[_ScoredImage], num_lines: int) -> tuple[list[list[_ScoredImage]], list[str] | None]:

@@ -32,6 +32,7 @@ _CLASSES = {
     "imagereward": "trl_udm.rewards.image_reward:ImageRewardReward",
     "aesthetic": "trl_udm.rewards.clip:AestheticReward",
     "judge": "trl_udm.rewards.vlm_judge:VLMJudgeReward",
+    "dpg": "trl_udm.rewards.dpg:DPGReward",
 }
 
 REWARD_NAMES = tuple(_CLASSES)
@@ -78,7 +79,7 @@ def load_reward(name: str, options: dict[str, Any] | None = None) -> Callable:
         return reward
     if isinstance(reward, type):
         reward = reward(**options)
-    if name in _CLASSES and name != "judge":
+    if name in _CLASSES and name not in ("judge", "dpg"):
         reward(prompts=['the word "hello"'], completions=[image])
     return reward
 

@@ -47,7 +47,9 @@ class RewardsMixin:
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.reward_weights = torch.tensor(self.args.reward_weights, dtype=torch.float64)
+        self.reward_weights = torch.tensor(self.args.reward_weights, dtype=torch.float64)  # in the first step
+        final_weights = self.args.final_reward_weights or self.args.reward_weights
+        self.final_reward_weights = torch.tensor(final_weights, dtype=torch.float64)
         if not self._has_async_funcs:
             return
         self.async_loop.set_task_factory(
@@ -62,13 +64,21 @@ class RewardsMixin:
     ) -> list[Callable]:
         """Those of evaluation come last, have weight 0, and abstain in training. Reward models stay as they are."""
         self._num_eval_reward_funcs = len(eval_reward_funcs)
-        args.reward_weights = [*args.reward_weights, *[0.0] * len(eval_reward_funcs)]
+        zeros = [0.0] * len(eval_reward_funcs)
+        args.reward_weights = [*args.reward_weights, *zeros]
+        if args.final_reward_weights is not None:
+            args.final_reward_weights = [*args.final_reward_weights, *zeros]
+        if args.tag_reward_weights is not None:
+            args.tag_reward_weights = {tag: [*factors, *zeros] for tag, factors in args.tag_reward_weights.items()}
 
         def wrap(reward_func: Callable, abstains: Callable[[], bool] = lambda: False) -> Callable:
             if isinstance(reward_func, nn.Module | str):
                 return reward_func
             runner_class = AsyncRewardRunner if is_async_callable(reward_func) else RewardRunner
-            return runner_class(reward_func, args.reward_timeout, args.reward_error, abstains)
+            return runner_class(reward_func, args.reward_timeout, args.reward_error, abstains, get_group_size)
+
+        def get_group_size() -> int:
+            return self.num_generations if self.model.training else self.num_generations_eval
 
         return [*map(wrap, reward_funcs), *(wrap(one, lambda: self.model.training) for one in eval_reward_funcs)]
 
@@ -80,6 +90,8 @@ class RewardsMixin:
         """Submits a micro-batch with the arguments that `_calculate_rewards` of [`~trl.GRPOTrainer`] would give."""
         columns = [key for key in inputs[0] if key not in ("prompt", "completion", "completion_ids")]
         for runner in self._reward_runners:
+            if runner.is_groupwise:
+                continue
             runner.submit(
                 prompts=prompts,
                 completions=completions,
@@ -114,7 +126,7 @@ class RewardsMixin:
         rows = gather_object(list(zip(*columns, strict=True)))
         numbers = [[math.nan if reward is None else reward for reward in row] for row in rows]
         rewards_per_func = torch.tensor(numbers, dtype=torch.float64)
-        trained = self.reward_weights.nonzero().flatten().tolist()
+        trained = (self.reward_weights.abs() + self.final_reward_weights.abs()).nonzero().flatten().tolist()
         failed = [self.reward_func_names[i] for i in trained if any(row[i] is not None for row in rows)]
         if not failed or not torch.isnan(rewards_per_func[:, trained]).all():
             self._num_failures["rewards"] = 0
@@ -139,17 +151,30 @@ class RewardsMixin:
             completions = [[{"role": "assistant", "content": completion}] for completion in completions]
         return inputs, prompts, completions, completion_ids
 
+    def _find_reward_weights(self, inputs: list[dict[str, Any]], num_samples: int) -> torch.Tensor:
+        """Weights (B, F) for all processes' B samples without padding: those of the step and of the samples' tags."""
+        args, progress = self.args, 1.0  # evaluations are compared with each other, so they have the last weights
+        if self.model.training:
+            progress = min(self.state.global_step / (args.reward_weights_steps or max(self.state.max_steps, 1)), 1.0)
+        weights = self.reward_weights.lerp(self.final_reward_weights, progress).expand(num_samples, -1)
+        if args.tag_reward_weights is None:
+            return weights
+        tags = gather_object([row[args.tag_column] for row in inputs if not row.get("is_padding", False)])
+        factors = [args.tag_reward_weights.get(tag, [1.0] * weights.size(1)) for tag in tags]
+        return weights * torch.tensor(factors, dtype=torch.float64)
+
     def _compute_advantages(
-        self, rewards_per_func: torch.Tensor, num_generations: int
+        self, rewards_per_func: torch.Tensor, num_generations: int, reward_weights: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Advantages Â = (R − mean) / (std + 1e-4) with the group's mean and, unlike in `GRPOTrainer`, the population's
         standard deviation, clamped to ±`advantage_clip`.
 
-        Rewards (B, F) have NaN where a function abstained. A sample that no function of a weight other than 0 scored
-        is left out of its group's statistics and gets no advantage. Where the rewards of a group are equal, apart from
-        the rounding of float64, advantages and standard deviation are exactly 0. Returns advantages, weighted rewards,
-        and standard deviations of the groups, each (B,).
+        Rewards (B, F) have NaN where a function abstained. Their weights (B, F) are by default those of the beginning.
+        A sample that no function of a weight other than 0 scored is left out of its group's statistics and gets no
+        advantage. Where the rewards of a group are equal, apart from the rounding of float64, advantages and standard
+        deviation are exactly 0. Returns advantages, weighted rewards, and standard deviations of the groups, each
+        (B,).
         """
 
         def center(values: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
@@ -164,7 +189,8 @@ class RewardsMixin:
             variance = torch.nanmean(centered.square(), dim=dim, keepdim=True)
             return (variance * (count / (count - self._std_correction).clamp(min=1))).sqrt()
 
-        weights = self.reward_weights  # (F,)
+        weights = self.reward_weights if reward_weights is None else reward_weights
+        weights = weights.expand_as(rewards_per_func).unflatten(0, (-1, num_generations))  # (P, G, F)
         grouped = rewards_per_func.double().unflatten(0, (-1, num_generations))  # (P, G, F)
         weighted = grouped * weights
         too_large = ((grouped.abs() > 1e150) | (weighted.abs() > 1e150)).nonzero().tolist()
@@ -173,9 +199,9 @@ class RewardsMixin:
             raise ValueError(
                 f"Rewards, and rewards times their weight, must be at most 1e150, which has a finite square, got "
                 f"{grouped[group, sample, function]:.3g} of '{self.reward_func_names[function]}' with the weight "
-                f"{weights[function]:.3g} for the sample {group * num_generations + sample} of a batch."
+                f"{weights[group, sample, function]:.3g} for the sample {group * num_generations + sample} of a batch."
             )
-        unscorable = torch.isnan(grouped[..., weights != 0]).all(dim=-1)  # (P, G)
+        unscorable = (torch.isnan(grouped) | (weights == 0)).all(dim=-1)  # (P, G)
         rewards = weighted.nansum(dim=-1).masked_fill(unscorable, torch.nan)  # (P, G)
         if self.multi_objective_aggregation == "sum_then_normalize":
             centered = center(rewards, weighted.abs().nansum(dim=-1))
@@ -242,13 +268,18 @@ def check_rewards(
                 f"`reward_funcs` and `eval_reward_funcs` must have names that differ, got {count} of the name "
                 f"{name!r}: their metrics would be one. Set `__name__` of one, or wrap a partial in a function."
             )
-    args.reward_weights = weights = args.reward_weights or [1.0] * len(reward_funcs)
-    if len(weights) != len(reward_funcs):
-        raise ValueError(
-            f"`reward_weights` must have one weight for each of the {len(reward_funcs)} `reward_funcs`, got {weights}."
-        )
-    if not all(map(math.isfinite, weights)) or not any(weights):
-        raise ValueError(f"`reward_weights` must be finite, and at least one of them not 0, got {weights}.")
+    args.reward_weights = args.reward_weights or [1.0] * len(reward_funcs)
+    weights_of = {"reward_weights": args.reward_weights}
+    if args.final_reward_weights is not None:
+        weights_of["final_reward_weights"] = args.final_reward_weights
+    weights_of |= {f"tag_reward_weights[{tag!r}]": one for tag, one in (args.tag_reward_weights or {}).items()}
+    for name, weights in weights_of.items():
+        if len(weights) != len(reward_funcs):
+            raise ValueError(
+                f"`{name}` must have one weight for each of the {len(reward_funcs)} `reward_funcs`, got {weights}."
+            )
+        if not all(map(math.isfinite, weights)) or not any(weights):
+            raise ValueError(f"`{name}` must be finite, and at least one of them not 0, got {weights}.")
     if args.chat_template_kwargs and pipeline.modality != "text":
         raise ValueError(
             f"`chat_template_kwargs` must be None for `{type(pipeline).__name__}`, got {args.chat_template_kwargs}: "

@@ -118,10 +118,29 @@ class UDMGRPOConfig(GRPOConfig):
 
         > Parameters that control the advantages
 
+        final_reward_weights (`list[float]`, *optional*):
+            Weights of the rewards in the end. They begin with `reward_weights` and move linearly. Evaluations have the
+            final ones, so that they can be compared. By default weights stay as they are.
+        reward_weights_steps (`int`, *optional*):
+            Number of steps after which the weights are the final ones. By default all steps of the run.
+        tag_reward_weights (`dict` or `str`, *optional*):
+            Factors of the weights for samples with a certain tag: a dictionary from the tag to a factor for each
+            reward. Samples with other tags have the weights as they are.
+        tag_column (`str`, *optional*, defaults to `"tag"`):
+            Column of the dataset that has the tags.
         advantage_clip (`float`, *optional*, defaults to `5.0`):
             Advantages are clamped to plus or minus this value. `None` for no bound.
         negative_advantage_scale (`float`, *optional*, defaults to `1.0`):
             Factor of negative advantages, in `[0, inf)`. At 0 a run learns from the better half of each group alone.
+
+        > Parameters that control dynamic sampling
+
+        drop_zero_variance (`bool`, *optional*, defaults to `False`):
+            Whether samples of groups whose rewards are all equal are left out of the update. The loss is then the mean
+            over the others.
+        resample_zero_variance (`int`, *optional*, defaults to `0`):
+            Greatest number of further draws of a generation batch. Each draws a group of another prompt for every
+            group whose rewards are still all equal. Those whose rewards differ take their places.
 
         > Parameters that control the KL divergence
 
@@ -165,7 +184,7 @@ class UDMGRPOConfig(GRPOConfig):
         ValueError: If a value is out of its range, or the batch does not contain whole groups.
     """
 
-    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["pipeline_kwargs"]
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["pipeline_kwargs", "tag_reward_weights"]
 
     # Defaults of the paper
     learning_rate: float = field(default=1e-6, metadata={"help": "Initial learning rate of AdamW."})
@@ -256,10 +275,29 @@ class UDMGRPOConfig(GRPOConfig):
     )
 
     # Parameters that control the advantages
+    final_reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weights of the rewards in the end. By default they stay as they are."}
+    )
+    reward_weights_steps: int | None = field(
+        default=None, metadata={"help": "Steps after which the weights are the final ones. By default all of the run."}
+    )
+    tag_reward_weights: dict | str | None = field(
+        default=None,
+        metadata={"help": "Factors of the weights for samples of a tag, such as '{\"counting\": [1.0, 0.0]}'."},
+    )
+    tag_column: str = field(default="tag", metadata={"help": "Column of the dataset that has the tags."})
     advantage_clip: float | None = field(
         default=5.0, metadata={"help": "Advantages are clamped to plus or minus this value."}
     )
     negative_advantage_scale: float = field(default=1.0, metadata={"help": "Factor of negative advantages."})
+
+    # Parameters that control dynamic sampling
+    drop_zero_variance: bool = field(
+        default=False, metadata={"help": "Whether groups of equal rewards are left out of the update."}
+    )
+    resample_zero_variance: int = field(
+        default=0, metadata={"help": "Greatest number of further draws that replace groups of equal rewards."}
+    )
 
     # Parameters that control the KL divergence
     kl_estimator: Literal["k3", "full"] = field(
@@ -307,6 +345,7 @@ class UDMGRPOConfig(GRPOConfig):
             )
         scales, aggregations = ("group", "batch", "none"), ("sum_then_normalize", "normalize_then_sum")
         levels, samplings = ("sequence", "token"), ("consecutive", "stratified")
+        has_weights_steps = self.reward_weights_steps is None or self.reward_weights_steps > 0
         is_aggregation = self.multi_objective_aggregation in aggregations
         for name, is_valid, rule in (
             ("learning_rate", 0 <= self.learning_rate < math.inf, ">= 0"),
@@ -322,6 +361,8 @@ class UDMGRPOConfig(GRPOConfig):
             ("timestep_sampling", self.timestep_sampling in samplings, f"one of {samplings}"),
             ("timestep_weighting", self.timestep_weighting in ("none", "elbo"), "'none' or 'elbo'"),
             ("negative_advantage_scale", 0 <= self.negative_advantage_scale < math.inf, ">= 0"),
+            ("reward_weights_steps", has_weights_steps, "> 0 or None"),
+            ("resample_zero_variance", self.resample_zero_variance >= 0, ">= 0"),
             ("kl_estimator", self.kl_estimator in ("k3", "full"), "'k3' or 'full'"),
             ("importance_sampling_level", self.importance_sampling_level in levels, f"one of {levels}"),
             ("guidance_trunc", 0 <= self.guidance_trunc <= 1, "in [0, 1]"),
@@ -467,6 +508,11 @@ def check_datasets(args: UDMGRPOConfig, train_dataset: Any, eval_dataset: Any) -
             raise ValueError(
                 f"`{name}` must not have the columns {sorted(reserved)}: reward functions have other arguments of "
                 "these names. Rename the columns, with `dataset.rename_column`."
+            )
+        if args.tag_reward_weights is not None and args.tag_column not in dataset.column_names:
+            raise ValueError(
+                f"`{name}` must have the column {args.tag_column!r} of `tag_column` for `tag_reward_weights`, got "
+                f"{dataset.column_names}."
             )
         if "prompt" not in dataset.column_names:
             raise ValueError(f"`{name}` must have a column 'prompt', got {dataset.column_names}.")

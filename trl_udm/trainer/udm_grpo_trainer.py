@@ -13,7 +13,6 @@
 # limitations under the License.
 
 import copy
-import dataclasses
 import functools
 import math
 import textwrap
@@ -39,35 +38,24 @@ from ..throughput import ThroughputCallback
 from .adapters import PolicyMixin, copy_reference, prepare_model
 from .checkpoint import CheckpointMixin, EpochRepeatSampler
 from .completions import CompletionsMixin
+from .dynamic_sampling import DynamicSamplingMixin
 from .ema import EMAMixin
 from .hub import HubMixin
 from .reward_runner import RewardsMixin, check_rewards
+from .rollout import Rollout
 from .udm_grpo_config import UDMGRPOConfig, check_datasets, check_pipeline
 
 
-@dataclasses.dataclass
-class Rollout:
-    """
-    Samples that the policy drew for B prompts.
-
-    Args:
-        prompt_ids (`torch.LongTensor` of shape `(B, T)`):
-            Conditioning to score the samples with.
-        prompt_mask (`torch.Tensor` of shape `(B, T)`):
-            Its mask.
-        output ([`UDMSamplerOutput`]):
-            The samples (B, N) and, where asked for, the sampler's trajectory.
-        completions (`list`):
-            The decoded samples: B PIL images, videos or strings.
-    """
-
-    prompt_ids: torch.Tensor
-    prompt_mask: torch.Tensor
-    output: UDMSamplerOutput
-    completions: list[Any]
-
-
-class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, PolicyMixin, RewardsMixin, GRPOTrainer):
+class UDMGRPOTrainer(
+    EMAMixin,
+    CheckpointMixin,
+    HubMixin,
+    CompletionsMixin,
+    PolicyMixin,
+    DynamicSamplingMixin,
+    RewardsMixin,
+    GRPOTrainer,
+):
     r"""
     Trainer for UDM-GRPO (https://huggingface.co/papers/2604.18518): group relative policy optimization of uniform
     discrete diffusion models.
@@ -262,7 +250,31 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
         if mode == "train":
             inputs = inputs[::num_timesteps]  # the sampler repeats a sample for each of its rows
         inputs = self._mark_padding(inputs)
+        rollout, batch, rewards_per_func = self._draw(inputs, mode)
+        weights = self._find_reward_weights(inputs, len(rewards_per_func))  # (B, F)
+        advantages, rewards, std_rewards = self._compute_advantages(rewards_per_func, num_generations, weights)
         prompts = [x["prompt"] for x in inputs]
+        num_samples = len(inputs) - sum(row.get("is_padding", False) for row in inputs)
+        self._log_rollout(
+            mode, prompts, rollout.completions, num_samples, rewards_per_func, rewards, std_rewards, advantages
+        )
+        self._log_diversity(mode, rollout.output.drawn_samples, num_generations, len(rewards))
+        if self._is_sampling_dynamic:
+            rollout, advantages = self._select_groups(inputs, rollout, rewards_per_func, weights)
+        if batch is None:
+            batch = self._score_rows(rollout, mode)
+        num_processes, num_drawn = self.accelerator.num_processes, len(rollout.output.clean_samples)
+        advantages = nn.functional.pad(advantages, (0, num_drawn * num_processes - len(advantages)))
+        advantages = advantages.chunk(num_processes)[self.accelerator.process_index].float()  # (B,)
+        batch["advantages"] = advantages.to(self.accelerator.device).repeat_interleave(num_timesteps)  # (B * K,)
+        if mode == "eval":
+            batch["num_samples"] = len(rewards)
+        return batch
+
+    def _draw(
+        self, inputs: list[dict[str, Any]], mode: str
+    ) -> tuple[Rollout, dict[str, torch.Tensor] | None, torch.Tensor]:
+        """Samples for B rows of the dataset, the batch if it is scored already, and the rewards."""
 
         def submit(first: int, clean_samples: torch.Tensor, decoded: list[Any]) -> None:
             self._submit_rewards(*self._reward_arguments(inputs[first : first + len(decoded)], clean_samples, decoded))
@@ -271,27 +283,12 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             runner.cancel()  # what an earlier batch left, after an error
         condition = self.pipeline.encode_condition(inputs, self.latent_shape)
         on_decoded = submit if self.args.async_rewards else None
-        rollout = self._rollout(prompts, mode, on_decoded=on_decoded, condition=condition)
-        reward_arguments = self._reward_arguments(inputs, rollout.output.clean_samples, rollout.completions)
-        if self.args.async_rewards:  # scoring needs no rewards, so they may go on meanwhile
+        rollout = self._rollout([x["prompt"] for x in inputs], mode, on_decoded=on_decoded, condition=condition)
+        batch = None
+        if self.args.async_rewards and not self._is_sampling_dynamic:  # scoring may go on while rewards are computed
             batch = self._score_rows(rollout, mode)
-            rewards_per_func = self._calculate_rewards(*reward_arguments)
-        else:
-            rewards_per_func = self._calculate_rewards(*reward_arguments)
-            batch = self._score_rows(rollout, mode)
-        advantages, rewards, std_rewards = self._compute_advantages(rewards_per_func, num_generations)
-        num_samples = len(inputs) - sum(row.get("is_padding", False) for row in inputs)
-        self._log_rollout(
-            mode, prompts, rollout.completions, num_samples, rewards_per_func, rewards, std_rewards, advantages
-        )
-        self._log_diversity(mode, rollout.output.drawn_samples, num_generations, len(rewards))
-        num_processes = self.accelerator.num_processes
-        advantages = nn.functional.pad(advantages, (0, len(prompts) * num_processes - len(advantages)))
-        advantages = advantages.chunk(num_processes)[self.accelerator.process_index].float()  # (B,)
-        batch["advantages"] = advantages.to(self.accelerator.device).repeat_interleave(num_timesteps)  # (B * K,)
-        if mode == "eval":
-            batch["num_samples"] = len(rewards)
-        return batch
+        arguments = self._reward_arguments(inputs, rollout.output.clean_samples, rollout.completions)
+        return rollout, batch, self._calculate_rewards(*arguments)
 
     @torch.no_grad()
     def _rollout(
