@@ -13,14 +13,14 @@
 # limitations under the License.
 
 """
-Trains the model of the embedded world of Sudoku or of Countdown: a small BERT that denoises solutions. Some of them are
-wrong.
+Trains the model of the embedded world of Sudoku or of Countdown: a small BERT that denoises solutions. Some of them
+are wrong.
 
     python scripts/train_puzzles.py --task sudoku --output_dir sudoku_checkpoint --bf16
 
-Each filled cell of a Sudoku, and each operator of an expression, is sometimes another one. So the model learns the form
-of a solution, and its solutions are often wrong. It sees only training puzzles. A second call of the command continues
-from its last checkpoint.
+Each filled cell of a Sudoku, and each operator of an expression, is sometimes another one. So the model learns the
+form of a solution, and its solutions are often wrong. It sees only training puzzles. A second call of the command
+continues from its last checkpoint.
 """
 
 import random
@@ -38,7 +38,7 @@ SLIPS = {"sudoku": DIGITS, "countdown": "+-*"}
 
 
 def main():
-    parser = build_parser(__doc__, num_steps=5000, slip_rate=0.06)
+    parser = build_parser(__doc__, num_steps=2000, slip_rate=0.08)
     parser.add_argument("--task", choices=[*CHARACTERS], required=True, help="The world.")
     parser.add_argument("--num_puzzles", type=int, default=40000, help="Training puzzles.")
     args = parser.parse_args()

@@ -15,8 +15,9 @@
 """
 Puzzles with exact verifiers: 4 x 4 Sudoku, Countdown (numbers to a target), and chains of arithmetic.
 
-All puzzles have the same columns and rewards, so that a dataset may mix them. A puzzle is for evaluation if the checksum
-of what defines it says so. So puzzles of training and evaluation are disjoint for all seeds, sizes and difficulties.
+All puzzles have the same columns and rewards, so that a dataset may mix them. A puzzle is for evaluation if the
+checksum of what defines it says so. So puzzles of training and evaluation are disjoint for all seeds, sizes and
+difficulties.
 """
 
 import ast

@@ -285,10 +285,7 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             mode, prompts, rollout.completions, num_samples, rewards_per_func, rewards, std_rewards, advantages
         )
         self._log_diversity(mode, rollout.output.drawn_samples, num_generations, len(rewards))
-        num_processes = self.accelerator.num_processes
-        advantages = nn.functional.pad(advantages, (0, len(prompts) * num_processes - len(advantages)))
-        advantages = advantages.chunk(num_processes)[self.accelerator.process_index].float()  # (B,)
-        batch["advantages"] = advantages.to(self.accelerator.device).repeat_interleave(num_timesteps)  # (B * K,)
+        batch["advantages"] = self._spread_advantages(advantages, len(prompts), batch)
         if mode == "eval":
             batch["num_samples"] = len(rewards)
         return batch
@@ -383,7 +380,8 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             # With one update a rollout the ratio is 1, and `_compute_loss` takes the current log-probabilities for the
             # old. With several, the old ones are the rollout policy's, of the same action at the same noised state.
             generate_every = self.args.steps_per_generation * self.num_iterations  # generation frequency
-            if self.args.gradient_accumulation_steps % generate_every != 0:
+            has_bound = self.args.negative_bound_power is not None  # whose weights are the old policy's
+            if has_bound or self.args.gradient_accumulation_steps % generate_every != 0:
                 batch["old_per_token_logps"] = score(self.model)[0]
             if self.beta != 0.0 and self.args.kl_estimator == "k3":
                 with self._reference_weights() as reference:
@@ -437,13 +435,14 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             t = t.masked_fill(output.condition[rows] >= 0, 1.0)
         t = t.squeeze(1)
         if args.trajectory == "forward":
-            generators = None
-            if group_size > 1:
-                seeds = torch.randint(2**62, (num_samples // group_size, args.num_train_timesteps)).repeat_interleave(
-                    group_size, dim=0
-                )
-                generators = [torch.Generator().manual_seed(seed) for seed in seeds.flatten().tolist()]
-            noised_samples = scheduler.add_noise(clean_samples, t, generators)
+            generators, mirrored, steps = None, {}, torch.arange(args.num_train_timesteps)
+            if group_size > 1 or args.antithetic_noise:  # rows that share random numbers have one seed
+                seeds = torch.randint(2**62, (num_samples // group_size, len(steps)))
+                if args.antithetic_noise:
+                    seeds, mirrored = seeds[:, steps // 2], {"mirrored": (steps % 2 == 1).repeat(num_samples)}
+                seeds = seeds.repeat_interleave(group_size, dim=0).flatten()
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+            noised_samples = scheduler.add_noise(clean_samples, t, generators, **mirrored)
         else:
             noised_samples = output.trajectory.noised_samples[timesteps, rows]
         if args.action == "intermediate":
@@ -470,15 +469,19 @@ class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, Poli
             prompt_ids, noised_samples, actions = input_ids_batch.split(sizes, dim=1)
             prompt_mask, t, mask = mask_batch.split(sizes, dim=1)
             t = t.float() if self.pipeline.takes_token_times else t[:, 0].float()
-            rows = (prompt_ids, prompt_mask.long(), noised_samples, self.latent_shape, actions, t)
+            is_loo = self.args.leave_one_out
+            labels = torch.stack([actions, noised_samples], dim=-1) if is_loo else actions
+            rows = (prompt_ids, prompt_mask.long(), noised_samples, self.latent_shape, labels, t)
             with self.accelerator.autocast():
                 if self.args.kl_estimator == "full":
-                    reference = None if self._kl is None else self._predict_reference(*rows)
+                    reference = None if self._kl is None else self._predict_reference(*rows[:4], actions, t)
                     logps, entropies, kl = self.pipeline.score_with_kl(model, reference, *rows)
                     if kl is not None:
                         self._kl.append((kl * mask).sum(dim=1) / mask.sum(dim=1))
                 else:
                     logps, entropies = self.pipeline.score(model, *rows)
+            if is_loo:
+                logps = self.pipeline.scheduler.leave_one_out(logps, actions, noised_samples, t)
             if self.args.timestep_weighting == "elbo":
                 elbo_weights = self.pipeline.scheduler.elbo_weights
                 logps = logps * elbo_weights(actions, noised_samples, t, self.args.num_inference_steps)
