@@ -59,6 +59,8 @@ _MODULES = {
     "UDMGRPOConfig": ".trainer.udm_grpo_config",
     "UDMGRPOTrainer": ".trainer.udm_grpo_trainer",
     "UDMPipeline": ".pipelines.pipeline_udm",
+    "UDMSFTConfig": ".trainer.udm_sft_trainer",
+    "UDMSFTTrainer": ".trainer.udm_sft_trainer",
     "URSAConfig": ".models.configuration_ursa",
     "URSAForImageGeneration": ".models.modeling_ursa",
     "URSAModel": ".models.modeling_ursa",
@@ -114,6 +116,8 @@ if TYPE_CHECKING:
     from .trainer.ema import EMACallback as EMACallback
     from .trainer.udm_grpo_config import UDMGRPOConfig as UDMGRPOConfig
     from .trainer.udm_grpo_trainer import UDMGRPOTrainer as UDMGRPOTrainer
+    from .trainer.udm_sft_trainer import UDMSFTConfig as UDMSFTConfig
+    from .trainer.udm_sft_trainer import UDMSFTTrainer as UDMSFTTrainer
 
 
 def __getattr__(name: str):

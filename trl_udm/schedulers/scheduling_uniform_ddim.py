@@ -105,6 +105,28 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
         """
         return self._alpha(int(timestep))
 
+    def sample_timesteps(
+        self,
+        size: int | tuple[int, ...],
+        device: str | torch.device | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """
+        Draw noise levels for training.
+
+        Args:
+            size (`int` or `tuple[int, ...]`):
+                Shape of the result.
+            device (`str` or `torch.device`, *optional*):
+                Device of the result.
+            generator (`torch.Generator`, *optional*):
+                RNG of the draw.
+
+        Returns:
+            `torch.Tensor` of shape `size`: Times t in float32, uniform on `[0, 1)`.
+        """
+        return rand_tensor(size, generator, device, torch.float32)
+
     def _draw_noised_samples(
         self,
         original_samples: torch.Tensor,

@@ -37,7 +37,7 @@ from ..pipelines.pipeline_output import UDMSamplerOutput
 from ..pipelines.pipeline_udm import UDMPipeline
 from ..throughput import ThroughputCallback
 from .adapters import PolicyMixin, copy_reference, prepare_model
-from .checkpoint import CheckpointMixin, EpochRepeatSampler
+from .checkpoint import CheckpointMixin, EpochRepeatSampler, WeightsMixin
 from .completions import CompletionsMixin
 from .ema import EMAMixin
 from .hub import HubMixin
@@ -67,7 +67,9 @@ class Rollout:
     completions: list[Any]
 
 
-class UDMGRPOTrainer(EMAMixin, CheckpointMixin, HubMixin, CompletionsMixin, PolicyMixin, RewardsMixin, GRPOTrainer):
+class UDMGRPOTrainer(
+    EMAMixin, CheckpointMixin, WeightsMixin, HubMixin, CompletionsMixin, PolicyMixin, RewardsMixin, GRPOTrainer
+):
     r"""
     Trainer for UDM-GRPO (https://huggingface.co/papers/2604.18518): group relative policy optimization of uniform
     discrete diffusion models.

@@ -91,6 +91,7 @@ WORLDS = {
     world.name: world
     for world in (
         World("shapes", modality="image"),
+        World("sudoku", modality="text"),
         World("sums", modality="text"),
         World("words", modality="image"),
     )
