@@ -71,7 +71,7 @@ def load_task(script_args: ScriptArguments, model_name_or_path: str | None):
     given = [script_args.dataset_name, script_args.eval_dataset_name, script_args.reward_funcs, model_name_or_path]
     if given == [None] * 4:
         world, task = WORLDS[script_args.task], script_args.task
-        train_rows = split_problems()[0] if task == "sums" else generate_puzzles(task, 8000)
+        train_rows = split_problems()[0] if task == "sums" else generate_puzzles(task, 4000)
         datasets = map(Dataset.from_list, (train_rows, world.load_eval_rows()))
         return world.checkpoint_path, [world.make_reward()], *datasets
     if None in given:

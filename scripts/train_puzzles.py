@@ -35,16 +35,16 @@ from trl_udm.data.puzzles import DIGITS, generate_puzzles, puzzle_answer_reward
 CHARACTERS = {"sudoku": DIGITS + ".", "countdown": "0123456789,=+-*/()"}
 MAX_COMPLETION_LENGTH = {"sudoku": 17, "countdown": 8}
 SLIPS = {"sudoku": DIGITS, "countdown": "+-*"}
+NUM_PUZZLES = {"sudoku": 40000, "countdown": 5000}
 
 
 def main():
     parser = build_parser(__doc__, num_steps=2000, slip_rate=0.08)
     parser.add_argument("--task", choices=[*CHARACTERS], required=True, help="The world.")
-    parser.add_argument("--num_puzzles", type=int, default=40000, help="Training puzzles.")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    rows = generate_puzzles(args.task, args.num_puzzles)
+    rows = generate_puzzles(args.task, NUM_PUZZLES[args.task])
     eval_rows = generate_puzzles(args.task, 400, "eval")
     slips = SLIPS[args.task]
 

@@ -122,7 +122,7 @@ def _draw_chain(rng: random.Random, num_operators: int) -> tuple[str, str, str]:
 
 _DRAW: dict[str, tuple[Callable[[random.Random, int], tuple[str, str, str]], range, int]] = {
     "sudoku": (_draw_sudoku, range(1, 13), 10),
-    "countdown": (_draw_countdown, range(2, 7), 4),
+    "countdown": (_draw_countdown, range(2, 7), 3),
     "chain": (_draw_chain, range(1, 9), 2),
 }
 TASKS = tuple(_DRAW)
@@ -142,7 +142,7 @@ def generate_puzzles(
 
     Args:
         task (`str`):
-            `"sudoku"`: `"1..4.2..........3"`, say, with one solution. `"countdown"`: `"3,7,5,2=24"`, whose numbers are
+            `"sudoku"`: `"1..4.2..........3"`, say, with one solution. `"countdown"`: `"3,7,5=26"`, whose numbers are
             1 to 9 and whose target is at most 99. `"chain"`: `"7+5*3="`.
         num_puzzles (`int`):
             Number of puzzles.
@@ -150,7 +150,7 @@ def generate_puzzles(
             `"train"` or `"eval"`, which has a tenth of all puzzles. No puzzle of one is in the other. Neither is one
             with other names of the digits of Sudoku, or with another order of the numbers of Countdown.
         difficulty (`int`, *optional*):
-            Empty cells of Sudoku, in `[1, 12]`, by default 10. Numbers of Countdown, in `[2, 6]`, by default 4.
+            Empty cells of Sudoku, in `[1, 12]`, by default 10. Numbers of Countdown, in `[2, 6]`, by default 3.
             Operators of a chain, in `[1, 8]`, by default 2.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the draws.
