@@ -208,6 +208,9 @@ def test_prompts_may_be_messages():
         ({"task": "chess"}, "`task` must be one of .*, got 'chess'"),
         ({"split": "test"}, "`split` must be 'train' or 'eval', got 'test'"),
         ({"difficulty": 13}, r"`difficulty` must be in \[1, 12\] for sudoku, got 13"),
+        ({"max_number": 1}, "`max_number` must be > 1, got 1"),
+        ({"operators": "+/"}, r"`operators` must be some of '\+-\*', got '\+/'"),
+        ({"operators": ""}, r"`operators` must be some of '\+-\*', got ''"),
         ({"task": "chain", "difficulty": 0}, r"`difficulty` must be in \[1, 8\] for chain, got 0"),
         (
             {"task": "chain", "num_puzzles": 300, "difficulty": 1},
@@ -218,6 +221,15 @@ def test_prompts_may_be_messages():
 def test_what_cannot_be_drawn_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         generate_puzzles(**{"task": "sudoku", "num_puzzles": 1, **arguments})
+
+
+def test_numbers_and_operators_are_those_asked_for():
+    rows = generate_puzzles("countdown", 300, max_number=30, operators="+-")
+    numbers = [int(number) for row in rows for number in row["puzzle"].partition("=")[0].split(",")]
+    assert (min(numbers), max(numbers)) == (1, 30)
+    assert set("".join(row["solution"] for row in rows)) == {*"0123456789+-"}
+    columns = {name: [row[name] for row in rows] for name in ("task", "puzzle")}
+    assert set(puzzle_answer_reward([row["solution"] for row in rows], **columns)) == {1.0}
 
 
 def test_expressions_are_exact():

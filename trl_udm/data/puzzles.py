@@ -33,7 +33,6 @@ from typing import Any, Literal
 
 DIGITS = "1234"
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-MAX_NUMBER = 9
 MAX_TARGET = 99
 _NODES = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
@@ -89,7 +88,7 @@ def count_sudoku_solutions(puzzle: str) -> int:
     return functools.reduce(operator.and_, clues, (1 << len(list_sudoku_grids())) - 1).bit_count()
 
 
-def _draw_sudoku(rng: random.Random, num_empty: int) -> tuple[str, str, str]:
+def _draw_sudoku(rng: random.Random, num_empty: int, max_number: int, operators: str) -> tuple[str, str, str]:
     while True:
         grid = rng.choice(list_sudoku_grids())
         empty = rng.sample(range(16), num_empty)
@@ -100,27 +99,29 @@ def _draw_sudoku(rng: random.Random, num_empty: int) -> tuple[str, str, str]:
             return puzzle, grid, "".join(names.get(cell, cell) for cell in puzzle)
 
 
-def _draw_expression(rng: random.Random, num_numbers: int) -> tuple[list[int], str, int]:
-    numbers = [rng.randint(1, MAX_NUMBER) for _ in range(num_numbers)]
-    expression = str(numbers[0]) + "".join(rng.choice("+-*") + str(number) for number in numbers[1:])
+def _draw_expression(
+    rng: random.Random, num_numbers: int, max_number: int, operators: str
+) -> tuple[list[int], str, int]:
+    numbers = [rng.randint(1, max_number) for _ in range(num_numbers)]
+    expression = str(numbers[0]) + "".join(rng.choice(operators) + str(number) for number in numbers[1:])
     return numbers, expression, int(evaluate_expression(expression))
 
 
-def _draw_countdown(rng: random.Random, num_numbers: int) -> tuple[str, str, str]:
+def _draw_countdown(rng: random.Random, num_numbers: int, max_number: int, operators: str) -> tuple[str, str, str]:
     while True:
-        numbers, expression, target = _draw_expression(rng, num_numbers)
+        numbers, expression, target = _draw_expression(rng, num_numbers, max_number, operators)
         if 0 < target <= MAX_TARGET:
             rng.shuffle(numbers)
             # The order of the numbers does not make another puzzle
             return f"{','.join(map(str, numbers))}={target}", expression, f"{sorted(numbers)}={target}"
 
 
-def _draw_chain(rng: random.Random, num_operators: int) -> tuple[str, str, str]:
-    _, expression, value = _draw_expression(rng, num_operators + 1)
+def _draw_chain(rng: random.Random, num_operators: int, max_number: int, operators: str) -> tuple[str, str, str]:
+    _, expression, value = _draw_expression(rng, num_operators + 1, max_number, operators)
     return f"{expression}=", str(value), expression
 
 
-_DRAW: dict[str, tuple[Callable[[random.Random, int], tuple[str, str, str]], range, int]] = {
+_DRAW: dict[str, tuple[Callable[[random.Random, int, int, str], tuple[str, str, str]], range, int]] = {
     "sudoku": (_draw_sudoku, range(1, 13), 10),
     "countdown": (_draw_countdown, range(2, 7), 3),
     "chain": (_draw_chain, range(1, 9), 2),
@@ -136,14 +137,16 @@ def generate_puzzles(
     difficulty: int | None = None,
     seed: int = 0,
     instructions: bool = False,
+    max_number: int = 9,
+    operators: str = "+-*",
 ) -> list[dict[str, Any]]:
     """
     Draws distinct puzzles.
 
     Args:
         task (`str`):
-            `"sudoku"`: `"1..4.2..........3"`, say, with one solution. `"countdown"`: `"3,7,5=26"`, whose numbers are
-            1 to 9 and whose target is at most 99. `"chain"`: `"7+5*3="`.
+            `"sudoku"`: `"1..4.2..........3"`, say, with one solution. `"countdown"`: `"3,7,5=26"`, whose
+            target is at most 99. `"chain"`: `"7+5*3="`.
         num_puzzles (`int`):
             Number of puzzles.
         split (`str`, *optional*, defaults to `"train"`):
@@ -156,6 +159,10 @@ def generate_puzzles(
             Seed of the draws.
         instructions (`bool`, *optional*, defaults to `False`):
             Whether prompts are messages to a language model, with `INSTRUCTIONS`. By default they are the bare puzzle.
+        max_number (`int`, *optional*, defaults to `9`):
+            The largest number of Countdown and chains, > 1. The smallest is 1.
+        operators (`str`, *optional*, defaults to `"+-*"`):
+            What the solutions of Countdown, and chains, are made with: some of `+`, `-` and `*`.
 
     Returns:
         `list[dict]`: Rows with `prompt`, `task`, `puzzle`, and one right `solution`.
@@ -182,9 +189,13 @@ def generate_puzzles(
         raise ValueError(
             f"`difficulty` must be in [{difficulties[0]}, {difficulties[-1]}] for {task}, got {difficulty}."
         )
+    if max_number < 2:
+        raise ValueError(f"`max_number` must be > 1, got {max_number}.")
+    if not operators or not set(operators) <= set("+-*"):
+        raise ValueError(f"`operators` must be some of '+-*', got {operators!r}.")
     rng, rows, num_misses = random.Random(f"{task} {split} {difficulty} {seed}"), {}, 0
     while len(rows) < num_puzzles:
-        puzzle, solution, key = draw(rng, difficulty)
+        puzzle, solution, key = draw(rng, difficulty, max_number, operators)
         is_eval = zlib.crc32(key.encode()) % 10 == 0
         if puzzle in rows or is_eval != (split == "eval"):
             num_misses += 1
