@@ -20,7 +20,15 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from PIL import Image
 
-from trl_udm import TextUDMPipeline, UDMGRPOConfig, UDMGRPOTrainer, UDMSFTConfig, UDMSFTTrainer, URSAPipeline
+from trl_udm import (
+    FUDOKIPipeline,
+    TextUDMPipeline,
+    UDMGRPOConfig,
+    UDMGRPOTrainer,
+    UDMSFTConfig,
+    UDMSFTTrainer,
+    URSAPipeline,
+)
 from trl_udm.worlds.shapes import CHECKPOINT_PATH as SHAPES_PATH
 from trl_udm.worlds.sums import CHECKPOINT_PATH as SUMS_PATH
 from trl_udm.worlds.sums.problems import split_problems, sum_reward, work_out
@@ -151,3 +159,21 @@ def test_saved_files_name_no_folder(tmp_path):
     trainer.train()
     trainer.save_model()
     assert "_name_or_path" not in json.loads((tmp_path / "transformer" / "config.json").read_text())
+
+
+def test_fudoki_is_fine_tuned(tmp_path, oracle_dir):
+    pipeline = FUDOKIPipeline.from_pretrained(oracle_dir / "fudoki" / "tiny-fudoki")
+    tokens = torch.randint(
+        pipeline.scheduler.config.codebook_size, (2, 16), generator=torch.Generator().manual_seed(0)
+    )
+    images = pipeline.decode(tokens, pipeline.latent_shape())
+    assert pipeline.encode_completions(images, pipeline.latent_shape()).shape == (2, 16)
+    with pytest.raises(ValueError, match="`completion` must have the size of the output, 64 pixels high"):
+        pipeline.encode_completions([images[0].resize((32, 32))], pipeline.latent_shape())
+    rows = Dataset.from_dict({"prompt": ["a cat", "a dog"], "completion": images})
+    args = UDMSFTConfig(
+        str(tmp_path), max_steps=1, use_cpu=True, report_to="none", save_strategy="no", logging_steps=1
+    )
+    trainer = UDMSFTTrainer(pipeline, args, rows)
+    trainer.train()
+    assert 0 < get_losses(trainer)[0] < 20
