@@ -193,7 +193,8 @@ def generate_puzzles(
         raise ValueError(f"`max_number` must be > 1, got {max_number}.")
     if not operators or not set(operators) <= set("+-*"):
         raise ValueError(f"`operators` must be some of '+-*', got {operators!r}.")
-    rng, rows, num_misses = random.Random(f"{task} {split} {difficulty} {seed}"), {}, 0
+    rng, num_misses = random.Random(f"{task} {split} {difficulty} {seed}"), 0
+    rows: dict[str, dict[str, Any]] = {}
     while len(rows) < num_puzzles:
         puzzle, solution, key = draw(rng, difficulty, max_number, operators)
         is_eval = zlib.crc32(key.encode()) % 10 == 0
