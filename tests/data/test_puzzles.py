@@ -208,7 +208,8 @@ def test_prompts_may_be_messages():
         ({"task": "chess"}, "`task` must be one of .*, got 'chess'"),
         ({"split": "test"}, "`split` must be 'train' or 'eval', got 'test'"),
         ({"difficulty": 13}, r"`difficulty` must be in \[1, 12\] for sudoku, got 13"),
-        ({"max_number": 1}, "`max_number` must be > 1, got 1"),
+        ({"min_number": 0}, r"`min_number` must be in \[1, 99\], got 0"),
+        ({"min_number": 9}, "`max_number` must be > `min_number` 9, got 9"),
         ({"operators": "+/"}, r"`operators` must be some of '\+-\*', got '\+/'"),
         ({"operators": ""}, r"`operators` must be some of '\+-\*', got ''"),
         ({"task": "chain", "difficulty": 0}, r"`difficulty` must be in \[1, 8\] for chain, got 0"),
@@ -224,9 +225,10 @@ def test_what_cannot_be_drawn_is_refused(arguments, message):
 
 
 def test_numbers_and_operators_are_those_asked_for():
-    rows = generate_puzzles("countdown", 300, max_number=30, operators="+-")
+    rows = generate_puzzles("countdown", 300, min_number=10, max_number=30, operators="+-")
     numbers = [int(number) for row in rows for number in row["puzzle"].partition("=")[0].split(",")]
-    assert (min(numbers), max(numbers)) == (1, 30)
+    assert (min(numbers), max(numbers)) == (10, 30)
+    assert all(10 <= int(row["puzzle"].partition("=")[2]) <= 99 for row in rows)
     assert set("".join(row["solution"] for row in rows)) == {*"0123456789+-"}
     columns = {name: [row[name] for row in rows] for name in ("task", "puzzle")}
     assert set(puzzle_answer_reward([row["solution"] for row in rows], **columns)) == {1.0}

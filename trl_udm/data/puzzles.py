@@ -88,7 +88,7 @@ def count_sudoku_solutions(puzzle: str) -> int:
     return functools.reduce(operator.and_, clues, (1 << len(list_sudoku_grids())) - 1).bit_count()
 
 
-def _draw_sudoku(rng: random.Random, num_empty: int, max_number: int, operators: str) -> tuple[str, str, str]:
+def _draw_sudoku(rng: random.Random, num_empty: int, choices: range, operators: str) -> tuple[str, str, str]:
     while True:
         grid = rng.choice(list_sudoku_grids())
         empty = rng.sample(range(16), num_empty)
@@ -100,28 +100,28 @@ def _draw_sudoku(rng: random.Random, num_empty: int, max_number: int, operators:
 
 
 def _draw_expression(
-    rng: random.Random, num_numbers: int, max_number: int, operators: str
+    rng: random.Random, num_numbers: int, choices: range, operators: str
 ) -> tuple[list[int], str, int]:
-    numbers = [rng.randint(1, max_number) for _ in range(num_numbers)]
+    numbers = rng.choices(choices, k=num_numbers)
     expression = str(numbers[0]) + "".join(rng.choice(operators) + str(number) for number in numbers[1:])
     return numbers, expression, int(evaluate_expression(expression))
 
 
-def _draw_countdown(rng: random.Random, num_numbers: int, max_number: int, operators: str) -> tuple[str, str, str]:
+def _draw_countdown(rng: random.Random, num_numbers: int, choices: range, operators: str) -> tuple[str, str, str]:
     while True:
-        numbers, expression, target = _draw_expression(rng, num_numbers, max_number, operators)
-        if 0 < target <= MAX_TARGET:
+        numbers, expression, target = _draw_expression(rng, num_numbers, choices, operators)
+        if choices[0] <= target <= MAX_TARGET:
             rng.shuffle(numbers)
             # The order of the numbers does not make another puzzle
             return f"{','.join(map(str, numbers))}={target}", expression, f"{sorted(numbers)}={target}"
 
 
-def _draw_chain(rng: random.Random, num_operators: int, max_number: int, operators: str) -> tuple[str, str, str]:
-    _, expression, value = _draw_expression(rng, num_operators + 1, max_number, operators)
+def _draw_chain(rng: random.Random, num_operators: int, choices: range, operators: str) -> tuple[str, str, str]:
+    _, expression, value = _draw_expression(rng, num_operators + 1, choices, operators)
     return f"{expression}=", str(value), expression
 
 
-_DRAW: dict[str, tuple[Callable[[random.Random, int, int, str], tuple[str, str, str]], range, int]] = {
+_DRAW: dict[str, tuple[Callable[[random.Random, int, range, str], tuple[str, str, str]], range, int]] = {
     "sudoku": (_draw_sudoku, range(1, 13), 10),
     "countdown": (_draw_countdown, range(2, 7), 3),
     "chain": (_draw_chain, range(1, 9), 2),
@@ -137,6 +137,7 @@ def generate_puzzles(
     difficulty: int | None = None,
     seed: int = 0,
     instructions: bool = False,
+    min_number: int = 1,
     max_number: int = 9,
     operators: str = "+-*",
 ) -> list[dict[str, Any]]:
@@ -159,8 +160,10 @@ def generate_puzzles(
             Seed of the draws.
         instructions (`bool`, *optional*, defaults to `False`):
             Whether prompts are messages to a language model, with `INSTRUCTIONS`. By default they are the bare puzzle.
+        min_number (`int`, *optional*, defaults to `1`):
+            The smallest number of Countdown and chains, in `[1, 99]`, and the smallest target.
         max_number (`int`, *optional*, defaults to `9`):
-            The largest number of Countdown and chains, > 1. The smallest is 1.
+            The largest number of Countdown and chains, > `min_number`.
         operators (`str`, *optional*, defaults to `"+-*"`):
             What the solutions of Countdown, and chains, are made with: some of `+`, `-` and `*`.
 
@@ -189,14 +192,16 @@ def generate_puzzles(
         raise ValueError(
             f"`difficulty` must be in [{difficulties[0]}, {difficulties[-1]}] for {task}, got {difficulty}."
         )
-    if max_number < 2:
-        raise ValueError(f"`max_number` must be > 1, got {max_number}.")
+    if not 1 <= min_number <= MAX_TARGET:
+        raise ValueError(f"`min_number` must be in [1, {MAX_TARGET}], got {min_number}.")
+    if max_number <= min_number:
+        raise ValueError(f"`max_number` must be > `min_number` {min_number}, got {max_number}.")
     if not operators or not set(operators) <= set("+-*"):
         raise ValueError(f"`operators` must be some of '+-*', got {operators!r}.")
     rng, num_misses = random.Random(f"{task} {split} {difficulty} {seed}"), 0
     rows: dict[str, dict[str, Any]] = {}
     while len(rows) < num_puzzles:
-        puzzle, solution, key = draw(rng, difficulty, max_number, operators)
+        puzzle, solution, key = draw(rng, difficulty, range(min_number, max_number + 1), operators)
         is_eval = zlib.crc32(key.encode()) % 10 == 0
         if puzzle in rows or is_eval != (split == "eval"):
             num_misses += 1
