@@ -13,8 +13,8 @@
 # limitations under the License.
 
 """
-Trains the model of the embedded world of Sudoku or of Countdown: a small BERT that denoises solutions. Some of them
-are wrong.
+Trains the model of the embedded world of Sudoku, or one for Countdown with + and -: a small BERT that denoises
+solutions. Some of them are wrong.
 
     python scripts/train_puzzles.py --task sudoku --output_dir sudoku_checkpoint --bf16
 
@@ -33,9 +33,9 @@ from trl_udm.data.puzzles import DIGITS, generate_puzzles, puzzle_answer_reward
 
 # The characters, the longest completion with its end, and characters of which a slip takes another
 CHARACTERS = {"sudoku": DIGITS + ".", "countdown": "0123456789,=+-*/()"}
-MAX_COMPLETION_LENGTH = {"sudoku": 17, "countdown": 8}
-SLIPS = {"sudoku": DIGITS, "countdown": "+-*"}
-NUM_PUZZLES = {"sudoku": 40000, "countdown": 5000}
+MAX_COMPLETION_LENGTH = {"sudoku": 17, "countdown": 6}
+NUM_PUZZLES = {"sudoku": 40000, "countdown": 2300}
+SLIPS = {"sudoku": DIGITS, "countdown": "+-"}
 
 
 def main():
@@ -44,8 +44,8 @@ def main():
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    rows = generate_puzzles(args.task, NUM_PUZZLES[args.task])
-    eval_rows = generate_puzzles(args.task, 400, "eval")
+    rows = generate_puzzles(args.task, NUM_PUZZLES[args.task], operators="+-")  # Sudoku has none
+    eval_rows = generate_puzzles(args.task, 200, "eval", operators="+-")
     slips = SLIPS[args.task]
 
     def slip(solution: str, puzzle: str, rng: random.Random) -> str:

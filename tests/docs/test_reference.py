@@ -45,7 +45,6 @@ INTERNAL = {
     "trl_udm.rewards.remote.wire",
     "trl_udm.schedulers.draws",
     "trl_udm.worlds.shapes.benchmark",
-    "trl_udm.worlds.countdown.benchmark",
     "trl_udm.worlds.sudoku.benchmark",
     "trl_udm.worlds.sums.benchmark",
     "trl_udm.worlds.words.benchmark",
