@@ -15,9 +15,9 @@
 """
 Trains a text uniform discrete diffusion model with UDM-GRPO on a verifiable reward.
 
-Without arguments it trains the embedded world of sums, on a CPU, in minutes:
+Without arguments it trains the embedded world of sums, on a CPU, in minutes. `--task` names another world:
 
-    accelerate launch examples/train_text.py
+    accelerate launch examples/train_text.py --task sudoku
 
 A model of yours, any folder that `TextUDMPipeline.from_pretrained` loads, with a reward function of TRL:
 
@@ -30,6 +30,7 @@ Each line of the files is a row: `prompt`, a text or a list of messages, and wha
 with the mean reward of the evaluation prompts and some completions, before and after training.
 """
 
+import argparse
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,14 +42,22 @@ from trl import get_peft_config
 from trl_udm import TextUDMPipeline
 from trl_udm.cli.mistakes import mistakes_in_one_line
 from trl_udm.data.files import load_rows
-from trl_udm.worlds.sums import CHECKPOINT_PATH
-from trl_udm.worlds.sums.problems import split_problems, sum_reward
+from trl_udm.data.puzzles import generate_puzzles
+from trl_udm.worlds import WORLDS
+from trl_udm.worlds.sums.problems import split_problems
+
+
+CONFIGS = {"sums": "arithmetic.yaml", "sudoku": "sudoku.yaml"}
 
 
 @dataclass
 class ScriptArguments(AlgorithmArguments):
-    """Arguments of this script. The first three are required with a model of yours."""
+    """Arguments of this script. The three after the first are required with a model of yours."""
 
+    task: str = field(
+        default="sums",
+        metadata={"help": "Embedded world, without a model of yours.", "choices": list(CONFIGS)},
+    )
     dataset_name: str | None = field(default=None, metadata={"help": "Training prompts: a file or a Hub dataset."})
     eval_dataset_name: str | None = field(default=None, metadata={"help": "Evaluation prompts, likewise."})
     reward_funcs: list[str] | None = field(
@@ -61,7 +70,10 @@ def load_task(script_args: ScriptArguments, model_name_or_path: str | None):
     """The model's path, the reward functions, and the prompts of training and evaluation."""
     given = [script_args.dataset_name, script_args.eval_dataset_name, script_args.reward_funcs, model_name_or_path]
     if given == [None] * 4:
-        return CHECKPOINT_PATH, [sum_reward], *map(Dataset.from_list, split_problems())
+        world, task = WORLDS[script_args.task], script_args.task
+        train_rows = split_problems()[0] if task == "sums" else generate_puzzles(task, 4000)
+        datasets = map(Dataset.from_list, (train_rows, world.load_eval_rows()))
+        return world.checkpoint_path, [world.make_reward()], *datasets
     if None in given:
         raise ValueError(
             "`--model_name_or_path`, `--dataset_name`, `--eval_dataset_name` and `--reward_funcs` must be given "
@@ -78,7 +90,11 @@ def load_task(script_args: ScriptArguments, model_name_or_path: str | None):
 
 def main(argv: list[str]) -> dict[str, Any]:
     with mistakes_in_one_line("train_text.py"):
-        script_args, training_args, model_args = parse_arguments(ScriptArguments, argv, "arithmetic.yaml")
+        # The world has a configuration, whose values are defaults of the parser
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        parser.add_argument("--task", default="sums")
+        config = CONFIGS.get(parser.parse_known_args(argv)[0].task, "arithmetic.yaml")
+        script_args, training_args, model_args = parse_arguments(ScriptArguments, argv, config)
         path, reward_funcs, train_dataset, eval_dataset = load_task(script_args, model_args.model_name_or_path)
         trainer = script_args.trainer_class(
             load_pipeline(TextUDMPipeline, path, model_args),

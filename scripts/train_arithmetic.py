@@ -25,6 +25,7 @@ wrong. It sees only training problems. A second call of the command continues fr
 import argparse
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -44,9 +45,11 @@ from trl_udm.worlds.sums.problems import MAX_COMPLETION_LENGTH, split_problems, 
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
-def build_pipeline() -> TextUDMPipeline:
-    """Builds a tokenizer with one token per character, and an untrained network."""
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *"0123456789+="])}
+def build_pipeline(
+    characters: str, max_completion_length: int, max_length: int, num_layers: int = 4
+) -> TextUDMPipeline:
+    """Builds a tokenizer with one token per character, and an untrained network of at most `max_length` tokens."""
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *characters])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = Split(Regex("."), behavior="isolated")
     backend.decoder = Fuse()
@@ -63,81 +66,105 @@ def build_pipeline() -> TextUDMPipeline:
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=4,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
-        max_position_embeddings=32,
+        max_position_embeddings=max_length,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
     scheduler = UniformDDIMScheduler(codebook_size=len(tokenizer))
-    return TextUDMPipeline(BertForMaskedLM(config), scheduler, tokenizer, MAX_COMPLETION_LENGTH)
+    return TextUDMPipeline(BertForMaskedLM(config), scheduler, tokenizer, max_completion_length)
 
 
-def build_batch(pipeline: TextUDMPipeline, num_samples: int, slip_rate: float, rng: random.Random, problems):
-    """Returns prompts and their masks (B, T), and clean samples (B, N): the working, the end token, and padding."""
-    prompts, workings = [], []
-    for problem in rng.choices(problems, k=num_samples):
-        first, second = map(int, problem["prompt"].removesuffix("=").split("+"))
-        prompts.append(problem["prompt"])
-        workings.append(work_out(first, second, slip_rate, rng) + pipeline.tokenizer.eos_token)
-    clean_samples = pipeline.tokenizer(
-        workings, padding="max_length", padding_side="right", max_length=MAX_COMPLETION_LENGTH, return_tensors="pt"
-    )["input_ids"]
-    return *pipeline.encode_prompt(prompts), clean_samples
+def train(
+    pipeline: TextUDMPipeline,
+    args: argparse.Namespace,
+    write_batch: Callable[[int, random.Random], tuple[list[str], list[str]]],
+    eval_prompts: list[str],
+    measure_accuracy: Callable[[list[str]], list[float]],
+):
+    """
+    Trains with the cross-entropy of the clean tokens given tokens that are noised to a uniform time.
 
-
-def train(pipeline: TextUDMPipeline, args: argparse.Namespace):
-    """Trains with the cross-entropy of the clean tokens given tokens that are noised to a uniform time."""
-    network = pipeline.transformer.train()
+    Args:
+        pipeline ([`TextUDMPipeline`]):
+            Pipeline of the network.
+        args (`argparse.Namespace`):
+            From [`parse_arguments`].
+        write_batch (`Callable`):
+            Writes prompts and completions, given their number and a source of randomness.
+        eval_prompts (`list[str]`):
+            Prompts whose completions are measured every 250 steps.
+        measure_accuracy (`Callable`):
+            Measures completions of these prompts.
+    """
+    network, tokenizer = pipeline.transformer.train(), pipeline.tokenizer
     if args.bf16:
         network.set_attn_implementation("eager")  # the backward pass of SDPA is slow in bfloat16 on CPUs
-    problems, eval_problems = split_problems()
     optimizer, schedule = build_optimizer(network, args.num_steps)
     first_step = load_training_state(args.output_dir, network, optimizer, schedule)
     start, losses = time.perf_counter(), []
     for step in range(first_step, args.num_steps):
         seed = args.seed * args.num_steps + step
         generator = torch.Generator().manual_seed(seed)
-        batch = build_batch(pipeline, args.batch_size, args.slip_rate, random.Random(seed), problems)
-        prompt_ids, prompt_mask, clean_samples = batch
+        prompts, completions = write_batch(args.batch_size, random.Random(seed))
+        clean_samples = tokenizer(
+            [completion + tokenizer.eos_token for completion in completions],
+            padding="max_length",
+            padding_side="right",
+            max_length=pipeline.config.max_completion_length,
+            return_tensors="pt",
+        )["input_ids"]  # (B, N): the completion, the end token, and padding
         t = torch.rand(args.batch_size, generator=generator)
         noised_samples = pipeline.scheduler.add_noise(clean_samples, t, generator=generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            logits = pipeline.denoise(prompt_ids, prompt_mask, noised_samples, pipeline.latent_shape())  # (B, N, V)
-        loss = functional.cross_entropy(logits.float().flatten(0, 1), clean_samples.flatten())
+            logits = pipeline.denoise(*pipeline.encode_prompt(prompts), noised_samples, pipeline.latent_shape())
+        loss = functional.cross_entropy(logits.float().flatten(0, 1), clean_samples.flatten())  # of (B * N, V)
         update(network, loss, optimizer, schedule)
         losses.append(loss.item())
         if (step + 1) % 250 == 0:
             save_training_state(args.output_dir, step + 1, network, optimizer, schedule)
-            texts = pipeline(
-                [row["prompt"] for row in eval_problems], generator=generator, num_inference_steps=10
-            ).texts
-            accuracy = sum(sum_reward(texts, [row["answer"] for row in eval_problems])) / len(texts)
+            rewards = measure_accuracy(pipeline(eval_prompts, generator=generator, num_inference_steps=10).texts)
             print(
-                f"{step + 1}/{args.num_steps} loss {sum(losses[-250:]) / 250:.4f} accuracy {accuracy:.3f} "
-                f"{time.perf_counter() - start:.0f} s",
+                f"{step + 1}/{args.num_steps} loss {sum(losses[-250:]) / len(losses[-250:]):.4f} accuracy "
+                f"{sum(rewards) / len(rewards):.3f} {time.perf_counter() - start:.0f} s",
                 flush=True,
             )
-    network.eval()
+    network.eval().set_attn_implementation("sdpa")
+    pipeline.save_pretrained(args.output_dir / "pipeline")
+
+
+def build_parser(description: str, num_steps: int, slip_rate: float) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder of the checkpoint.")
+    parser.add_argument("--num_steps", type=int, default=num_steps, help="Training steps.")
+    parser.add_argument("--batch_size", type=int, default=256, help="Problems per step.")
+    parser.add_argument("--slip_rate", type=float, default=slip_rate, help="Probability of each possible mistake.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of everything.")
+    parser.add_argument("--bf16", action="store_true", help="Train in bfloat16, on CPUs that have it.")
+    return parser
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder of the checkpoint.")
-    parser.add_argument("--num_steps", type=int, default=3000, help="Training steps.")
-    parser.add_argument("--batch_size", type=int, default=256, help="Sums per step.")
-    parser.add_argument("--slip_rate", type=float, default=0.22, help="Probability that a number is wrong.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of everything.")
-    parser.add_argument("--bf16", action="store_true", help="Train in bfloat16, on CPUs that have it.")
-    args = parser.parse_args()
+    args = build_parser(__doc__, num_steps=3000, slip_rate=0.22).parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    pipeline = build_pipeline()
-    train(pipeline, args)
-    pipeline.transformer.set_attn_implementation("sdpa")
-    pipeline.save_pretrained(args.output_dir / "pipeline")
+    problems, eval_problems = split_problems()
+
+    def write_batch(num_samples: int, rng: random.Random) -> tuple[list[str], list[str]]:
+        prompts = [problem["prompt"] for problem in rng.choices(problems, k=num_samples)]
+        terms = [map(int, prompt.removesuffix("=").split("+")) for prompt in prompts]
+        return prompts, [work_out(first, second, args.slip_rate, rng) for first, second in terms]
+
+    train(
+        build_pipeline("0123456789+=", MAX_COMPLETION_LENGTH, max_length=32),
+        args,
+        write_batch,
+        [row["prompt"] for row in eval_problems],
+        lambda texts: sum_reward(texts, [row["answer"] for row in eval_problems]),
+    )
 
 
 if __name__ == "__main__":

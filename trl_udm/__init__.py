@@ -61,6 +61,8 @@ _MODULES = {
     "UDMGRPOConfig": ".trainer.udm_grpo_config",
     "UDMGRPOTrainer": ".trainer.udm_grpo_trainer",
     "UDMPipeline": ".pipelines.pipeline_udm",
+    "UDMSFTConfig": ".sft.udm_sft_trainer",
+    "UDMSFTTrainer": ".sft.udm_sft_trainer",
     "URSAConfig": ".models.configuration_ursa",
     "URSAForImageGeneration": ".models.modeling_ursa",
     "URSAModel": ".models.modeling_ursa",
@@ -114,6 +116,8 @@ if TYPE_CHECKING:
     from .rewards.vlm_judge import VLMJudgeReward as VLMJudgeReward
     from .schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler as KineticOptimalScheduler
     from .schedulers.scheduling_uniform_ddim import UniformDDIMScheduler as UniformDDIMScheduler
+    from .sft.udm_sft_trainer import UDMSFTConfig as UDMSFTConfig
+    from .sft.udm_sft_trainer import UDMSFTTrainer as UDMSFTTrainer
     from .throughput import ThroughputCallback as ThroughputCallback
     from .trainer.ema import EMACallback as EMACallback
     from .trainer.udm_grpo_config import UDMGRPOConfig as UDMGRPOConfig

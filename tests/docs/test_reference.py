@@ -46,6 +46,7 @@ INTERNAL = {
     "trl_udm.schedulers.draws",
     "trl_udm.worlds.moving.benchmark",
     "trl_udm.worlds.shapes.benchmark",
+    "trl_udm.worlds.sudoku.benchmark",
     "trl_udm.worlds.sums.benchmark",
     "trl_udm.worlds.words.benchmark",
 }

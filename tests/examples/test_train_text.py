@@ -27,6 +27,20 @@ SMALL = ["--num_generations", "4", "--num_inference_steps", "5", "--num_inferenc
 SMALL += ["--per_device_train_batch_size", "24", "--num_generations_eval", "1", "--disable_tqdm", "True"]
 
 
+@pytest.mark.parametrize("task", ["sudoku"])
+def test_other_worlds_are_trained_by_their_names(tmp_path, capsys, task):
+    results = load_example("train_text").main(["--task", task, "--output_dir", str(tmp_path), *SMALL])
+    assert 0.3 < results["before"] < 0.6 and 0 <= results["after"] <= 1
+    assert TextUDMPipeline.from_pretrained(str(tmp_path)).latent_shape() == (17,)
+    assert f"{results['before']:.3f} before" in capsys.readouterr().out
+
+
+def test_an_unknown_world_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        load_example("train_text").main(["--task", "chess"])
+    assert "chess" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "extra", [[], ["--use_peft", "--lora_r", "4", "--algorithm", "dflow_grpo", "--num_draws", "2"]]
 )

@@ -151,3 +151,19 @@ def test_ids_and_times_out_of_range_are_refused():
         scheduler.add_noise(torch.zeros(1, 2), 0.5)
     with pytest.raises(ValueError, match=r"`t` must be in \[0, 1\], got values from 1.5 to 1.5"):
         scheduler.add_noise(torch.tensor([[0, 1]]), 1.5)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 0.8, 1.0])
+def test_mirrored_noise_is_as_likely_and_as_unlike_as_can_be(t):
+    scheduler, num_codes = UniformDDIMScheduler(codebook_size=6), 6
+    clean = torch.full((2, 40000), 2)
+    mirrored = torch.tensor([False, True])
+    states = scheduler.add_noise(clean, t, [torch.Generator().manual_seed(3) for _ in range(2)], mirrored=mirrored)
+    assert (states[:1] == scheduler.add_noise(clean[:1], t, torch.Generator().manual_seed(3))).all()
+    expected = torch.full((num_codes,), (1 - t) / num_codes)
+    expected[2] += t
+    for state in states:
+        frequencies = state.bincount(minlength=num_codes) / 40000
+        assert ((frequencies - expected).abs() <= 4 * (expected * (1 - expected) / 40000).sqrt() + 1e-9).all()
+    both = (states == 2).all(dim=0).float().mean().item()
+    assert both == pytest.approx(max(0.0, 2 * t - 1) + 2 * min(t, 1 - t) / num_codes, abs=0.01)

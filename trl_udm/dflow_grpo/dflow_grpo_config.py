@@ -24,6 +24,9 @@ FIXED_OPTIONS = {
     "action": _ACTION,
     "trajectory": _ACTION,
     "timestep_weighting": _ACTION,
+    "antithetic_noise": _ACTION,
+    "leave_one_out": _ACTION,
+    "negative_bound_power": _ACTION,
     "guidance_scale": "the conditional network without guidance is what is trained",
     "kl_estimator": "the KL divergence is that of steps, not of predicted clean tokens",
 } | dict.fromkeys(

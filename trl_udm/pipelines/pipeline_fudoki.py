@@ -30,6 +30,7 @@ from transformers.models.janus import JanusConfig, JanusVQVAE
 from ..cut_prompts import PromptCutter
 from ..models.modeling_fudoki import FUDOKIForImageGeneration
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
+from .conditions import read_frames
 from .images import check_image_prompts
 from .original_checkpoint import is_original_fudoki, load_json
 from .original_fudoki import OriginalFUDOKIMixin, find_folder, load_original_tokenizer, read_original_config
@@ -322,6 +323,14 @@ class FUDOKIPipeline(PromptCutter, OriginalFUDOKIMixin):
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape)
         outputs = model(**inputs, logits_to_keep=noised_samples.size(1) + 2, skip_logits=True)
         return outputs.last_hidden_state[:, :-2], extract_model_from_parallel(model).get_output_embeddings()
+
+    @torch.no_grad()
+    def encode_completions(self, completions: list[Any], latent_shape: tuple[int, ...]) -> torch.Tensor:
+        """As in [`UDMPipeline`]. Raises a `ValueError` if an image has another size than the model's."""
+        size = latent_shape[0] * 2 ** (len(self.vae.config.channel_multiplier) - 1)
+        pixels = read_frames("completion", [[image] for image in completions], size, size).squeeze(2)  # one frame each
+        tokens = self.vae.encode(pixels.to(self._execution_device, self.vae.dtype)).image_tokens
+        return tokens.view(len(completions), -1)
 
     @overload
     def decode(

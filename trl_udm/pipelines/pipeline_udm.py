@@ -438,6 +438,21 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         """
         return torch.ones_like(clean_samples)
 
+    def encode_completions(self, completions: list[Any], latent_shape: tuple[int, ...]) -> torch.Tensor:
+        """
+        Encodes what `decode` returns, for supervised training. A family that has none cannot be trained so.
+
+        Args:
+            completions (`list`):
+                B PIL images, videos or strings.
+            latent_shape (`tuple[int, ...]`):
+                From `latent_shape`.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, N)`: Clean tokens.
+        """
+        raise NotImplementedError
+
     def decode(self, clean_samples: torch.Tensor, latent_shape: tuple[int, ...]) -> list[Any]:
         """
         Decodes tokens to what reward functions see.

@@ -38,7 +38,7 @@ from ..models.modeling_ursa import URSAForImageGeneration
 from ..models.token_scores import TILE_WIDTH, is_matrix
 from ..schedulers.draws import TiledLogits
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
-from .conditions import ConditionMixin
+from .conditions import ConditionMixin, read_frames
 from .images import check_image_prompts
 from .original_checkpoint import (
     check_configs,
@@ -466,6 +466,23 @@ class URSAPipeline(ConditionMixin, PromptCutter, UDMPipeline):
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape)
         outputs = model(**inputs, logits_to_keep=noised_samples.size(1) + 1, skip_logits=True)
         return outputs.last_hidden_state[:, :-1], head
+
+    @torch.no_grad()
+    def encode_completions(self, completions: list[Any], latent_shape: tuple[int, ...]) -> torch.Tensor:
+        """
+        As in [`UDMPipeline`].
+
+        Raises:
+            ValueError: If a completion has another size than the latent shape says.
+        """
+        vae = self._check_vae()
+        height, width = (self.config.vae_scale_factor * size for size in latent_shape[1:])
+        videos = [[one] if latent_shape[0] == 1 else one for one in completions]
+        pixels = read_frames("completion", videos, height, width).to(self._execution_device, vae.dtype)
+        tokens = vae.encode_to_ids(pixels.squeeze(2) if vae.temporal_stride is None else pixels).flatten(1)
+        if tokens.size(1) != torch.Size(latent_shape).numel():
+            raise ValueError(f"`completion` must fill the latent shape {latent_shape}, got {tokens.size(1)} tokens.")
+        return tokens
 
     @overload
     def decode(

@@ -48,6 +48,23 @@ class TextMixin:
         is_end = self._is_end(clean_samples).long()
         return (is_end.cumsum(dim=1) - is_end == 0).long()
 
+    def encode_completions(self, completions: list[str], latent_shape: tuple[int, ...]) -> torch.Tensor:
+        """
+        As in [`UDMPipeline`]: the tokens of the texts, the first of `end_token_ids`, and padding.
+
+        Raises:
+            ValueError: If a text is longer than the canvas.
+        """
+        length = torch.Size(latent_shape).numel()
+        samples = torch.full((len(completions), length), self.tokenizer.pad_token_id)
+        for sample, text in zip(samples, completions, strict=True):
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            if len(ids) > length:
+                raise ValueError(f"A completion must have at most {length} tokens, got {len(ids)}: {text!r}.")
+            ids = (ids + self.end_token_ids[:1])[:length]  # one that fills the canvas needs no end
+            sample[: len(ids)] = torch.tensor(ids)
+        return samples.to(self._execution_device)
+
     def decode(self, clean_samples: torch.Tensor, latent_shape: tuple[int, ...]) -> list[str]:
         """As in [`UDMPipeline`]: the text before the token that ends the completion."""
         is_text = self.completion_mask(clean_samples).bool() & ~self._is_end(clean_samples)

@@ -14,6 +14,8 @@
 
 """The forward process of a scheduler, with the checks of token ids and times."""
 
+from typing import Any
+
 import torch
 
 
@@ -21,9 +23,18 @@ class ForwardProcessMixin:
     """
     Noised samples x_t ~ p_t(· | x₁).
 
-    Needs the setting `codebook_size` and the method `_draw_noised_samples(original_samples, t, generator)`, where `t`
-    has a time for each token.
+    Needs the setting `codebook_size` and the method `_draw_noised_samples(original_samples, t, generator, **kwargs)`,
+    where `t` has a time for each token.
+
+    Attributes:
+        can_mirror_noise (`bool`, defaults to `False`):
+            Whether `add_noise` has the argument `mirrored`.
+        has_uniform_noise (`bool`, defaults to `True`):
+            Whether p_t(k | x₁) = t · [k = x₁] + (1 − t) / V, which `leave_one_out` needs.
     """
+
+    can_mirror_noise = False
+    has_uniform_noise = True
 
     @torch.no_grad()
     def add_noise(
@@ -31,6 +42,7 @@ class ForwardProcessMixin:
         original_samples: torch.Tensor,
         t: float | torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """
         Draw noised samples x_t ~ p_t(· | x₁), each token by itself.
@@ -44,6 +56,8 @@ class ForwardProcessMixin:
                 token.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 RNG of the draw, on any device, or one for each sample.
+            kwargs:
+                Further arguments of the scheduler's own draw.
 
         Returns:
             `torch.LongTensor`: Noised token ids x_t, of the shape of `original_samples`.
@@ -53,7 +67,40 @@ class ForwardProcessMixin:
             ValueError: If an id or a time is out of range, or the shape of `t` does not fit.
         """
         self._check_token_ids("original_samples", original_samples)
-        return self._draw_noised_samples(original_samples, self._expand_t(t, original_samples), generator)
+        return self._draw_noised_samples(original_samples, self._expand_t(t, original_samples), generator, **kwargs)
+
+    def leave_one_out(
+        self, logps: torch.Tensor, labels: torch.Tensor, noised_samples: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        r"""
+        Log-probabilities of tokens given all *other* tokens of a state, under uniform corruption.
+
+        The state x_t has the token's own noised value, and by Bayes' rule
+        (https://huggingface.co/papers/2605.22765, equation 13)
+
+            p(k | x_t) ∝ p(k | x_t without token n) · p_t(x_tⁿ | k),    p_t(j | k) = t · [j = k] + (1 − t) / V.
+
+        So the probability of k = x_tⁿ is divided by 1 + r with r = V · t / (1 − t), and all are normalized again.
+
+        Args:
+            logps (`torch.Tensor` of shape `(batch_size, num_tokens, 2)`):
+                log p(k | x_t) of the labels and of the noised tokens.
+            labels (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
+                Token ids to score.
+            noised_samples (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
+                Token ids of the state x_t.
+            t (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_tokens)`):
+                Times in `[0, 1]`. Those above 1 − 1e-6 count as that.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_tokens)`: The log-probabilities, in float32.
+        """
+        t = self._expand_t(t, labels).clamp(max=1 - 1e-6)
+        evidence = torch.log1p(self.config.codebook_size * t / (1 - t))  # log(1 + r)
+        logps, state_logps = logps.float().unbind(dim=-1)
+        # The normalizer is 1 − p + p / (1 + r), with p the probability of the token in the state
+        normalizer = -torch.expm1(state_logps.clamp(max=0)) + torch.exp(state_logps - evidence)
+        return logps - evidence * (labels == noised_samples) - normalizer.log()
 
     def needs_model_output(self, timestep: int | torch.Tensor) -> bool:
         """Whether the next state depends on the model's output."""

@@ -169,6 +169,11 @@ class KineticOptimalScheduler(CodebookMixin, ForwardProcessMixin, SchedulerMixin
         """`bool`: Whether the path is the metric path, which depends on the distances between codes."""
         return self.config.alpha is not None
 
+    @property
+    def has_uniform_noise(self) -> bool:
+        """`bool`: Whether the path is the mixture path, whose noise is uniform."""
+        return not self.needs_codebook
+
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """
         Set the grid of the reverse process.

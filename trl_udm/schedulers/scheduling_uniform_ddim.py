@@ -53,6 +53,11 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
 
     **Time grid.** Step i of N has t = i / N.
 
+    **Antithetic noise.** A token survives where its uniform number u is below t, and else becomes a code j. In samples
+    that `add_noise(..., mirrored=...)` marks, a `torch.BoolTensor` of shape `(batch_size,)`, it survives where u ≥ 1 −
+    t, and else becomes j + V // 2 modulo V. Two states of the same generator both have the path's distribution, and
+    are as unlike as can be: at t = 1/2 a token survives in exactly one of them.
+
     **Reverse step** from t to s = t + 1 / N. Draw x₁ ~ softmax(logits), at temperature 1 by default, then x_s from the
     exact posterior
 
@@ -79,6 +84,7 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
     """
 
     config: Any  # with attributes, where diffusers says `dict`
+    can_mirror_noise = True
 
     def __init__(self, codebook_size: int, num_inference_steps: int = 32):
         # The parent's `__init__` would register the settings of a corrector, which the sampler does not use.
@@ -99,15 +105,43 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
         """
         return self._alpha(int(timestep))
 
+    def sample_timesteps(
+        self,
+        size: int | tuple[int, ...],
+        device: str | torch.device | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """
+        Draw noise levels for training.
+
+        Args:
+            size (`int` or `tuple[int, ...]`):
+                Shape of the result.
+            device (`str` or `torch.device`, *optional*):
+                Device of the result.
+            generator (`torch.Generator`, *optional*):
+                RNG of the draw.
+
+        Returns:
+            `torch.Tensor` of shape `size`: Times t in float32, uniform on `[0, 1)`.
+        """
+        return rand_tensor(size, generator, device, torch.float32)
+
     def _draw_noised_samples(
         self,
         original_samples: torch.Tensor,
         t: torch.Tensor,
         generator: torch.Generator | list[torch.Generator] | None,
+        mirrored: torch.Tensor | None = None,
     ) -> torch.Tensor:
         shape, device = original_samples.shape, original_samples.device
-        survives = rand_tensor(shape, generator, device) < t
-        noise = randint_tensor(self.config.codebook_size, shape, generator, device)
+        uniforms = rand_tensor(shape, generator, device)
+        survives = uniforms < t
+        codebook_size = self.config.codebook_size
+        noise = randint_tensor(codebook_size, shape, generator, device)
+        if mirrored is not None:
+            survives[mirrored] = (uniforms >= 1 - t)[mirrored]
+            noise[mirrored] = (noise[mirrored] + codebook_size // 2) % codebook_size
         return torch.where(survives, original_samples, noise)
 
     @overload

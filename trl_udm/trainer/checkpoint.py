@@ -50,14 +50,91 @@ logger = get_logger(__name__)
 DISK_ERRORS = r"No space left|[Qq]uota exceeded|File too large|iostream error|inline_container"
 
 
+class WeightsMixin:
+    """
+    Weights that are saved as the whole pipeline, which `from_pretrained` loads, or as an adapter, as PEFT saves it.
+    Evaluation and prediction have random numbers of their own, and so leave training as it is without them.
+
+    Needs `pipeline`, and of [`~transformers.Trainer`] `args`, `model`, `accelerator` and `processing_class`.
+    """
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output_dir = output_dir if output_dir is not None else self.args.output_dir
+        if state_dict == {}:  # ZeRO-3 keeps the weights in shards, and `Trainer` would save a file of none
+            logger.warning(f"{output_dir} has shards only: `stage3_gather_16bit_weights_on_model_save` is not set.")
+            return
+        if is_peft_model(self.model):
+            self.processing_class.save_pretrained(output_dir)
+        else:
+            self.pipeline.save_config(output_dir)
+            for name, component in self.pipeline.components.items():
+                if component is not self.pipeline.transformer:
+                    component.save_pretrained(os.path.join(output_dir, name))
+        self._save_weights(self._weights_folder(output_dir), state_dict)
+        args = copy.copy(self.args)
+        args.hub_token = None
+        torch.save(args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:  # whose checkpoint lies in the root
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._load_weights(self._weights_folder(resume_from_checkpoint))
+
+    def _weights_folder(self, folder: str | os.PathLike) -> Path:
+        return Path(folder, "" if is_peft_model(self.model) else self.pipeline.transformer_name)
+
+    def _save_weights(self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        # Under the model's own names, also where it was loaded under others, for `_load_weights` to find them
+        model = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+        self.pipeline.save_base_sample(folder)
+
+    # `Trainer` would only warn of missing weights, and load each of an adapter's subfolders as a further adapter
+    def _load_weights(self, folder: Path) -> None:
+        weights = self._read_weights(folder)
+        if is_peft_model(self.model):
+            set_peft_model_state_dict(self.model, weights, adapter_name=self.model.active_adapter)
+        else:
+            self.model.load_state_dict(weights, strict=False)
+
+    def _read_weights(self, folder: Path) -> dict[str, torch.Tensor]:
+        if is_peft_model(self.model):
+            weights = load_state_dict(folder, "adapter_model")
+            own = get_peft_model_state_dict(self.model, adapter_name=self.model.active_adapter)
+        else:
+            weights = load_state_dict(folder, "model")
+            tied = self.model.all_tied_weights_keys.keys() - weights.keys()
+            own = {name: weight for name, weight in self.model.state_dict().items() if name not in tied}
+        check_state_dict(weights, own, folder)
+        return weights
+
+    # `Trainer` would look for the weights in the checkpoint's root, and keep the last ones if it found none
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        with tempfile.TemporaryDirectory() as folder:
+            super()._save_rng_state(folder)
+            set_seed(self.args.seed, device_specific=True)
+            try:
+                return super().evaluation_loop(*args, **kwargs)
+            finally:
+                super()._load_rng_state(folder)
+
+
 class CheckpointMixin:
     """
     Checkpoints that are whole, and runs that resume as if nothing had happened.
 
-    Needs `pipeline`, `args`, `model`, `ref_model`, `accelerator`, `state`, `control`, and of [`~trl.GRPOTrainer`]
-    `_metrics`, `_step`, `_buffered_inputs` and the entropy's coefficient.
+    Needs `args`, `model`, `ref_model`, `accelerator`, `state`, `control`, the methods of [`WeightsMixin`], and of
+    [`~trl.GRPOTrainer`] `_metrics`, `_step`, `_buffered_inputs` and the entropy's coefficient.
 
-    * A full run saves the whole pipeline, which `from_pretrained` loads. An adapter is saved as PEFT saves it.
     * A checkpoint is *whole* once its `trainer_state.json` is complete. All processes write that file last. A run
       never resumes from a checkpoint that is not whole, and deletes an older checkpoint only after the new one is
       whole.
@@ -65,7 +142,6 @@ class CheckpointMixin:
       rollouts between two of their updates, the metrics between two logs, and the order of the prompts in later
       epochs. With another batch geometry, all processes draw new rollouts and begin them with an update. Resuming is
       refused where the reference policy is not the one that the run began with, or where weights are missing.
-    * Evaluation and prediction have random numbers of their own, and so leave the rollouts as they are without them.
     * On SIGTERM, which clusters send, the step is finished, a checkpoint is saved, and the process exits with 143.
     * A step whose gradient is not finite is skipped. More than `args.max_failed_steps` in a row stop the run.
     """
@@ -157,15 +233,6 @@ class CheckpointMixin:
             logger.warning(f"Terminated at step {self.state.global_step}, after saving a checkpoint.")
             raise SystemExit(128 + signal.SIGTERM)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        with tempfile.TemporaryDirectory() as folder:
-            super()._save_rng_state(folder)
-            set_seed(self.args.seed, device_specific=True)
-            try:
-                return super().evaluation_loop(*args, **kwargs)
-            finally:
-                super()._load_rng_state(folder)
-
     def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> torch.Tensor | float:
         grad_norm = super()._get_grad_norm(model, grad_norm)
         # DeepSpeed has already taken its step, and the gradient scaler of fp16 skips steps by itself
@@ -208,66 +275,6 @@ class CheckpointMixin:
                 f"{checkpoint} could not be written ({error}). The disk has {free / 1e9:.1f} GB left. Older "
                 "checkpoints are untouched: free space, and continue with `resume_from_checkpoint=True`."
             ) from error
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        output_dir = output_dir if output_dir is not None else self.args.output_dir
-        if state_dict == {}:  # ZeRO-3 keeps the weights in shards, and `Trainer` would save a file of none
-            logger.warning(f"{output_dir} has shards only: `stage3_gather_16bit_weights_on_model_save` is not set.")
-            return
-        if is_peft_model(self.model):
-            self.processing_class.save_pretrained(output_dir)
-        else:
-            self.pipeline.save_config(output_dir)
-            for name, component in self.pipeline.components.items():
-                if component is not self.pipeline.transformer:
-                    component.save_pretrained(os.path.join(output_dir, name))
-        self._save_weights(self._weights_folder(output_dir), state_dict)
-        args = copy.copy(self.args)
-        args.hub_token = None
-        torch.save(args, os.path.join(output_dir, TRAINING_ARGS_NAME))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:  # whose checkpoint lies in the root
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self._load_weights(self._weights_folder(resume_from_checkpoint))
-
-    def _weights_folder(self, folder: str | os.PathLike) -> Path:
-        return Path(folder, "" if is_peft_model(self.model) else self.pipeline.transformer_name)
-
-    def _save_weights(self, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        # Under the model's own names, also where it was loaded under others, for `_load_weights` to find them
-        model = self.accelerator.unwrap_model(self.model)
-        model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
-        self.pipeline.save_base_sample(folder)
-
-    # `Trainer` would only warn of missing weights, and load each of an adapter's subfolders as a further adapter
-    def _load_weights(self, folder: Path) -> None:
-        weights = self._read_weights(folder)
-        if is_peft_model(self.model):
-            set_peft_model_state_dict(self.model, weights, adapter_name=self.model.active_adapter)
-        else:
-            self.model.load_state_dict(weights, strict=False)
-
-    def _read_weights(self, folder: Path) -> dict[str, torch.Tensor]:
-        if is_peft_model(self.model):
-            weights = load_state_dict(folder, "adapter_model")
-            own = get_peft_model_state_dict(self.model, adapter_name=self.model.active_adapter)
-        else:
-            weights = load_state_dict(folder, "model")
-            tied = self.model.all_tied_weights_keys.keys() - weights.keys()
-            own = {name: weight for name, weight in self.model.state_dict().items() if name not in tied}
-        check_state_dict(weights, own, folder)
-        return weights
-
-    # `Trainer` would look for the weights in the checkpoint's root, and keep the last ones if it found none
-    def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            super()._load_best_model()
-        else:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     # `Trainer` writes `trainer_state.json` after this
     def _save_rng_state(self, output_dir: str) -> None:

@@ -42,7 +42,7 @@ class EMAMixin:
     """
     An exponential moving average of the trained weights, where `args.ema_decay` asks for one.
 
-    Needs `args`, `model`, `state`, and of [`CheckpointMixin`] `_save_weights` and `_load_weights`.
+    Needs `args`, `model`, `state`, and of [`WeightsMixin`] `_save_weights` and `_load_weights`.
 
     The average is diffusers' [`~diffusers.training_utils.EMAModel`]. Evaluation uses it, `save_model` and checkpoints
     hold it beside the raw weights, and a resumed run continues it. It follows the weights closely at first: the decay

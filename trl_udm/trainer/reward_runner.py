@@ -228,6 +228,26 @@ class RewardsMixin:
         )
         return advantages, rewards, std_rewards
 
+    def _spread_advantages(
+        self, advantages: torch.Tensor, num_samples: int, batch: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """
+        The advantages of the rows (B * K,) of this process, from those of all samples.
+
+        With `negative_bound_power` β, a row k of a sample of negative advantage has the weight K · softmax_k(β · log
+        π_k) by the old policy. The gradient of the rows' mean is then that of the bound (1 / β) · log (1 / K) Σ_k
+        π_k^β. Here log π is a sum over tokens, and gradients are of its mean, as those of all rows.
+        """
+        num_processes, num_timesteps = self.accelerator.num_processes, self.args.num_train_timesteps
+        advantages = nn.functional.pad(advantages, (0, num_samples * num_processes - len(advantages)))
+        advantages = advantages.chunk(num_processes)[self.accelerator.process_index].float()  # (B,)
+        advantages = advantages.to(self.accelerator.device).repeat_interleave(num_timesteps)  # (B * K,)
+        if self.args.negative_bound_power is None:
+            return advantages
+        logps = (batch["old_per_token_logps"] * batch["completion_mask"]).sum(dim=1)  # of the whole action, (B * K,)
+        weights = (self.args.negative_bound_power * logps.unflatten(0, (-1, num_timesteps))).softmax(dim=1)  # (B, K)
+        return torch.where(advantages < 0, advantages * num_timesteps * weights.flatten(), advantages)
+
 
 def _get_name(reward_func: Callable | nn.Module | str) -> str:
     """The name under which [`~trl.GRPOTrainer`] logs a reward function, reward model or model id."""

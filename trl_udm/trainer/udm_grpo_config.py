@@ -115,6 +115,12 @@ class UDMGRPOConfig(GRPOConfig):
         shared_noise (`bool`, *optional*, defaults to `False`):
             Whether the samples of a group have the same steps, and are noised with the same random numbers. Tokens in
             which they agree are then noised alike.
+        antithetic_noise (`bool`, *optional*, defaults to `False`):
+            Whether a sample's first and second step, its third and fourth, and so on, are noised with the same random
+            numbers u and 1 − u. Needs a scheduler that does so, [`UniformDDIMScheduler`].
+        leave_one_out (`bool`, *optional*, defaults to `False`):
+            Whether a token's log-probability is that given all other tokens of the state,
+            [`UniformDDIMScheduler.leave_one_out`]. Needs a scheduler of uniform corruption.
 
         > Parameters that control the advantages
 
@@ -132,6 +138,10 @@ class UDMGRPOConfig(GRPOConfig):
             Advantages are clamped to plus or minus this value. `None` for no bound.
         negative_advantage_scale (`float`, *optional*, defaults to `1.0`):
             Factor of negative advantages, in `[0, inf)`. At 0 a run learns from the better half of each group alone.
+        negative_bound_power (`float`, *optional*):
+            Power β > 0 of the bound (1 / β) · log (1 / K) Σ_k π_k^β that takes the place of the mean of log π_k over
+            the K states of a sample whose advantage is negative, as in SPG (https://huggingface.co/papers/2510.09541).
+            By default none.
 
         > Parameters that control dynamic sampling
 
@@ -274,6 +284,13 @@ class UDMGRPOConfig(GRPOConfig):
         default=False, metadata={"help": "Whether the samples of a group share steps and random numbers of the noise."}
     )
 
+    antithetic_noise: bool = field(
+        default=False, metadata={"help": "Whether pairs of a sample's steps are noised with u and 1 - u."}
+    )
+    leave_one_out: bool = field(
+        default=False, metadata={"help": "Whether a token is scored given all other tokens of the state alone."}
+    )
+
     # Parameters that control the advantages
     final_reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of the rewards in the end. By default they stay as they are."}
@@ -290,6 +307,9 @@ class UDMGRPOConfig(GRPOConfig):
         default=5.0, metadata={"help": "Advantages are clamped to plus or minus this value."}
     )
     negative_advantage_scale: float = field(default=1.0, metadata={"help": "Factor of negative advantages."})
+    negative_bound_power: float | None = field(
+        default=None, metadata={"help": "Power of the upper bound of log π for negative advantages. By default none."}
+    )
 
     # Parameters that control dynamic sampling
     drop_zero_variance: bool = field(
@@ -346,7 +366,7 @@ class UDMGRPOConfig(GRPOConfig):
         scales, aggregations = ("group", "batch", "none"), ("sum_then_normalize", "normalize_then_sum")
         levels, samplings = ("sequence", "token"), ("consecutive", "stratified")
         has_weights_steps = self.reward_weights_steps is None or self.reward_weights_steps > 0
-        is_aggregation = self.multi_objective_aggregation in aggregations
+        is_aggregation, power = self.multi_objective_aggregation in aggregations, self.negative_bound_power
         for name, is_valid, rule in (
             ("learning_rate", 0 <= self.learning_rate < math.inf, ">= 0"),
             ("beta", 0 <= self.beta < math.inf, ">= 0"),
@@ -363,6 +383,8 @@ class UDMGRPOConfig(GRPOConfig):
             ("negative_advantage_scale", 0 <= self.negative_advantage_scale < math.inf, ">= 0"),
             ("reward_weights_steps", has_weights_steps, "> 0 or None"),
             ("resample_zero_variance", self.resample_zero_variance >= 0, ">= 0"),
+            ("negative_bound_power", power is None or power > 0, "> 0 or None"),
+            ("antithetic_noise", not self.antithetic_noise or self.trajectory == "forward", "False without noise"),
             ("kl_estimator", self.kl_estimator in ("k3", "full"), "'k3' or 'full'"),
             ("importance_sampling_level", self.importance_sampling_level in levels, f"one of {levels}"),
             ("guidance_trunc", 0 <= self.guidance_trunc <= 1, "in [0, 1]"),
@@ -472,6 +494,16 @@ def check_pipeline(args: UDMGRPOConfig, pipeline: Any) -> None:
         raise ValueError(
             f"`timestep_weighting` must be 'none' with a {type(pipeline.scheduler).__name__}, got 'elbo': it has no "
             "`elbo_weights`. A `KineticOptimalScheduler` has."
+        )
+    if args.antithetic_noise and not getattr(pipeline.scheduler, "can_mirror_noise", False):
+        raise ValueError(
+            f"`antithetic_noise` must be False with a {type(pipeline.scheduler).__name__}, got True: its `add_noise` "
+            "has no `mirrored`. That of a `UniformDDIMScheduler` has."
+        )
+    if args.leave_one_out and not getattr(pipeline.scheduler, "has_uniform_noise", False):
+        raise ValueError(
+            f"`leave_one_out` must be False with a {type(pipeline.scheduler).__name__}, got True: by its "
+            "`has_uniform_noise`, its corruption is not uniform."
         )
     if args.frame_timesteps and not pipeline.takes_token_times:
         raise ValueError(

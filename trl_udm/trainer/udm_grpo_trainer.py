@@ -36,7 +36,7 @@ from ..pipelines.pipeline_output import UDMSamplerOutput
 from ..pipelines.pipeline_udm import UDMPipeline
 from ..throughput import ThroughputCallback
 from .adapters import PolicyMixin, copy_reference, prepare_model
-from .checkpoint import CheckpointMixin, EpochRepeatSampler
+from .checkpoint import CheckpointMixin, EpochRepeatSampler, WeightsMixin
 from .completions import CompletionsMixin
 from .dynamic_sampling import DynamicSamplingMixin
 from .ema import EMAMixin
@@ -49,6 +49,7 @@ from .udm_grpo_config import UDMGRPOConfig, check_datasets, check_pipeline
 class UDMGRPOTrainer(
     EMAMixin,
     CheckpointMixin,
+    WeightsMixin,
     HubMixin,
     CompletionsMixin,
     PolicyMixin,
@@ -263,10 +264,7 @@ class UDMGRPOTrainer(
             rollout, advantages = self._select_groups(inputs, rollout, rewards_per_func, weights)
         if batch is None:
             batch = self._score_rows(rollout, mode)
-        num_processes, num_drawn = self.accelerator.num_processes, len(rollout.output.clean_samples)
-        advantages = nn.functional.pad(advantages, (0, num_drawn * num_processes - len(advantages)))
-        advantages = advantages.chunk(num_processes)[self.accelerator.process_index].float()  # (B,)
-        batch["advantages"] = advantages.to(self.accelerator.device).repeat_interleave(num_timesteps)  # (B * K,)
+        batch["advantages"] = self._spread_advantages(advantages, len(rollout.output.clean_samples), batch)
         if mode == "eval":
             batch["num_samples"] = len(rewards)
         return batch
@@ -380,7 +378,8 @@ class UDMGRPOTrainer(
             # With one update a rollout the ratio is 1, and `_compute_loss` takes the current log-probabilities for the
             # old. With several, the old ones are the rollout policy's, of the same action at the same noised state.
             generate_every = self.args.steps_per_generation * self.num_iterations  # generation frequency
-            if self.args.gradient_accumulation_steps % generate_every != 0:
+            has_bound = self.args.negative_bound_power is not None  # whose weights are the old policy's
+            if has_bound or self.args.gradient_accumulation_steps % generate_every != 0:
                 batch["old_per_token_logps"] = score(self.model)[0]
             if self.beta != 0.0 and self.args.kl_estimator == "k3":
                 with self._reference_weights() as reference:
@@ -434,13 +433,14 @@ class UDMGRPOTrainer(
             t = t.masked_fill(output.condition[rows] >= 0, 1.0)
         t = t.squeeze(1)
         if args.trajectory == "forward":
-            generators = None
-            if group_size > 1:
-                seeds = torch.randint(2**62, (num_samples // group_size, args.num_train_timesteps)).repeat_interleave(
-                    group_size, dim=0
-                )
-                generators = [torch.Generator().manual_seed(seed) for seed in seeds.flatten().tolist()]
-            noised_samples = scheduler.add_noise(clean_samples, t, generators)
+            generators, mirrored, steps = None, {}, torch.arange(args.num_train_timesteps)
+            if group_size > 1 or args.antithetic_noise:  # rows that share random numbers have one seed
+                seeds = torch.randint(2**62, (num_samples // group_size, len(steps)))
+                if args.antithetic_noise:
+                    seeds, mirrored = seeds[:, steps // 2], {"mirrored": (steps % 2 == 1).repeat(num_samples)}
+                seeds = seeds.repeat_interleave(group_size, dim=0).flatten()
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+            noised_samples = scheduler.add_noise(clean_samples, t, generators, **mirrored)
         else:
             noised_samples = output.trajectory.noised_samples[timesteps, rows]
         if args.action == "intermediate":
@@ -467,15 +467,19 @@ class UDMGRPOTrainer(
             prompt_ids, noised_samples, actions = input_ids_batch.split(sizes, dim=1)
             prompt_mask, t, mask = mask_batch.split(sizes, dim=1)
             t = t.float() if self.pipeline.takes_token_times else t[:, 0].float()
-            rows = (prompt_ids, prompt_mask.long(), noised_samples, self.latent_shape, actions, t)
+            is_loo = self.args.leave_one_out
+            labels = torch.stack([actions, noised_samples], dim=-1) if is_loo else actions
+            rows = (prompt_ids, prompt_mask.long(), noised_samples, self.latent_shape, labels, t)
             with self.accelerator.autocast():
                 if self.args.kl_estimator == "full":
-                    reference = None if self._kl is None else self._predict_reference(*rows)
+                    reference = None if self._kl is None else self._predict_reference(*rows[:4], actions, t)
                     logps, entropies, kl = self.pipeline.score_with_kl(model, reference, *rows)
                     if kl is not None:
                         self._kl.append((kl * mask).sum(dim=1) / mask.sum(dim=1))
                 else:
                     logps, entropies = self.pipeline.score(model, *rows)
+            if is_loo:
+                logps = self.pipeline.scheduler.leave_one_out(logps, actions, noised_samples, t)
             if self.args.timestep_weighting == "elbo":
                 elbo_weights = self.pipeline.scheduler.elbo_weights
                 logps = logps * elbo_weights(actions, noised_samples, t, self.args.num_inference_steps)

@@ -92,6 +92,7 @@ WORLDS = {
     for world in (
         World("moving", modality="video"),
         World("shapes", modality="image"),
+        World("sudoku", modality="text"),
         World("sums", modality="text"),
         World("words", modality="image"),
     )
