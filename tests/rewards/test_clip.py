@@ -161,6 +161,9 @@ def test_aesthetic_head_scores_the_normalized_features(folder, reward, tmp_path,
     assert max(expected) - min(expected) > 1e-2
     assert aesthetic(prompts=PROMPTS, completions=IMAGES) == pytest.approx(expected, abs=1e-5)
     assert aesthetic(prompts=["", *PROMPTS[1:]], completions=IMAGES) == pytest.approx(expected, abs=1e-5)
+    scores = aesthetic(prompts=PROMPTS, completions=IMAGES)
+    singly = AestheticReward(str(tmp_path / "head.pth"), folder, batch_size=1)(prompts=PROMPTS, completions=IMAGES)
+    assert singly == pytest.approx(scores, rel=1e-6)
     assert get_callable_name(aesthetic) == "aesthetic"
 
 
