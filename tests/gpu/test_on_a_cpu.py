@@ -29,10 +29,13 @@ PACKAGE = Path(__file__).parents[2] / "trl_udm"
 # Rewards are float64, and stay on the CPU. All else goes through `widest_dtype`, since MPS has no float64.
 MAY_BE_FLOAT64 = {
     ("random_tensor.py", "widest_dtype"),
+    ("rewards/diversity.py", "__call__"),
     ("trainer/completions.py", "_log_rollout"),
+    ("trainer/dynamic_sampling.py", "_select_groups"),
     ("trainer/reward_runner.py", "__init__"),
     ("trainer/reward_runner.py", "_calculate_rewards"),
     ("trainer/reward_runner.py", "_compute_advantages"),
+    ("trainer/reward_runner.py", "_find_reward_weights"),
 }
 
 # The kernels of TRL's fused head against the same in plain PyTorch, for two tiles of which the last is not full

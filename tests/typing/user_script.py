@@ -42,6 +42,8 @@ from trl_udm import (
     DFlowGRPOTrainer,
     DiagnosticsCallback,
     DiffusionGemmaUDMPipeline,
+    DiversityReward,
+    DPGReward,
     EMACallback,
     FrameReward,
     FUDOKIForImageGeneration,
@@ -64,6 +66,8 @@ from trl_udm import (
     UDMGRPOConfig,
     UDMGRPOTrainer,
     UDMPipeline,
+    UDMSFTConfig,
+    UDMSFTTrainer,
     UniformDDIMScheduler,
     URSAConfig,
     URSAForImageGeneration,
@@ -283,6 +287,8 @@ FrameReward(AestheticReward("head.pth"), frames="middle", reduce="min")
 assert_type(JudgeTemplate("Is it {prompt}?", answer="yes_no").parse("yes"), float | None)
 vlm_judge = VLMJudgeReward("model", "http://127.0.0.1:8000/v1", template="geneval", prices=(1.0, 2.0))
 CLIPReward("folder", prefix="a ", batch_size=4)
+DPGReward("model", "http://127.0.0.1:8000/v1", timeout=30.0)
+assert_type(DiversityReward()(["a dog"] * 2, output.images, completion_ids=[[1], [2]]), list[float | None])
 remote_reward = RemoteReward(["http://one:8765", "http://two:8765"], columns=["tag"], timeout=60, name="remote")
 
 # Training
@@ -421,3 +427,4 @@ assert_type(DicePipeline.from_pretrained("folder"), DicePipeline)
 UDMGRPOTrainer(dice, has_prompt, args, train_dataset=prompts)
 DFlowGRPOTrainer(dice, has_prompt, DFlowGRPOConfig("run", num_draws=4, old_policy_steps=48), train_dataset=prompts)
 DFlowDPOTrainer(dice, [has_prompt], DFlowDPOConfig("run", num_pairs=2), train_dataset=prompts)
+UDMSFTTrainer(dice, UDMSFTConfig("run", max_steps=10), prompts, peft_config=LoraConfig(r=8))

@@ -105,7 +105,7 @@ class FUDOKIPipeline(PromptCutter, OriginalFUDOKIMixin):
     scheduler: KineticOptimalScheduler
     tokenizer: PreTrainedTokenizerBase
     vae: JanusVQVAE
-    model_cpu_offload_seq = "transformer->vae"
+    model_cpu_offload_seq: Any = "transformer->vae"
     _callback_tensor_inputs = ["latents", "logits"]
 
     def __init__(

@@ -85,7 +85,7 @@ class DiversityReward:
         if num_samples < 2:
             return [None] * num_samples
         if self.embed is not None:
-            features = functional.normalize(self.embed(completions).double(), dim=-1)  # (G, D)
+            features = functional.normalize(self.embed(completions).cpu().double(), dim=-1)  # (G, D)
             distances = 1 - features @ features.T  # (G, G)
         elif completion_ids is not None:
             columns = torch.tensor([*zip_longest(*completion_ids, fillvalue=-1)])  # (N, G), no token is -1
