@@ -133,8 +133,14 @@ def count_passes(options: dict[str, Any]) -> float:
     rollout = NUM_STEPS * (1 if options["guidance_scale"] == 1.0 else 2)
     num_scorings = (options["beta"] != 0) + (options["num_iterations"] > 1)
     scoring = num_scorings * options["num_train_timesteps"]
-    share = 2 * options["num_pairs"] / options["num_generations"] if "num_pairs" in options else 1  # of the samples
-    return (rollout + scoring) / options["num_iterations"] + 3 * share * options["num_train_timesteps"]
+    return (rollout + scoring) / options["num_iterations"] + 3 * trained_share(options) * options[
+        "num_train_timesteps"
+    ]
+
+
+def trained_share(options: dict[str, Any]) -> float:
+    """The share of the samples that are trained on: all of them, or those that are in pairs."""
+    return 2 * options["num_pairs"] / options["num_generations"] if "num_pairs" in options else 1.0
 
 
 def run(options: dict[str, Any], seed: int, output_dir: Path, extra: list[str]) -> None:

@@ -42,6 +42,7 @@ from typing import Any
 
 import yaml
 from ablation import SETTINGS as ABLATION
+from ablation import trained_share
 from tqdm.auto import tqdm
 
 
@@ -260,8 +261,7 @@ def count_passes(options: dict[str, Any]) -> float:
     has_old = num_iterations * options["steps_per_generation"] > 1
     has_reference, is_full = options["beta"] != 0, options.get("kl_estimator") == "full"
     scoring = has_old + (has_reference and not is_full)
-    share = 2 * options["num_pairs"] / options["num_generations"] if "num_pairs" in options else 1  # of the samples
-    update = 3 * share + (has_reference and is_full)
+    update = 3 * trained_share(options) + (has_reference and is_full)
     return rollout + num_timesteps * (scoring + update * num_iterations)
 
 

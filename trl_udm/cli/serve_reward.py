@@ -21,12 +21,11 @@ TRL_UDM_REWARD_TOKEN is set, clients must send its value. Without a token, only 
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ..rewards.loading import REWARD_NAMES, find_reward, load_reward
+from ..evaluation.benchmarks import make_reward
+from ..rewards.loading import REWARD_NAMES, find_reward
 from ..worlds import VISUAL_WORLDS
 from .parser import check_range
 
@@ -92,22 +91,6 @@ class Arguments:
     max_concurrency: int = field(default=1, metadata={"help": "Calls of the reward at a time."})
     max_queue: int = field(default=256, metadata={"help": "Requests that wait for their turn."})
     body_timeout: float = field(default=30.0, metadata={"help": "Seconds for a request to arrive."})
-
-
-def make_reward(name: str, options: dict[str, Any]) -> Callable[..., list[float | None]]:
-    """
-    Makes the reward of an embedded world, or one that [`~trl_udm.rewards.loading.load_reward`] knows.
-
-    Args:
-        name (`str`):
-            Its name.
-        options (`dict[str, Any]`):
-            Arguments of its constructor.
-
-    Returns:
-        `Callable`: The reward.
-    """
-    return VISUAL_WORLDS[name].make_reward(**options) if name in VISUAL_WORLDS else load_reward(name, options)
 
 
 def run(arguments: Arguments) -> None:
