@@ -907,6 +907,14 @@ def test_a_bad_dataset_is_refused(tmp_path, dataset, error, message):
         ),
         ({"negative_advantage_scale": -0.1}, "`negative_advantage_scale` must be >= 0, got -0.1"),
         ({"kl_estimator": "k1"}, "`kl_estimator` must be 'k3' or 'full', got 'k1'"),
+        (
+            {"lr_scheduler_type": "polynomial", "max_steps": 10, "warmup_steps": 10},
+            "`warmup_steps` must differ from `max_steps` with `lr_scheduler_type='polynomial'`, got 10 and 10: .*=9`",
+        ),
+        (
+            {"lr_scheduler_type": "polynomial", "max_steps": 1, "warmup_steps": 0.5},
+            "`warmup_steps` must differ from `max_steps` .*, got 0.5 and 1: .* Set `warmup_steps=0`",
+        ),
         ({"advantage_clip": 0.0}, "`advantage_clip` must be > 0 or None, got 0.0"),
         ({"rollout_batch_size": 0}, "`rollout_batch_size` must be > 0 or None, got 0"),
         ({"decode_batch_size": -1}, "`decode_batch_size` must be > 0 or None, got -1"),

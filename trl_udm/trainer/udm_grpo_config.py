@@ -406,6 +406,13 @@ class UDMGRPOConfig(GRPOConfig):
             if value not in (None, only):
                 raise ValueError(f"`{name}` must be {only}, got {value}: {reason}.")
         super().__post_init__()
+        is_polynomial = self.lr_scheduler_type == "polynomial"
+        if is_polynomial and self.max_steps > 0 and self.get_warmup_steps(self.max_steps) == self.max_steps:
+            raise ValueError(
+                f"`warmup_steps` must differ from `max_steps` with `lr_scheduler_type='polynomial'`, got "
+                f"{self.warmup_steps} and {self.max_steps}: the schedule would divide by 0 after the last step. Set "
+                f"`warmup_steps={self.max_steps - 1}`, or train longer."
+            )
         if self.timestep_weighting == "elbo" and (self.action, self.trajectory) != ("clean", "forward"):
             raise ValueError(
                 f"`timestep_weighting` must be 'none' with `action={self.action!r}` and `trajectory="
