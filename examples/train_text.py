@@ -47,7 +47,7 @@ from trl_udm.worlds import WORLDS
 from trl_udm.worlds.sums.problems import split_problems
 
 
-CONFIGS = {"sums": "arithmetic.yaml", "sudoku": "sudoku.yaml"}
+CONFIGS = {"sums": "arithmetic.yaml", "sudoku": "sudoku.yaml", "countdown": "countdown.yaml"}
 
 
 @dataclass

@@ -25,7 +25,7 @@ wrong. It sees only training problems. A second call of the command continues fr
 import argparse
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -46,12 +46,16 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor 
 
 
 def build_pipeline(
-    characters: str, max_completion_length: int, max_length: int, num_layers: int = 4
+    tokens: Iterable[str], max_completion_length: int, max_length: int, num_layers: int = 4
 ) -> TextUDMPipeline:
-    """Builds a tokenizer with one token per character, and an untrained network of at most `max_length` tokens."""
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *characters])}
+    """
+    Builds a tokenizer and an untrained network of at most `max_length` tokens. A token is a character. Numbers are
+    tokens too if the tokens have some with several digits.
+    """
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *tokens])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = Split(Regex("."), behavior="isolated")
+    pattern = "[0-9]+|." if "10" in vocabulary else "."
+    backend.pre_tokenizer = Split(Regex(pattern), behavior="isolated")
     backend.decoder = Fuse()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -13,10 +13,12 @@
 # limitations under the License.
 
 """
-Trains the model of the embedded world of Sudoku, or one for Countdown with + and -: a small BERT that denoises
-solutions. Some of them are wrong.
+Trains the models of the embedded worlds of Sudoku and Countdown: a small BERT that denoises solutions. Some of them
+are wrong.
 
     python scripts/train_puzzles.py --task sudoku --output_dir sudoku_checkpoint --bf16
+    python scripts/train_puzzles.py --task countdown --output_dir countdown_checkpoint --bf16 --num_steps 6000 \\
+        --slip_rate 0.25
 
 Each filled cell of a Sudoku, and each operator of an expression, is sometimes another one. So the model learns the
 form of a solution, and its solutions are often wrong. It sees only training puzzles. A second call of the command
@@ -28,24 +30,25 @@ import random
 import torch
 from train_arithmetic import build_parser, build_pipeline, train
 
-from trl_udm.data.puzzles import DIGITS, generate_puzzles, puzzle_answer_reward
+from trl_udm.data.puzzles import DIGITS, MAX_TARGET, generate_puzzles, puzzle_answer_reward
 
 
-# The characters, the longest completion with its end, and characters of which a slip takes another
-CHARACTERS = {"sudoku": DIGITS + ".", "countdown": "0123456789,=+-*/()"}
+# A number of Countdown is one token: from digits, this network did not learn which operators to choose
+TOKENS = {"sudoku": [*DIGITS, "."], "countdown": [*map(str, range(MAX_TARGET + 1)), *",=+-*"]}
 MAX_COMPLETION_LENGTH = {"sudoku": 17, "countdown": 6}
-NUM_PUZZLES = {"sudoku": 40000, "countdown": 2300}
-SLIPS = {"sudoku": DIGITS, "countdown": "+-"}
+MAX_LENGTH = {"sudoku": 36, "countdown": 14}
+NUM_PUZZLES = {"sudoku": 40000, "countdown": 40000}
+SLIPS = {"sudoku": DIGITS, "countdown": "+-*"}  # a slip takes another of these
 
 
 def main():
     parser = build_parser(__doc__, num_steps=2000, slip_rate=0.08)
-    parser.add_argument("--task", choices=[*CHARACTERS], required=True, help="The world.")
+    parser.add_argument("--task", choices=[*TOKENS], required=True, help="The world.")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    rows = generate_puzzles(args.task, NUM_PUZZLES[args.task], operators="+-")  # Sudoku has none
-    eval_rows = generate_puzzles(args.task, 200, "eval", operators="+-")
+    rows = generate_puzzles(args.task, NUM_PUZZLES[args.task])
+    eval_rows = generate_puzzles(args.task, 200, "eval")
     slips = SLIPS[args.task]
 
     def slip(solution: str, puzzle: str, rng: random.Random) -> str:
@@ -63,7 +66,7 @@ def main():
 
     columns = {name: [row[name] for row in eval_rows] for name in ("task", "puzzle")}
     train(
-        build_pipeline(CHARACTERS[args.task], MAX_COMPLETION_LENGTH[args.task], max_length=36),
+        build_pipeline(TOKENS[args.task], MAX_COMPLETION_LENGTH[args.task], MAX_LENGTH[args.task]),
         args,
         write_batch,
         [row["prompt"] for row in eval_rows],

@@ -33,9 +33,24 @@ def get_reward_name(reward_func: Callable) -> str:
     Returns:
         `str`: The function's name, or the name of the object's class if the object has no name.
     """
+    reward_func = unwrap_reward(reward_func)
+    return getattr(reward_func, "__name__", type(reward_func).__name__)
+
+
+def unwrap_reward(reward_func: Callable) -> Callable:
+    """
+    The reward function itself, which has its name and attributes such as `groupwise`.
+
+    Args:
+        reward_func (`Callable`):
+            A function, a partial of one, or an object that can be called.
+
+    Returns:
+        `Callable`: What a partial is of, or else the function.
+    """
     while isinstance(reward_func, functools.partial):
         reward_func = reward_func.func
-    return getattr(reward_func, "__name__", type(reward_func).__name__)
+    return reward_func
 
 
 def read_rewards(name: str, returned: Any, prompts: list[Any]) -> list[float | None]:

@@ -14,6 +14,7 @@
 
 
 import asyncio
+import functools
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_distances_are_those_of_tokens_or_features():
 
 
 @pytest.mark.parametrize("async_rewards", [False, True])
-@pytest.mark.parametrize("function", [rank, later_rank])
+@pytest.mark.parametrize("function", [rank, later_rank, functools.partial(rank, scale=1.0)])
 def test_a_function_gets_whole_groups(tmp_path, function, async_rewards):
     SIZES.clear()
     options = {"async_rewards": async_rewards, "rollout_batch_size": 3, "reward_timeout": 20}

@@ -20,10 +20,11 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from trl_udm import FrameReward
+from trl_udm import DiversityReward, FrameReward
 from trl_udm.cut_prompts import PromptCutter, expect_prompts
 from trl_udm.rewards.frames import flicker, motion_amount
 from trl_udm.rewards.images import as_pil_images
@@ -144,6 +145,8 @@ def test_it_is_the_reward_for_the_trainer():
         ({"frames": 2.0}, ValueError, "or a number > 0, got 2.0."),
         ({"frames": None}, ValueError, "or a number > 0, got None."),
         ({"frames": [0, 1]}, ValueError, "or a number > 0, got [0, 1]."),
+        ({"reward": DiversityReward(), "frames": "all"}, ValueError, "for a reward of whole groups, got 'all'"),
+        ({"reward": DiversityReward(), "frames": 2}, ValueError, "for a reward of whole groups, got 2"),
         ({"reduce": "max"}, ValueError, "`reduce` must be 'mean' or 'min', got 'max'."),
         ({"reduce": None}, ValueError, "`reduce` must be 'mean' or 'min', got None."),
     ],
@@ -185,3 +188,13 @@ def test_motion_and_flicker_tell_videos_apart():
     assert flicker(completions=videos) == [0, 0, 0, 1, None, None]
     trembling = [bar(2 + i % 2) for i in range(5)]
     assert flicker(completions=[trembling]) == pytest.approx([2 / 16])
+
+
+def test_a_reward_of_whole_groups_gets_a_frame_of_each_video():
+    diversity = DiversityReward(lambda images: torch.eye(2)[[int(image.getpixel((0, 0))[0] > 9) for image in images]])
+    videos = [[gray(0), gray(0)], [gray(0), gray(99)]]
+    for frames, distance in (("first", 0.0), ("last", 1.0)):
+        wrapped = FrameReward(functools.partial(diversity), frames=frames)
+        assert wrapped.groupwise
+        assert wrapped(prompts=["a"] * 2, completions=videos) == pytest.approx([distance] * 2)
+    assert not FrameReward(level).groupwise

@@ -38,6 +38,7 @@ from PIL import Image
 from torch import nn
 from trl.trainer.utils import get_callable_name, is_async_callable
 
+from trl_udm import DiversityReward
 from trl_udm.rewards.loading import load_reward
 from trl_udm.rewards.remote import RemoteReward, wire
 from trl_udm.rewards.remote.server import create_app, serve
@@ -549,6 +550,8 @@ def test_the_server_says_when_the_reward_is_loaded():
 def test_a_reward_that_cannot_be_loaded_stops_the_server():
     with pytest.raises(ValueError, match="cannot be imported: No module named 'no_such_module'"):
         serve(lambda: load_reward("no_such_module:reward"), port=0)
+    with pytest.raises(ValueError, match="must not be one of whole groups, got 'diversity_reward': a request may"):
+        serve(DiversityReward, port=0)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "gpu-1"])

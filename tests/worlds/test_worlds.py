@@ -27,7 +27,7 @@ from trl_udm.worlds import VISUAL_WORLDS, WORLDS
 def test_every_folder_is_a_registered_world():
     folders = {path.parent.name for path in Path(worlds.__file__).parent.glob("*/__init__.py")}
     assert folders == set(WORLDS)
-    assert [name for name in WORLDS if name not in VISUAL_WORLDS] == ["sudoku", "sums"]
+    assert [name for name in WORLDS if name not in VISUAL_WORLDS] == ["countdown", "sudoku", "sums"]
 
 
 @pytest.mark.parametrize("world", WORLDS.values(), ids=WORLDS)

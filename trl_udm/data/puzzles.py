@@ -112,8 +112,18 @@ def _draw_countdown(rng: random.Random, num_numbers: int, choices: range, operat
         numbers, expression, target = _draw_expression(rng, num_numbers, choices, operators)
         if choices[0] <= target <= MAX_TARGET:
             rng.shuffle(numbers)
+            solution = _sort_terms(expression, [str(number) for number in numbers])
             # The order of the numbers does not make another puzzle
-            return f"{','.join(map(str, numbers))}={target}", expression, f"{sorted(numbers)}={target}"
+            return f"{','.join(map(str, numbers))}={target}", solution, f"{sorted(numbers)}={target}"
+
+
+def _sort_terms(expression: str, numbers: list[str]) -> str:
+    """Writes an expression without parentheses in the order of the numbers, the terms with a minus sign last."""
+    terms = []
+    for sign, product in re.findall(r"([+-]?)([0-9*]+)", expression):
+        factors = sorted(product.split("*"), key=numbers.index)
+        terms.append((sign == "-", [numbers.index(factor) for factor in factors], "*".join(factors)))
+    return "".join(("-" if is_negative else "+") + product for is_negative, _, product in sorted(terms))[1:]
 
 
 def _draw_chain(rng: random.Random, num_operators: int, choices: range, operators: str) -> tuple[str, str, str]:
@@ -121,10 +131,11 @@ def _draw_chain(rng: random.Random, num_operators: int, choices: range, operator
     return f"{expression}=", str(value), expression
 
 
-_DRAW: dict[str, tuple[Callable[[random.Random, int, range, str], tuple[str, str, str]], range, int]] = {
-    "sudoku": (_draw_sudoku, range(1, 13), 10),
-    "countdown": (_draw_countdown, range(2, 7), 3),
-    "chain": (_draw_chain, range(1, 9), 2),
+# What draws a puzzle, its difficulties, and by default the difficulty and the largest number
+_DRAW: dict[str, tuple[Callable[[random.Random, int, range, str], tuple[str, str, str]], range, int, int]] = {
+    "sudoku": (_draw_sudoku, range(1, 13), 10, 4),
+    "countdown": (_draw_countdown, range(2, 7), 3, 20),
+    "chain": (_draw_chain, range(1, 9), 2, 9),
 }
 TASKS = tuple(_DRAW)
 """Names of the tasks."""
@@ -138,7 +149,7 @@ def generate_puzzles(
     seed: int = 0,
     instructions: bool = False,
     min_number: int = 1,
-    max_number: int = 9,
+    max_number: int | None = None,
     operators: str = "+-*",
 ) -> list[dict[str, Any]]:
     """
@@ -162,13 +173,14 @@ def generate_puzzles(
             Whether prompts are messages to a language model, with `INSTRUCTIONS`. By default they are the bare puzzle.
         min_number (`int`, *optional*, defaults to `1`):
             The smallest number of Countdown and chains, in `[1, 99]`, and the smallest target.
-        max_number (`int`, *optional*, defaults to `9`):
-            The largest number of Countdown and chains, > `min_number`.
+        max_number (`int`, *optional*):
+            The largest number of Countdown, by default 20, and of chains, by default 9. It is > `min_number`.
         operators (`str`, *optional*, defaults to `"+-*"`):
             What the solutions of Countdown, and chains, are made with: some of `+`, `-` and `*`.
 
     Returns:
-        `list[dict]`: Rows with `prompt`, `task`, `puzzle`, and one right `solution`.
+        `list[dict]`: Rows with `prompt`, `task`, `puzzle`, and one right `solution`. That of Countdown has its numbers
+        in the order of the puzzle, those of the terms with a minus sign last.
 
     Raises:
         ValueError: If an argument is out of its range, or there are not as many puzzles.
@@ -186,8 +198,9 @@ def generate_puzzles(
         raise ValueError(f"`task` must be one of {TASKS}, got {task!r}.")
     if split not in ("train", "eval"):
         raise ValueError(f"`split` must be 'train' or 'eval', got {split!r}.")
-    draw, difficulties, default = _DRAW[task]
-    difficulty = default if difficulty is None else difficulty
+    draw, difficulties, default_difficulty, default_max_number = _DRAW[task]
+    difficulty = default_difficulty if difficulty is None else difficulty
+    max_number = default_max_number if max_number is None else max_number
     if difficulty not in difficulties:
         raise ValueError(
             f"`difficulty` must be in [{difficulties[0]}, {difficulties[-1]}] for {task}, got {difficulty}."

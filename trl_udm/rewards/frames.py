@@ -14,7 +14,6 @@
 
 """Rewards of videos: any reward of images on their frames, and measures of their motion that need no weights."""
 
-import functools
 import inspect
 import itertools
 import math
@@ -28,7 +27,7 @@ from PIL import Image
 
 from ..cut_prompts import PromptCutter, expect_prompts
 from ..image_grid import Picture, pick_frames
-from ..reward_values import get_reward_name, read_rewards
+from ..reward_values import get_reward_name, read_rewards, unwrap_reward
 
 
 class FrameReward(PromptCutter):
@@ -50,7 +49,8 @@ class FrameReward(PromptCutter):
 
     Raises:
         TypeError: If `reward` is no function.
-        ValueError: If `frames` or `reduce` is none of these.
+        ValueError: If `frames` or `reduce` is none of these, or the reward is one of whole groups (`groupwise`) and
+            `frames` may be more than one of a video.
 
     Example:
 
@@ -82,16 +82,21 @@ class FrameReward(PromptCutter):
         if reduce not in ("mean", "min"):
             raise ValueError(f"`reduce` must be 'mean' or 'min', got {reduce!r}.")
         self.__name__ = get_reward_name(reward)
-        self.logs_samples = getattr(reward, "logs_samples", False)
+        self.logs_samples = getattr(unwrap_reward(reward), "logs_samples", False)
+        self.groupwise = getattr(unwrap_reward(reward), "groupwise", False)
+        if self.groupwise and frames not in ("first", "middle", "last", 1):
+            raise ValueError(
+                f"`frames` must be 'first', 'middle', 'last' or 1 for a reward of whole groups, got {frames!r}: "
+                f"'{self.__name__}' would take the frames of a video for samples."
+            )
         self.reward = reward
         self.frames = frames
         self.reduce = reduce
 
     # `GRPOTrainer` awaits what has an asynchronous `__call__`
     def __new__(cls, reward: Callable | None = None, *args: Any, **kwargs: Any):
-        while isinstance(reward, functools.partial):
-            reward = reward.func
-        is_async = inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(type(reward).__call__)
+        function = unwrap_reward(reward) if reward is not None else None
+        is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
         return super().__new__(_AsyncFrameReward if is_async else cls)
 
     def expect_prompts(self, prompts: Sequence[str]) -> None:

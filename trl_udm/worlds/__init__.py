@@ -90,6 +90,7 @@ class World:
 WORLDS = {
     world.name: world
     for world in (
+        World("countdown", modality="text"),
         World("moving", modality="video"),
         World("shapes", modality="image"),
         World("sudoku", modality="text"),

@@ -32,7 +32,7 @@ from typing import Any
 
 from PIL import Image
 
-from ...reward_values import get_reward_name, read_rewards
+from ...reward_values import get_reward_name, read_rewards, unwrap_reward
 from .wire import MEDIA_TYPE, REWARDS_PATH, RequestError, check_token, pack_response, unpack_request
 
 
@@ -245,7 +245,8 @@ def serve(
             The other arguments of [`create_app`].
 
     Raises:
-        ValueError: If other machines can reach `host` and there is no token, or as in [`create_app`].
+        ValueError: If other machines can reach `host` and there is no token, if the reward is one of whole groups
+            (`groupwise`), or as in [`create_app`].
     """
     try:
         is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -263,7 +264,13 @@ def serve(
 
     def load_in_background() -> None:
         try:
-            loading.set_result(load())
+            reward = load()
+            if getattr(unwrap_reward(reward), "groupwise", False):
+                raise ValueError(
+                    f"The reward must not be one of whole groups, got '{get_reward_name(reward)}': a request may have "
+                    "a part of a group. Compute it in the training process."
+                )
+            loading.set_result(reward)
         except Exception as error:
             loading.set_exception(error)
             server.should_exit = True

@@ -1,0 +1,21 @@
+# Copyright 2026 The trl-udm authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+
+"""The world of Countdown: three numbers that make a target, by a model that is small enough for a CPU."""
+
+from pathlib import Path
+
+
+CHECKPOINT_PATH = Path(__file__).parent / "checkpoint"
+"""Folder of the shipped pipeline, for [`TextUDMPipeline.from_pretrained`]. `scripts/train_puzzles.py` makes it."""
