@@ -44,6 +44,7 @@ INTERNAL = {
     "trl_udm.rewards.model_reward",
     "trl_udm.rewards.remote.wire",
     "trl_udm.schedulers.draws",
+    "trl_udm.worlds.countdown.benchmark",
     "trl_udm.worlds.moving.benchmark",
     "trl_udm.worlds.shapes.benchmark",
     "trl_udm.worlds.sudoku.benchmark",

@@ -27,11 +27,11 @@ SMALL = ["--num_generations", "4", "--num_inference_steps", "5", "--num_inferenc
 SMALL += ["--per_device_train_batch_size", "24", "--num_generations_eval", "1", "--disable_tqdm", "True"]
 
 
-@pytest.mark.parametrize("task", ["sudoku"])
-def test_other_worlds_are_trained_by_their_names(tmp_path, capsys, task):
+@pytest.mark.parametrize(("task", "length"), [("sudoku", 17), ("countdown", 6)])
+def test_other_worlds_are_trained_by_their_names(tmp_path, capsys, task, length):
     results = load_example("train_text").main(["--task", task, "--output_dir", str(tmp_path), *SMALL])
     assert 0.3 < results["before"] < 0.6 and 0 <= results["after"] <= 1
-    assert TextUDMPipeline.from_pretrained(str(tmp_path)).latent_shape() == (17,)
+    assert TextUDMPipeline.from_pretrained(str(tmp_path)).latent_shape() == (length,)
     assert f"{results['before']:.3f} before" in capsys.readouterr().out
 
 
