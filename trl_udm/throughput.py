@@ -45,7 +45,8 @@ class ThroughputCallback(TrainerCallback):
         FLOPs = F (S I + R / num_iterations · (number of scorings) + R (1 + 2)).
 
     What activation checkpointing computes again, the decoder, and the rewards are not counted. `mfu` is left out where
-    TRL does not know the peak of the device in this precision, as on CPUs, and for networks with experts.
+    TRL does not know the peak of the device in this precision, as on CPUs, and for networks with experts. With dynamic
+    sampling, both are those of a batch whose groups are all drawn once and trained.
 
     Args:
         trainer ([`UDMGRPOTrainer`]):
