@@ -133,7 +133,7 @@ def _draw_chain(rng: random.Random, num_operators: int, choices: range, operator
 
 # What draws a puzzle, its difficulties, and by default the difficulty and the largest number
 _DRAW: dict[str, tuple[Callable[[random.Random, int, range, str], tuple[str, str, str]], range, int, int]] = {
-    "sudoku": (_draw_sudoku, range(1, 13), 10, 4),
+    "sudoku": (_draw_sudoku, range(1, 13), 10, 9),
     "countdown": (_draw_countdown, range(2, 7), 3, 20),
     "chain": (_draw_chain, range(1, 9), 2, 9),
 }
