@@ -37,7 +37,7 @@ from tokenizers.pre_tokenizers import Split
 from torch.nn import functional
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-from trl_udm import TextUDMPipeline, UniformDDIMScheduler
+from trl_udm import MaskedDDIMScheduler, TextUDMPipeline, UniformDDIMScheduler
 from trl_udm.worlds.sums.problems import MAX_COMPLETION_LENGTH, split_problems, sum_reward, work_out
 
 
@@ -46,10 +46,14 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor 
 
 
 def build_pipeline(
-    characters: str, max_completion_length: int, max_length: int, num_layers: int = 4
+    characters: str, max_completion_length: int, max_length: int, num_layers: int = 4, noise: str = "uniform"
 ) -> TextUDMPipeline:
-    """Builds a tokenizer with one token per character, and an untrained network of at most `max_length` tokens."""
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *characters])}
+    """
+    Builds a tokenizer with one token per character, and an untrained network of at most `max_length` tokens. With
+    "masked" noise there is a mask token, the last one.
+    """
+    masks = ["<mask>"] if noise == "masked" else []
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *characters, *masks])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = Split(Regex("."), behavior="isolated")
     backend.decoder = Fuse()
@@ -75,6 +79,9 @@ def build_pipeline(
         eos_token_id=tokenizer.eos_token_id,
     )
     scheduler = UniformDDIMScheduler(codebook_size=len(tokenizer))
+    if masks:
+        tokenizer.mask_token = masks[0]
+        scheduler = MaskedDDIMScheduler(len(tokenizer), tokenizer.mask_token_id)
     return TextUDMPipeline(BertForMaskedLM(config), scheduler, tokenizer, max_completion_length)
 
 
@@ -121,6 +128,7 @@ def train(
         noised_samples = pipeline.scheduler.add_noise(clean_samples, t, generator=generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             logits = pipeline.denoise(*pipeline.encode_prompt(prompts), noised_samples, pipeline.latent_shape())
+        logits = pipeline.scheduler.constrain_logits(logits, noised_samples)
         loss = functional.cross_entropy(logits.float().flatten(0, 1), clean_samples.flatten())  # of (B * N, V)
         update(network, loss, optimizer, schedule)
         losses.append(loss.item())

@@ -41,6 +41,7 @@ SLIPS = {"sudoku": DIGITS, "countdown": "+-"}
 def main():
     parser = build_parser(__doc__, num_steps=2000, slip_rate=0.08)
     parser.add_argument("--task", choices=[*CHARACTERS], required=True, help="The world.")
+    parser.add_argument("--noise", choices=["uniform", "masked"], default="uniform", help="The forward process.")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
@@ -63,7 +64,7 @@ def main():
 
     columns = {name: [row[name] for row in eval_rows] for name in ("task", "puzzle")}
     train(
-        build_pipeline(CHARACTERS[args.task], MAX_COMPLETION_LENGTH[args.task], max_length=36),
+        build_pipeline(CHARACTERS[args.task], MAX_COMPLETION_LENGTH[args.task], max_length=36, noise=args.noise),
         args,
         write_batch,
         [row["prompt"] for row in eval_rows],

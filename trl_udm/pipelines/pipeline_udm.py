@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..models.token_scores import compute_kl, score_tokens
-from ..random_tensor import check_generators, randint_tensor
+from ..random_tensor import check_generators
 from ..schedulers.draws import TiledLogits
 from ..weights import load_every_weight
 from .lora import LoraMixin
@@ -64,8 +64,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
     A family registers these components:
 
     * `transformer`, a [`~transformers.PreTrainedModel`] whose output embeddings are the head over its codebook;
-    * `scheduler`, which offers `config.codebook_size`, `set_timesteps`, `timesteps`, `timestep_to_t`, `step` and
-      `add_noise`, such as [`KineticOptimalScheduler`], and may offer its `needs_model_output`;
+    * `scheduler`, which offers `config.codebook_size`, `set_timesteps`, `timesteps`, `timestep_to_t`, `step`,
+      `draw_noise` and `add_noise`, such as [`KineticOptimalScheduler`], and may offer its `needs_model_output`;
     * `tokenizer`, and a decoder if it has one.
 
     It implements the five methods below that raise `NotImplementedError`. It also implements `__call__`, which takes a
@@ -491,7 +491,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         **denoise_kwargs,
     ) -> UDMSamplerOutput:
         """
-        Draws clean tokens: from uniform noise at t = 0 to the sample at t = 1.
+        Draws clean tokens: from noise at t = 0 to the sample at t = 1.
 
         With guidance the logits are z = z_uncond + w·(z_cond − z_uncond) while t < `guidance_trunc`, and z_cond after.
 
@@ -513,7 +513,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
             negative_prompt_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
                 Its mask.
             latents (`torch.LongTensor` of shape `(B, N)` or `(B, *latent_shape)`, *optional*):
-                Tokens to start from instead of uniform noise.
+                Tokens to start from instead of the scheduler's noise.
             condition (`torch.LongTensor` of shape `(C, N)` or `Callable`, *optional*):
                 Known tokens, and -1 for those to draw. Each of the C rows is that of B / C samples in a row. A
                 function that gives them is called once the other arguments are checked.
@@ -552,7 +552,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         check_generators(generator, batch_size)
         size, codebook_size = (batch_size, torch.Size(latent_shape).numel()), self.scheduler.config.codebook_size
         if latents is None:
-            latents = randint_tensor(codebook_size, size, generator, device)
+            latents = self.scheduler.draw_noise(size, generator, device)
         else:
             if latents.dtype != torch.long:
                 raise TypeError(f"`latents` must be a `torch.long` tensor of token ids, got {latents.dtype}.")

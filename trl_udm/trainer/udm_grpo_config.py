@@ -500,7 +500,13 @@ def check_pipeline(args: UDMGRPOConfig, pipeline: Any) -> None:
     if args.timestep_weighting == "elbo" and not hasattr(pipeline.scheduler, "elbo_weights"):
         raise ValueError(
             f"`timestep_weighting` must be 'none' with a {type(pipeline.scheduler).__name__}, got 'elbo': it has no "
-            "`elbo_weights`. A `KineticOptimalScheduler` has."
+            "`elbo_weights`. A `KineticOptimalScheduler` and a `MaskedDDIMScheduler` have."
+        )
+    is_masked = hasattr(pipeline.scheduler.config, "mask_token_id")
+    if is_masked and (args.action, args.trajectory) == ("intermediate", "forward"):
+        raise ValueError(
+            "`action` must be 'clean' with `trajectory='forward'` and a `MaskedDDIMScheduler`, got 'intermediate': "
+            "visible tokens of such states are those of the clean sample, which other actions cannot have led to."
         )
     if args.antithetic_noise and not getattr(pipeline.scheduler, "can_mirror_noise", False):
         raise ValueError(
