@@ -167,7 +167,8 @@ def check_scheduler(args: DFlowGRPOConfig, scheduler: Any) -> None:
     if getattr(scheduler.config, "remasking", "random") != "random":
         raise ValueError(
             f"`remasking` of the scheduler must be 'random', got {scheduler.config.remasking!r}: the ratio of a step "
-            "needs tokens that move independently. Set `pipeline.scheduler.register_to_config(remasking='random')`."
+            "needs tokens that move independently. Set `pipeline.scheduler = MaskedDDIMScheduler.from_config("
+            "pipeline.scheduler.config, remasking='random')`."
         )
     if args.average_rates and not hasattr(scheduler, "velocity"):
         raise ValueError(

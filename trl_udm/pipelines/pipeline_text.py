@@ -108,21 +108,17 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
                 f"{scheduler.config.mask_token_id}. If the tokenizer does not name its mask token, set "
                 "`tokenizer.mask_token`."
             )
-        arguments = self._forward_arguments
+        arguments = inspect.signature(type(transformer).forward).parameters
         if time_argument is not None and time_argument not in arguments:
             raise ValueError(
                 f"`time_argument` must be an argument of `{type(transformer).__name__}.forward`, one of "
-                f"{arguments[1:]}, got {time_argument!r}. Leave it out for a network that does not take the time."
+                f"{[*arguments][1:]}, got {time_argument!r}. Leave it out for a network that does not take the time."
             )
         if tokenizer.pad_token_id is None or self.end_token_id is None:
             raise ValueError(
                 "`tokenizer` must have a `pad_token`, and an `eos_token` or a `sep_token`, got "
                 f"{tokenizer.special_tokens_map}. Set them, such as `tokenizer.pad_token = tokenizer.eos_token`."
             )
-
-    @property
-    def _forward_arguments(self) -> list[str]:
-        return [*inspect.signature(type(self.transformer).forward).parameters]
 
     @property
     def end_token_id(self) -> int | None:
@@ -187,7 +183,8 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
             "input_ids": torch.cat([prompt_ids, noised_samples], dim=1),
             "attention_mask": attention_mask,
         }
-        if "position_ids" in self._forward_arguments:
+        arguments = inspect.signature(type(self.transformer).forward).parameters.values()
+        if any(argument.name == "position_ids" or argument.kind is argument.VAR_KEYWORD for argument in arguments):
             inputs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         if getattr(self.transformer.config, "type_vocab_size", 1) > 1:
             inputs["token_type_ids"] = torch.cat(

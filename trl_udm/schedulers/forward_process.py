@@ -26,7 +26,7 @@ class ForwardProcessMixin:
     Noised samples x_t ~ p_t(· | x₁).
 
     Needs the setting `codebook_size` and the method `_draw_noised_samples(original_samples, t, generator, **kwargs)`,
-    where `t` has a time for each token.
+    where `t` has a time for each token. The noise at t = 0 is uniform by default.
 
     Attributes:
         can_mirror_noise (`bool`, defaults to `False`):

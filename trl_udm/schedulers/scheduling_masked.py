@@ -126,7 +126,7 @@ class MaskedDDIMScheduler(UniformDDIMScheduler):
         ruled_out = torch.finfo(logits.dtype).min
         tokens = noised_samples.unsqueeze(-1)  # (B, N, 1)
         is_visible = tokens != self.config.mask_token_id
-        own_logits = torch.where(is_visible, 0.0, ruled_out).to(logits.dtype)
+        own_logits = torch.zeros_like(logits[..., :1]).masked_fill(~is_visible, ruled_out)
         # At a masked token, the token of the state is the mask
         return logits.masked_fill(is_visible, ruled_out).scatter(-1, tokens, own_logits)
 
