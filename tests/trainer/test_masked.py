@@ -175,7 +175,13 @@ def test_udm_grpo_takes_a_step(tmp_path, options):
 
 def test_dflow_grpo_takes_a_step_whose_ratio_is_one(tmp_path):
     trainer = build_trainer(
-        tmp_path, algorithm=DFlowGRPOTrainer, num_draws=3, timestep_window=[0, 2], max_steps=2, old_policy_steps=2
+        tmp_path,
+        algorithm=DFlowGRPOTrainer,
+        num_draws=1,
+        changed_only=True,
+        timestep_window=[0, 2],
+        max_steps=2,
+        old_policy_steps=2,
     )
     trainer.train()
     first, second = trainer.state.log_history[:2]
