@@ -28,6 +28,7 @@ from trl_udm import (
     TextUDMPipeline,
     UDMGRPOConfig,
     UDMGRPOTrainer,
+    UDMPipeline,
     UDMSFTConfig,
     UDMSFTTrainer,
 )
@@ -140,6 +141,9 @@ def test_a_score_is_the_mean_of_masked_tokens_and_of_certain_ones(tmp_path):
     logps = logps * (state == 6)
     scores = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, NUM_TOKENS)[0].squeeze(1)
     torch.testing.assert_close(scores, torch.stack([logps[0, [1, 2, 4]].sum() / 6, logps[1, 0] / 2]))
+    row = (prompt_ids, prompt_mask, state, (NUM_TOKENS,), clean, t)
+    for score in (UDMPipeline.score, TextUDMPipeline.score):
+        torch.testing.assert_close(score(pipeline, trainer.model, *row)[0], logps)
     trainer.args.timestep_weighting = "elbo"
     scores = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, NUM_TOKENS)[0].squeeze(1)
     expected = torch.stack([logps[0, [1, 2, 4]].sum() / 6 / 0.5, logps[1, 0] / 2 / 0.8])
@@ -203,7 +207,7 @@ def test_supervised_training_learns_masked_tokens(tmp_path):
     ("options", "message"),
     [
         ({"leave_one_out": True}, "`leave_one_out` must be False with a MaskedDDIMScheduler"),
-        ({"action": "intermediate"}, "`action` must be 'clean' with `trajectory='forward'` and a `MaskedDDIM"),
+        ({"action": "intermediate"}, "`action` must be 'clean' with `trajectory='forward'` and a MaskedDDIM"),
         ({"algorithm": DFlowGRPOTrainer, "average_rates": True}, "`average_rates` must be False with a `MaskedDDIM"),
     ],
 )

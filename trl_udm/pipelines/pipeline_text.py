@@ -230,22 +230,8 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # From logits: many of these networks have more than a linear head on the backbone, such as BERT's transform,
         # which TRL's fused head would leave out
-        inputs = (prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
-        logits, _ = self.predict_tokens(model, *inputs)
-        return self._score_logits(logits, labels)
-
-    def predict_tokens(
-        self,
-        model: nn.Module,
-        prompt_ids: torch.Tensor,
-        prompt_mask: torch.Tensor,
-        noised_samples: torch.Tensor,
-        latent_shape: tuple[int, ...],
-        labels: torch.Tensor,
-        t: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, nn.Module]:
         logits = self._denoise(model, prompt_ids, prompt_mask, noised_samples, latent_shape, t)
-        return self.scheduler.constrain_logits(logits, noised_samples), nn.Identity()
+        return self._score_logits(self.scheduler.constrain_logits(logits, noised_samples), labels)
 
     @overload
     def __call__(

@@ -33,10 +33,13 @@ class ForwardProcessMixin:
             Whether `add_noise` has the argument `mirrored`.
         has_uniform_noise (`bool`, defaults to `True`):
             Whether p_t(k | x₁) = t · [k = x₁] + (1 − t) / V, which `leave_one_out` needs.
+        rules_out_tokens (`bool`, defaults to `False`):
+            Whether a state rules out clean tokens, so that `constrain_logits` changes logits.
     """
 
     can_mirror_noise = False
     has_uniform_noise = True
+    rules_out_tokens = False
 
     def draw_noise(
         self,

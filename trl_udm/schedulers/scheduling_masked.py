@@ -67,6 +67,7 @@ class MaskedDDIMScheduler(UniformDDIMScheduler):
     """
 
     has_uniform_noise = False
+    rules_out_tokens = True
 
     def __init__(
         self,

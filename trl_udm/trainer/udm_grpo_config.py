@@ -503,11 +503,11 @@ def check_pipeline(args: UDMGRPOConfig, pipeline: Any) -> None:
             f"`timestep_weighting` must be 'none' with a {type(pipeline.scheduler).__name__}, got 'elbo': it has no "
             "`elbo_weights`. A `KineticOptimalScheduler` and a `MaskedDDIMScheduler` have."
         )
-    is_masked = hasattr(pipeline.scheduler.config, "mask_token_id")
-    if is_masked and (args.action, args.trajectory) == ("intermediate", "forward"):
+    rules_out_tokens = getattr(pipeline.scheduler, "rules_out_tokens", False)
+    if rules_out_tokens and (args.action, args.trajectory) == ("intermediate", "forward"):
         raise ValueError(
-            "`action` must be 'clean' with `trajectory='forward'` and a `MaskedDDIMScheduler`, got 'intermediate': "
-            "visible tokens of such states are those of the clean sample, which other actions cannot have led to."
+            f"`action` must be 'clean' with `trajectory='forward'` and a {type(pipeline.scheduler).__name__}, got "
+            "'intermediate': such a state shows tokens of the clean sample, and so rules out other actions."
         )
     if args.antithetic_noise and not getattr(pipeline.scheduler, "can_mirror_noise", False):
         raise ValueError(
