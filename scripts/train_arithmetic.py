@@ -37,7 +37,7 @@ from tokenizers.pre_tokenizers import Split
 from torch.nn import functional
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-from trl_udm import TextUDMPipeline, UniformDDIMScheduler
+from trl_udm import MaskedDDIMScheduler, TextUDMPipeline, UniformDDIMScheduler
 from trl_udm.worlds.sums.problems import MAX_COMPLETION_LENGTH, split_problems, sum_reward, work_out
 
 
@@ -46,13 +46,14 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor 
 
 
 def build_pipeline(
-    tokens: Iterable[str], max_completion_length: int, max_length: int, num_layers: int = 4
+    tokens: Iterable[str], max_completion_length: int, max_length: int, num_layers: int = 4, noise: str = "uniform"
 ) -> TextUDMPipeline:
     """
     Builds a tokenizer and an untrained network of at most `max_length` tokens. A token is a character. Numbers are
-    tokens too if the tokens have some with several digits.
+    tokens too if the tokens have some with several digits. With "masked" noise there is a mask token, the last one.
     """
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *tokens])}
+    masks = ["<mask>"] if noise == "masked" else []
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", "<unk>", *tokens, *masks])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     pattern = "[0-9]+|." if "10" in vocabulary else "."
     backend.pre_tokenizer = Split(Regex(pattern), behavior="isolated")
@@ -79,6 +80,9 @@ def build_pipeline(
         eos_token_id=tokenizer.eos_token_id,
     )
     scheduler = UniformDDIMScheduler(codebook_size=len(tokenizer))
+    if masks:
+        tokenizer.mask_token = masks[0]
+        scheduler = MaskedDDIMScheduler(len(tokenizer), tokenizer.mask_token_id)
     return TextUDMPipeline(BertForMaskedLM(config), scheduler, tokenizer, max_completion_length)
 
 
@@ -125,6 +129,7 @@ def train(
         noised_samples = pipeline.scheduler.add_noise(clean_samples, t, generator=generator)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             logits = pipeline.denoise(*pipeline.encode_prompt(prompts), noised_samples, pipeline.latent_shape())
+        logits = pipeline.scheduler.constrain_logits(logits, noised_samples)
         loss = functional.cross_entropy(logits.float().flatten(0, 1), clean_samples.flatten())  # of (B * N, V)
         update(network, loss, optimizer, schedule)
         losses.append(loss.item())

@@ -44,6 +44,7 @@ SLIPS = {"sudoku": DIGITS, "countdown": "+-*"}  # a slip takes another of these
 def main():
     parser = build_parser(__doc__, num_steps=2000, slip_rate=0.08)
     parser.add_argument("--task", choices=[*TOKENS], required=True, help="The world.")
+    parser.add_argument("--noise", choices=["uniform", "masked"], default="uniform", help="The forward process.")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
@@ -66,7 +67,7 @@ def main():
 
     columns = {name: [row[name] for row in eval_rows] for name in ("task", "puzzle")}
     train(
-        build_pipeline(TOKENS[args.task], MAX_COMPLETION_LENGTH[args.task], MAX_LENGTH[args.task]),
+        build_pipeline(TOKENS[args.task], MAX_COMPLETION_LENGTH[args.task], MAX_LENGTH[args.task], noise=args.noise),
         args,
         write_batch,
         [row["prompt"] for row in eval_rows],

@@ -52,6 +52,7 @@ _MODULES = {
     "JudgeTemplate": ".rewards.vlm_judge",
     "KineticOptimalScheduler": ".schedulers.scheduling_kinetic_optimal",
     "Mask2FormerDetector": ".rewards.mask2former",
+    "MaskedDDIMScheduler": ".schedulers.scheduling_masked",
     "MemoryEstimate": ".memory",
     "OCRReward": ".rewards.ocr",
     "PickScoreReward": ".rewards.clip",
@@ -115,6 +116,7 @@ if TYPE_CHECKING:
     from .rewards.vlm_judge import JudgeTemplate as JudgeTemplate
     from .rewards.vlm_judge import VLMJudgeReward as VLMJudgeReward
     from .schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler as KineticOptimalScheduler
+    from .schedulers.scheduling_masked import MaskedDDIMScheduler as MaskedDDIMScheduler
     from .schedulers.scheduling_uniform_ddim import UniformDDIMScheduler as UniformDDIMScheduler
     from .sft.udm_sft_trainer import UDMSFTConfig as UDMSFTConfig
     from .sft.udm_sft_trainer import UDMSFTTrainer as UDMSFTTrainer

@@ -27,7 +27,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from trl.rewards import think_format_reward
 from trl.trainer.utils import add_fused_lm_head
 
-from trl_udm import DiffusionGemmaUDMPipeline, UDMGRPOConfig, UDMGRPOTrainer, UniformDDIMScheduler
+from trl_udm import (
+    DiffusionGemmaUDMPipeline,
+    MaskedDDIMScheduler,
+    UDMGRPOConfig,
+    UDMGRPOTrainer,
+    UniformDDIMScheduler,
+)
 from trl_udm.pipelines.pipeline_diffusion_gemma import LORA_TARGET_MODULES
 
 from .tiny_diffusion_gemma import CANVAS_LENGTH, TURN_END_ID, VOCAB_SIZE, build_model, build_pipeline, build_tokenizer
@@ -349,6 +355,13 @@ def test_other_schedulers_generate_and_have_no_rollouts(scheduler):
     assert pipeline(TEXTS, gen_length=16, num_inference_steps=4).sequences.shape == (4, 16)
     message = rf"`scheduler` must be .* got {type(scheduler).__name__}.*UniformDDIMScheduler\({VOCAB_SIZE}\)"
     with pytest.raises(ValueError, match=message):
+        draw_sample(pipeline)
+
+
+def test_masks_are_refused():
+    pipeline = build_pipeline()
+    pipeline.scheduler = MaskedDDIMScheduler(VOCAB_SIZE, mask_token_id=0)
+    with pytest.raises(ValueError, match="must be a `UniformDDIMScheduler` for rollouts, got MaskedDDIMScheduler"):
         draw_sample(pipeline)
 
 

@@ -57,6 +57,7 @@ from trl_udm import (
     JudgeTemplate,
     KineticOptimalScheduler,
     Mask2FormerDetector,
+    MaskedDDIMScheduler,
     MemoryEstimate,
     OCRReward,
     PickScoreReward,
@@ -189,6 +190,7 @@ assert_type(KineticOptimalScheduler.from_config(scheduler.config, shift=2.0), Ki
 assert_type(KineticOptimalScheduler.from_pretrained("folder", subfolder="scheduler"), KineticOptimalScheduler)
 
 uniform = UniformDDIMScheduler(codebook_size=30)
+masked = MaskedDDIMScheduler(codebook_size=31, mask_token_id=30, remasking="low_confidence")
 assert_type(uniform.add_noise(torch.randint(30, (2, 16)), 0.5), torch.Tensor)
 clean_samples = uniform.step(torch.randn(2, 16, 30), 0, clean_samples).prev_sample
 assert_type(uniform.step(torch.randn(2, 16, 30), 0, torch.randint(30, (2, 16))).pred_original_sample, torch.Tensor)

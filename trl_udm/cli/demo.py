@@ -176,13 +176,11 @@ def draw_states(
     """
     import torch
 
-    from ..random_tensor import randint_tensor
-
     size = size or {}
     latent_shape, generator = pipeline.latent_shape(**size), torch.Generator().manual_seed(seed)
     # The pipeline would draw the same noise. Its callback does not tell it.
     shape = (num_samples, torch.Size(latent_shape).numel())
-    states = [randint_tensor(pipeline.scheduler.config.codebook_size, shape, generator, pipeline.device)]
+    states = [pipeline.scheduler.draw_noise(shape, generator, pipeline.device)]
 
     def keep_state(pipeline: "UDMPipeline", step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
         states.append(tensors["latents"])

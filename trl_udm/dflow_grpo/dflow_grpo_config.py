@@ -164,6 +164,12 @@ def check_scheduler(args: DFlowGRPOConfig, scheduler: Any) -> None:
             f"`pipeline.scheduler` must have `transition_probabilities`, got a `{name}`: the ratio of a step needs "
             "them. `KineticOptimalScheduler` and `UniformDDIMScheduler` have them."
         )
+    if getattr(scheduler.config, "remasking", "random") != "random":
+        raise ValueError(
+            f"`remasking` of the scheduler must be 'random', got {scheduler.config.remasking!r}: the ratio of a step "
+            "needs tokens that move independently. Set `pipeline.scheduler = MaskedDDIMScheduler.from_config("
+            "pipeline.scheduler.config, remasking='random')`."
+        )
     if args.average_rates and not hasattr(scheduler, "velocity"):
         raise ValueError(
             f"`average_rates` must be False with a `{name}`, got True: its steps have no rates. A "

@@ -331,7 +331,7 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
         """
         if guidance_scale != 1.0:
             raise ValueError(f"`guidance_scale` must be 1.0 for DiffusionGemma, got {guidance_scale}.")
-        if not isinstance(self.scheduler, UniformDDIMScheduler):
+        if not (isinstance(self.scheduler, UniformDDIMScheduler) and self.scheduler.has_uniform_noise):
             raise ValueError(
                 f"`scheduler` must be a `UniformDDIMScheduler` for rollouts, got {type(self.scheduler).__name__}, "
                 "whose states are not those of the forward process. Set `pipeline.scheduler = "

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
+from ..schedulers.scheduling_masked import MaskedDDIMScheduler
 from ..schedulers.scheduling_uniform_ddim import UniformDDIMScheduler
 from .pipeline_output import TextUDMPipelineOutput
 from .pipeline_udm import CallArguments, StepCallback, UDMPipeline
@@ -36,12 +37,12 @@ class TextCallArguments(CallArguments, total=False):
 
 class TextUDMPipeline(TextMixin, UDMPipeline):
     r"""
-    Text generation by uniform discrete diffusion, with any network that has the form of a masked language model: a
+    Text generation by discrete diffusion, with any network that has the form of a masked language model: a
     bidirectional transformer with logits over its vocabulary at every position, such as `AutoModelForMaskedLM` loads.
 
     The network reads `[prompt, canvas]`. The prompt is padded on the left, and its padding is hidden. The canvas has
-    `max_completion_length` tokens, which are noise at first. Corruption is uniform over the whole vocabulary, so that
-    no mask token is used. The logits at a canvas position predict the clean token of that position.
+    `max_completion_length` tokens, which are noise at first: uniform over the whole vocabulary, or with a
+    [`MaskedDDIMScheduler`] the mask token. The logits at a canvas position predict the clean token of that position.
 
     A completion ends with the first end-of-sequence token. This is the tokenizer's `eos_token`, or its `sep_token` if
     it has no `eos_token`, like BERT's. The tokens after it are neither decoded nor scored.
@@ -52,8 +53,9 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
 
     Args:
         transformer ([`~transformers.PreTrainedModel`]):
-            The denoiser, which takes `input_ids`, `attention_mask` and `position_ids`, and returns `logits`.
-        scheduler ([`UniformDDIMScheduler`] or [`KineticOptimalScheduler`]):
+            The denoiser, which takes `input_ids`, `attention_mask` and, unless only distances between tokens count for
+            it, `position_ids`. It returns `logits`.
+        scheduler ([`UniformDDIMScheduler`], [`MaskedDDIMScheduler`] or [`KineticOptimalScheduler`]):
             The forward and reverse process, over the network's vocabulary.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             The tokenizer. It needs a chat template if prompts are messages.
@@ -99,6 +101,12 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
                 "`scheduler.config.codebook_size` must be the network's vocabulary, "
                 f"`transformer.config.vocab_size` {transformer.config.vocab_size}, got "
                 f"{scheduler.config.codebook_size}."
+            )
+        if isinstance(scheduler, MaskedDDIMScheduler) and scheduler.config.mask_token_id != tokenizer.mask_token_id:
+            raise ValueError(
+                f"`scheduler.config.mask_token_id` must be `tokenizer.mask_token_id`, {tokenizer.mask_token_id}, got "
+                f"{scheduler.config.mask_token_id}. If the tokenizer does not name its mask token, set "
+                "`tokenizer.mask_token`."
             )
         arguments = inspect.signature(type(transformer).forward).parameters
         if time_argument is not None and time_argument not in arguments:
@@ -174,8 +182,10 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
         inputs: dict[str, Any] = {
             "input_ids": torch.cat([prompt_ids, noised_samples], dim=1),
             "attention_mask": attention_mask,
-            "position_ids": (attention_mask.cumsum(dim=1) - 1).clamp(min=0),
         }
+        arguments = inspect.signature(type(self.transformer).forward).parameters.values()
+        if any(argument.name == "position_ids" or argument.kind is argument.VAR_KEYWORD for argument in arguments):
+            inputs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         if getattr(self.transformer.config, "type_vocab_size", 1) > 1:
             inputs["token_type_ids"] = torch.cat(
                 [torch.zeros_like(prompt_ids), torch.ones_like(noised_samples)], dim=1
@@ -221,7 +231,7 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
         # From logits: many of these networks have more than a linear head on the backbone, such as BERT's transform,
         # which TRL's fused head would leave out
         logits = self._denoise(model, prompt_ids, prompt_mask, noised_samples, latent_shape, t)
-        return self._score_logits(logits, labels)
+        return self._score_logits(self.scheduler.constrain_logits(logits, noised_samples), labels)
 
     @overload
     def __call__(
@@ -295,7 +305,7 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
             guidance_trunc (`float`, *optional*, defaults to `0.9`):
                 Time in `[0, 1]` from which there is no guidance.
             latents (`torch.LongTensor` of shape `(batch_size * num_completions_per_prompt, num_tokens)`, *optional*):
-                Token ids to start from instead of uniform noise.
+                Token ids to start from instead of the scheduler's noise.
             output_type (`str`, *optional*, defaults to `"text"`):
                 `"text"`, or `"latent"` (token ids).
             return_dict (`bool`, *optional*, defaults to `True`):

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..models.token_scores import compute_kl, score_tokens
-from ..random_tensor import check_generators, randint_tensor
+from ..random_tensor import check_generators
 from ..schedulers.draws import TiledLogits
 from ..weights import load_every_weight
 from .lora import LoraMixin
@@ -64,8 +64,9 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
     A family registers these components:
 
     * `transformer`, a [`~transformers.PreTrainedModel`] whose output embeddings are the head over its codebook;
-    * `scheduler`, which offers `config.codebook_size`, `set_timesteps`, `timesteps`, `timestep_to_t`, `step` and
-      `add_noise`, such as [`KineticOptimalScheduler`], and may offer its `needs_model_output`;
+    * `scheduler`, which offers `config.codebook_size`, `set_timesteps`, `timesteps`, `timestep_to_t`, `step`,
+      `draw_noise`, `add_noise` and `constrain_logits`, such as [`KineticOptimalScheduler`], and may offer its
+      `needs_model_output`;
     * `tokenizer`, and a decoder if it has one.
 
     It implements the five methods below that raise `NotImplementedError`. It also implements `__call__`, which takes a
@@ -321,8 +322,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         Log-probabilities of tokens, for the trainer.
 
         By default TRL's fused head computes them without logits. It needs a backbone that returns `last_hidden_state`,
-        and a linear head directly on it. Under an adapter on the head, they are computed from logits. A family of
-        other networks overrides this method.
+        and a linear head directly on it. Under an adapter on the head, or a scheduler that rules out tokens, they are
+        computed from logits. A family of other networks overrides this method.
 
         Args:
             model (`nn.Module`):
@@ -337,7 +338,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
             `tuple`: log p_θ(labels | x_t, c), of the shape of the labels, and the entropies of the tokens, of shape
             `(B, N)`. The entropies may be `None` for a reference model.
         """
-        if labels.ndim == 3 or self._has_adapter_on_head:  # TRL's fused head scores one label, without an adapter
+        # TRL's fused head scores one label, without an adapter, among all tokens
+        if labels.ndim == 3 or self._has_adapter_on_head or getattr(self.scheduler, "rules_out_tokens", False):
             args = (prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
             logps, entropies, _ = self.score_with_kl(model, None, *args)
             return logps, entropies
@@ -374,7 +376,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         inputs = self.prepare_denoiser_inputs(prompt_ids, prompt_mask, noised_samples, latent_shape, labels, t)
         inputs = self._complete_scoring_inputs(model, inputs)
         is_label = inputs.pop("shift_labels") != -100
-        return model(**inputs).logits[is_label].view(*labels.shape, -1), nn.Identity()
+        logits = model(**inputs).logits[is_label].view(*labels.shape, -1)  # (B, N, V)
+        return self.scheduler.constrain_logits(logits, noised_samples), nn.Identity()
 
     def score_with_kl(
         self, model: nn.Module, reference: tuple[torch.Tensor, nn.Module] | None, *args: Any
@@ -491,7 +494,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         **denoise_kwargs,
     ) -> UDMSamplerOutput:
         """
-        Draws clean tokens: from uniform noise at t = 0 to the sample at t = 1.
+        Draws clean tokens: from noise at t = 0 to the sample at t = 1.
 
         With guidance the logits are z = z_uncond + w·(z_cond − z_uncond) while t < `guidance_trunc`, and z_cond after.
 
@@ -513,7 +516,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
             negative_prompt_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
                 Its mask.
             latents (`torch.LongTensor` of shape `(B, N)` or `(B, *latent_shape)`, *optional*):
-                Tokens to start from instead of uniform noise.
+                Tokens to start from instead of the scheduler's noise.
             condition (`torch.LongTensor` of shape `(C, N)` or `Callable`, *optional*):
                 Known tokens, and -1 for those to draw. Each of the C rows is that of B / C samples in a row. A
                 function that gives them is called once the other arguments are checked.
@@ -552,7 +555,7 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         check_generators(generator, batch_size)
         size, codebook_size = (batch_size, torch.Size(latent_shape).numel()), self.scheduler.config.codebook_size
         if latents is None:
-            latents = randint_tensor(codebook_size, size, generator, device)
+            latents = self.scheduler.draw_noise(size, generator, device)
         else:
             if latents.dtype != torch.long:
                 raise TypeError(f"`latents` must be a `torch.long` tensor of token ids, got {latents.dtype}.")

@@ -18,23 +18,50 @@ from typing import Any
 
 import torch
 
+from ..random_tensor import randint_tensor
+
 
 class ForwardProcessMixin:
     """
     Noised samples x_t ~ p_t(· | x₁).
 
     Needs the setting `codebook_size` and the method `_draw_noised_samples(original_samples, t, generator, **kwargs)`,
-    where `t` has a time for each token.
+    where `t` has a time for each token. The noise at t = 0 is uniform by default.
 
     Attributes:
         can_mirror_noise (`bool`, defaults to `False`):
             Whether `add_noise` has the argument `mirrored`.
         has_uniform_noise (`bool`, defaults to `True`):
             Whether p_t(k | x₁) = t · [k = x₁] + (1 − t) / V, which `leave_one_out` needs.
+        rules_out_tokens (`bool`, defaults to `False`):
+            Whether a state rules out clean tokens, so that `constrain_logits` changes logits.
     """
 
     can_mirror_noise = False
     has_uniform_noise = True
+    rules_out_tokens = False
+
+    def draw_noise(
+        self,
+        shape: tuple[int, ...],
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        device: str | torch.device | None = None,
+    ) -> torch.Tensor:
+        """
+        Draw states at t = 0. Here these are uniform codes.
+
+        Args:
+            shape (`tuple[int, ...]`):
+                Shape of the result, `(batch_size, ...)`.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                RNG of the draw, on any device, or one for each sample.
+            device (`str` or `torch.device`, *optional*):
+                Device of the result.
+
+        Returns:
+            `torch.LongTensor` of shape `shape`: Token ids.
+        """
+        return randint_tensor(self.config.codebook_size, shape, generator, device)
 
     @torch.no_grad()
     def add_noise(
@@ -101,6 +128,21 @@ class ForwardProcessMixin:
         # The normalizer is 1 − p + p / (1 + r), with p the probability of the token in the state
         normalizer = -torch.expm1(state_logps.clamp(max=0)) + torch.exp(state_logps - evidence)
         return logps - evidence * (labels == noised_samples) - normalizer.log()
+
+    def constrain_logits(self, logits: torch.Tensor, noised_samples: torch.Tensor) -> torch.Tensor:
+        """
+        Logits of p_θ(x₁ | x_t), without the clean tokens that the state rules out. Here it rules out none.
+
+        Args:
+            logits (`torch.Tensor` of shape `(batch_size, num_tokens, codebook_size)`):
+                Output of the network.
+            noised_samples (`torch.LongTensor` of shape `(batch_size, num_tokens)`):
+                Token ids of the state x_t.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_tokens, codebook_size)`: The logits.
+        """
+        return logits
 
     def needs_model_output(self, timestep: int | torch.Tensor) -> bool:
         """Whether the next state depends on the model's output."""

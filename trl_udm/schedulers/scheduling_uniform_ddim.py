@@ -21,7 +21,7 @@ from diffusers.schedulers.scheduling_discrete_ddim import DiscreteDDIMScheduler,
 # diffusers looks a component's loader up by this name
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 
-from ..random_tensor import check_generators, rand_tensor, randint_tensor
+from ..random_tensor import check_generators, rand_tensor
 from .forward_process import ForwardProcessMixin
 
 
@@ -138,7 +138,7 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
         uniforms = rand_tensor(shape, generator, device)
         survives = uniforms < t
         codebook_size = self.config.codebook_size
-        noise = randint_tensor(codebook_size, shape, generator, device)
+        noise = self.draw_noise(shape, generator, device)
         if mirrored is not None:
             survives[mirrored] = (uniforms >= 1 - t)[mirrored]
             noise[mirrored] = (noise[mirrored] + codebook_size // 2) % codebook_size
@@ -207,18 +207,19 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
         """
         if num_draws is not None and num_draws < 1:
             raise ValueError(f"`num_draws` must be > 0 or None, got {num_draws}.")
-        settings: dict[str, Any] = {"timestep": timestep, "temperature": temperature, "return_dict": False}
         if isinstance(generator, list):
             check_generators(generator, len(sample))
             batch = zip(model_output.split(1), sample.split(1), generator, strict=True)
+            settings: dict[str, Any] = {"timestep": timestep, "temperature": temperature, "return_dict": False}
             settings["num_draws"] = num_draws
             rows = [self.step(logits, sample=x_t, generator=each, **settings)[:3] for logits, x_t, each in batch]
             x_s, x_1, probabilities = (torch.cat(tensors) for tensors in zip(*rows, strict=True))
         else:
             # The parent draws on the device of the logits, which must be the generator's
             device = sample.device if generator is None else generator.device
-            logits, x_t = model_output.to(device), sample.to(device)
-            x_s, x_1, probabilities = super().step(logits, sample=x_t, generator=generator, **settings)[:3]
+            x_t = sample.to(device)
+            logits = self.constrain_logits(model_output.to(device), x_t)
+            x_s, x_1, probabilities = self._take_step(logits, int(timestep), x_t, temperature, generator)
             if num_draws is not None:
                 others = [
                     self._sample_from_logits(logits, temperature=temperature, generator=generator)[0]
@@ -228,6 +229,19 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
             x_s, x_1, probabilities = (field.to(sample.device) for field in (x_s, x_1, probabilities))
         output = UniformDDIMSchedulerOutput(x_s, x_1, probabilities, model_output, pred_original_sample=x_1)
         return output if return_dict else output.to_tuple()
+
+    def _take_step(
+        self,
+        logits: torch.Tensor,
+        timestep: int,
+        x_t: torch.Tensor,
+        temperature: float,
+        generator: torch.Generator | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The next state, the clean tokens, and their probabilities, (B, N) each."""
+        settings: dict[str, Any] = {"temperature": temperature, "generator": generator, "return_dict": False}
+        x_s, x_1, probabilities, _ = super().step(logits, timestep, x_t, **settings)
+        return x_s, x_1, probabilities
 
     @torch.no_grad()
     def transition_probabilities(

@@ -66,7 +66,8 @@ class UDMSFTTrainer(WeightsMixin, Trainer):
 
         x_t ~ p_t(· | x₁),    loss = −(1/N) Σ_n log p_θ(x₁ⁿ | x_t, c).
 
-    All tokens count, also those after the end of a text, which the sampler meets too.
+    All tokens count, also those after the end of a text, which the sampler meets too. With a [`MaskedDDIMScheduler`]
+    the logarithm is 0 at visible tokens.
 
     Args:
         pipeline ([`UDMPipeline`]):

@@ -111,13 +111,14 @@ class UDMGRPOConfig(GRPOConfig):
             shape. By default all frames of a sample have the same steps.
         timestep_weighting (`str`, *optional*, defaults to `"none"`):
             Weights of a sample's tokens in log π. `"none"`: all tokens that count weigh the same. `"elbo"`: as in the
-            evidence lower bound of the sample, [`KineticOptimalScheduler.elbo_weights`].
+            evidence lower bound of the sample, [`KineticOptimalScheduler.elbo_weights`] or
+            [`MaskedDDIMScheduler.elbo_weights`].
         shared_noise (`bool`, *optional*, defaults to `False`):
             Whether the samples of a group have the same steps, and are noised with the same random numbers. Tokens in
             which they agree are then noised alike.
         antithetic_noise (`bool`, *optional*, defaults to `False`):
             Whether a sample's first and second step, its third and fourth, and so on, are noised with the same random
-            numbers u and 1 − u. Needs a scheduler that does so, [`UniformDDIMScheduler`].
+            numbers u and 1 − u. Needs a scheduler that does so, [`UniformDDIMScheduler`] or [`MaskedDDIMScheduler`].
         leave_one_out (`bool`, *optional*, defaults to `False`):
             Whether a token's log-probability is that given all other tokens of the state,
             [`UniformDDIMScheduler.leave_one_out`]. Needs a scheduler of uniform corruption.
@@ -500,12 +501,18 @@ def check_pipeline(args: UDMGRPOConfig, pipeline: Any) -> None:
     if args.timestep_weighting == "elbo" and not hasattr(pipeline.scheduler, "elbo_weights"):
         raise ValueError(
             f"`timestep_weighting` must be 'none' with a {type(pipeline.scheduler).__name__}, got 'elbo': it has no "
-            "`elbo_weights`. A `KineticOptimalScheduler` has."
+            "`elbo_weights`. A `KineticOptimalScheduler` and a `MaskedDDIMScheduler` have."
+        )
+    rules_out_tokens = getattr(pipeline.scheduler, "rules_out_tokens", False)
+    if rules_out_tokens and (args.action, args.trajectory) == ("intermediate", "forward"):
+        raise ValueError(
+            f"`action` must be 'clean' with `trajectory='forward'` and a {type(pipeline.scheduler).__name__}, got "
+            "'intermediate': such a state shows tokens of the clean sample, and so rules out other actions."
         )
     if args.antithetic_noise and not getattr(pipeline.scheduler, "can_mirror_noise", False):
         raise ValueError(
             f"`antithetic_noise` must be False with a {type(pipeline.scheduler).__name__}, got True: its `add_noise` "
-            "has no `mirrored`. That of a `UniformDDIMScheduler` has."
+            "has no `mirrored`. Those of `UniformDDIMScheduler` and `MaskedDDIMScheduler` have."
         )
     if args.leave_one_out and not getattr(pipeline.scheduler, "has_uniform_noise", False):
         raise ValueError(
