@@ -175,6 +175,7 @@ class UDMGRPOTrainer(
         transformer = pipeline.transformer
         with pipeline.keep_base_weights(peft_config) as base_weights:
             model, peft_config = prepare_model(pipeline, peft_config, args.adapter)
+            adapter_weights = {weight: weight.data for weight in model.parameters() if weight.requires_grad}
             has_reference = args.beta != 0.0 and peft_config is None and not is_peft_model(model)
             reference = copy_reference(transformer) if has_reference else None
             if not hasattr(transformer, "generation_config"):  # `GRPOTrainer` writes the padding token into it
@@ -205,7 +206,7 @@ class UDMGRPOTrainer(
             self.beta = self.args.beta = beta
             self.max_completion_length = math.prod(self.latent_shape)
             self.aux_loss_enabled = False  # families do not return what routers computed
-            self._prepare_policy(is_new_adapter=peft_config is not None)
+            self._prepare_policy(peft_config is not None, adapter_weights)
         self.add_callback(ThroughputCallback(self))
         if args.async_rewards:
             for runner in self._reward_runners:
@@ -229,6 +230,7 @@ class UDMGRPOTrainer(
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._restore_special_tokens()
+        self._forget_input_gradients()
         return super()._inner_training_loop(*args, **kwargs)
 
     # A sample has K rows, which lie side by side in the generation batch
