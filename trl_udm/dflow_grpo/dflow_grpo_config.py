@@ -15,6 +15,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..schedulers.forward_process import predicts_leave_one_out
 from ..trainer.udm_grpo_config import UDMGRPOConfig
 
 
@@ -163,6 +164,11 @@ def check_scheduler(args: DFlowGRPOConfig, scheduler: Any) -> None:
         raise ValueError(
             f"`pipeline.scheduler` must have `transition_probabilities`, got a `{name}`: the ratio of a step needs "
             "them. `KineticOptimalScheduler` and `UniformDDIMScheduler` have them."
+        )
+    if predicts_leave_one_out(scheduler):
+        raise ValueError(
+            "`pipeline.scheduler` must have the `prediction_type` 'sample', got 'leave_one_out': the ratio of a step "
+            "is that of the network's own predictions."
         )
     if args.average_rates and not hasattr(scheduler, "velocity"):
         raise ValueError(

@@ -34,6 +34,7 @@ from ..models.layers import without_checkpointing
 from ..pipelines.bidirectional import check_bidirectional
 from ..pipelines.pipeline_output import UDMSamplerOutput
 from ..pipelines.pipeline_udm import UDMPipeline
+from ..schedulers.forward_process import predicts_leave_one_out
 from ..throughput import ThroughputCallback
 from .adapters import PolicyMixin, copy_reference, prepare_model
 from .checkpoint import CheckpointMixin, EpochRepeatSampler, WeightsMixin
@@ -469,8 +470,9 @@ class UDMGRPOTrainer(
             prompt_ids, noised_samples, actions = input_ids_batch.split(sizes, dim=1)
             prompt_mask, t, mask = mask_batch.split(sizes, dim=1)
             t = t.float() if self.pipeline.takes_token_times else t[:, 0].float()
-            is_loo = self.args.leave_one_out
-            labels = torch.stack([actions, noised_samples], dim=-1) if is_loo else actions
+            # The probability of the noised token, which relates predictions with and without it
+            needs_own = self.args.leave_one_out != predicts_leave_one_out(self.pipeline.scheduler)
+            labels = torch.stack([actions, noised_samples], dim=-1) if needs_own else actions
             rows = (prompt_ids, prompt_mask.long(), noised_samples, self.latent_shape, labels, t)
             with self.accelerator.autocast():
                 if self.args.kl_estimator == "full":
@@ -480,8 +482,10 @@ class UDMGRPOTrainer(
                         self._kl.append((kl * mask).sum(dim=1) / mask.sum(dim=1))
                 else:
                     logps, entropies = self.pipeline.score(model, *rows)
-            if is_loo:
-                logps = self.pipeline.scheduler.leave_one_out(logps, actions, noised_samples, t)
+            if needs_own:
+                scheduler = self.pipeline.scheduler
+                convert = scheduler.leave_one_out if self.args.leave_one_out else scheduler.undo_leave_one_out
+                logps = convert(logps, actions, noised_samples, t)
             if self.args.timestep_weighting == "elbo":
                 elbo_weights = self.pipeline.scheduler.elbo_weights
                 logps = logps * elbo_weights(actions, noised_samples, t, self.args.num_inference_steps)
