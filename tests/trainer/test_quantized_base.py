@@ -14,6 +14,9 @@
 
 """An adapter on a base of 4 bits. Tests with bitsandbytes run where it is installed, also on a CPU."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
@@ -36,6 +39,7 @@ from .test_adapters import randomize
 
 
 SIZES = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "head_dim": 32}  # whole blocks of 64
+BENCHMARKS_DIR = Path(__file__).parents[2] / "benchmarks"
 EXPERTS = ("gate_up_proj", "down_proj")
 
 
@@ -83,7 +87,9 @@ def predict(pipeline):
 
 
 @pytest.mark.parametrize("as_folder", [False, True])
-def test_attention_dense_layers_and_experts_have_four_bits_and_stay_shared(tmp_path, repository, as_folder):
+def test_attention_dense_layers_and_experts_have_four_bits_and_stay_shared(
+    tmp_path, monkeypatch, repository, as_folder
+):
     full, folder = DiffusionGemmaUDMPipeline.from_pretrained(repository, dtype=torch.float32), repository
     if as_folder:
         folder = tmp_path
@@ -93,8 +99,13 @@ def test_attention_dense_layers_and_experts_have_four_bits_and_stay_shared(tmp_p
     for encoder_layer, decoder_layer in layers:
         assert encoder_layer.experts is decoder_layer.experts
         assert encoder_layer.self_attn.q_proj.weight is decoder_layer.self_attn.q_proj.weight
-    quantized = {name for name, weight in pipeline.model.named_parameters() if weight.dtype == torch.uint8}
+    quantized = {name: weight for name, weight in pipeline.model.named_parameters() if weight.dtype == torch.uint8}
     assert len(quantized) == 7 + 6 + 2 * len(EXPERTS)  # the second layer has no `v_proj`
+    monkeypatch.syspath_prepend(BENCHMARKS_DIR)
+    counts = importlib.import_module("diffusion_gemma_memory").count_weights(full.model)
+    assert 2 * sum(weight.nbytes for weight in quantized.values()) == (
+        counts["experts"] + counts["attention and dense layers"]
+    )
     assert not any(skipped in name for name in quantized for skipped in UNQUANTIZED_MODULES)
     before = predict(full)
     assert not full.model.load_state_dict(dequantize(pipeline), strict=False).unexpected_keys
