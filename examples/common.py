@@ -49,7 +49,7 @@ from trl_udm import (
 import torch
 import transformers
 from transformers import ProgressCallback
-from trl import ModelConfig
+from trl import ModelConfig, get_quantization_config
 
 from trl_udm.checkpoint_folders import find_checkpoint
 from trl_udm.cli.parser import Parser, check_range
@@ -202,7 +202,7 @@ def load_pipeline(
     **kwargs: Any,
 ) -> UDMPipeline:
     """
-    Loads a pipeline with the dtype and the attention implementation of the command line.
+    Loads a pipeline with the dtype, the attention implementation and the quantization of the command line.
 
     Args:
         pipeline_class (`type[UDMPipeline]`):
@@ -218,7 +218,15 @@ def load_pipeline(
 
     Returns:
         [`UDMPipeline`]: The pipeline.
+
+    Raises:
+        ValueError: If weights of 4 bits are asked for, and no dtype to compute in.
     """
+    if model_args.load_in_4bit and model_args.dtype in (None, "auto"):
+        raise ValueError("`--load_in_4bit` needs the `--dtype` to compute in, such as bfloat16.")
+    quantization_config = get_quantization_config(model_args)
+    if quantization_config is not None:
+        kwargs["quantization_config"] = quantization_config
     dtype = default_dtype if model_args.dtype in (None, "auto") else getattr(torch, model_args.dtype)
     pipeline = pipeline_class.from_pretrained(path, dtype=dtype, **kwargs)
     if model_args.attn_implementation is not None:

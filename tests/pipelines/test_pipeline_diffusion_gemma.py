@@ -144,9 +144,14 @@ def test_rewards_see_texts_for_texts_and_messages_for_messages(tmp_path, is_conv
 
     def reward(prompts, completions, **kwargs):
         seen.extend(completions)
+        assert all(prompt in conversations if is_conversational else prompt in TEXTS for prompt in prompts)
         return [float(index % 2) for index in range(len(completions))]
 
-    prompts = [[{"role": "user", "content": text}] for text in TEXTS] if is_conversational else TEXTS
+    conversations = [
+        [{"role": role, "content": text} for role, text in zip(roles, TEXTS, strict=False)]
+        for roles in (["user"], ["system", "user"], ["user", "assistant", "user"], ["system", "user", "model", "user"])
+    ]
+    prompts = conversations if is_conversational else TEXTS
     rewards = [reward, think_format_reward] if is_conversational else reward
     trainer = build_trainer(tmp_path, prompts=prompts, reward_funcs=rewards)
     generate_batch(trainer)

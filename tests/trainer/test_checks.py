@@ -220,6 +220,13 @@ def test_options_of_chat_templates_reach_the_template(build):
     ids, _ = pipeline.encode_prompt([messages], letter="c")
     assert pipeline.tokenizer.decode(ids[0]).replace(" ", "").endswith("abc")
 
+    def generate(text, **kwargs):
+        generator = torch.Generator().manual_seed(0)
+        options = {"num_inference_steps": 4, "generator": generator, **kwargs}
+        return pipeline([[{"role": "user", "content": text}]], **options).texts
+
+    assert generate("ab", chat_template_kwargs={"letter": "c"}) == generate("abc") != generate("ab")
+
 
 def test_the_trainer_passes_options_of_chat_templates(tmp_path):
     pipeline = build_text_pipeline()

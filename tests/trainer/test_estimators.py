@@ -22,7 +22,15 @@ import pytest
 import torch
 from datasets import Dataset
 
-from trl_udm import KineticOptimalScheduler, UDMGRPOTrainer, UniformDDIMScheduler
+from trl_udm import (
+    DFlowGRPOConfig,
+    KineticOptimalScheduler,
+    UDMGRPOTrainer,
+    UDMSFTConfig,
+    UDMSFTTrainer,
+    UniformDDIMScheduler,
+)
+from trl_udm.dflow_grpo.dflow_grpo_config import check_scheduler
 
 from .test_udm_grpo_trainer import PROMPTS, build_args, build_trainer, count_a, generate_batch
 from .toy_text_family import NUM_TOKENS, build_toy_text_pipeline
@@ -91,6 +99,66 @@ def test_a_leave_one_out_score_is_bayes_rule_in_float64(t):
         for times in (torch.full((8,), t), torch.full((8, 6), t)):
             scores = scheduler.leave_one_out(pairs, labels, state, times)
             torch.testing.assert_close(scores, expected.float())
+
+
+def test_the_two_predictions_of_a_uniform_path_are_those_of_an_enumerated_distribution(enumeration):
+    """Of all 81 samples and states, from a random distribution of samples and Bayes' rule alone."""
+    num_codes, t, states = 3, 0.4, enumeration.STATES
+    data = torch.randn(81, generator=torch.Generator().manual_seed(0)).mul(2).softmax(dim=0).double()
+    is_code = torch.nn.functional.one_hot(states, num_codes).double()  # (81 samples, N, V)
+    kept = t * (states.unsqueeze(1) == states).double() + (1 - t) / num_codes  # (81 samples, 81 states, N)
+    plain, loo = torch.zeros(2, 81, 4, num_codes, dtype=torch.double)
+    for n in range(4):
+        others = [m for m in range(4) if m != n]
+        plain[:, n] = torch.einsum("s,sx,sk->xk", data, kept.prod(dim=-1), is_code[:, n])
+        loo[:, n] = torch.einsum("s,sx,sk->xk", data, kept[..., others].prod(dim=-1), is_code[:, n])
+    plain, loo = (table.div(table.sum(dim=-1, keepdim=True)).log() for table in (plain, loo))
+    scheduler, times = UniformDDIMScheduler(num_codes, prediction_type="leave_one_out"), torch.full((81,), t)
+    for code in range(num_codes):
+        labels = torch.full_like(states, code)
+        pair = torch.stack([labels, states], dim=-1)
+        for given, convert, expected in (
+            (plain, scheduler.leave_one_out, loo),
+            (loo, scheduler.undo_leave_one_out, plain),
+        ):
+            scores = convert(given.gather(-1, pair).float(), labels, states, times)
+            torch.testing.assert_close(scores, expected[..., code].float(), rtol=1e-4, atol=1e-5)
+    steps = []
+    for prediction_type, logits in (("sample", plain), ("leave_one_out", loo)):
+        scheduler = UniformDDIMScheduler(num_codes, 5, prediction_type)
+        settings = {"timestep": 2, "sample": states, "generator": torch.Generator().manual_seed(0)}  # t = 0.4
+        steps.append(scheduler.step(logits.float(), **settings).prev_sample)
+    assert torch.equal(*steps)
+
+
+def test_fine_tuning_and_scores_are_those_of_the_prediction_that_the_scheduler_names(tmp_path, enumeration):
+    pipelines = [enumeration.build_pipeline(num_steps=0) for _ in range(2)]
+    pipelines[1].scheduler = UniformDDIMScheduler(enumeration.NUM_CODES, 10, "leave_one_out")
+    rows = Dataset.from_dict({"prompt": ["c"] * 8, "completion": ["acba"] * 8})
+    args = UDMSFTConfig(str(tmp_path), max_steps=1, report_to="none", use_cpu=True, save_strategy="no")
+    trainers = [UDMSFTTrainer(pipeline, args, rows) for pipeline in pipelines]
+    inputs = trainers[0].encode_rows(list(rows))
+    losses = []
+    for trainer in trainers:
+        torch.manual_seed(0)
+        losses.append(trainer.compute_loss(trainer.model, dict(inputs)))
+    torch.manual_seed(0)
+    t = torch.rand(8)
+    states = pipelines[0].scheduler.add_noise(inputs["clean_samples"], t)
+    logits = pipelines[0].denoise(inputs["prompt_ids"], inputs["prompt_mask"], states, (4,))
+    likelihoods = t.view(8, 1, 1) * torch.nn.functional.one_hot(states, 3) + (1 - t.view(8, 1, 1)) / 3
+    for loss, each in zip(losses, (logits, logits + likelihoods.log()), strict=True):
+        expected = torch.nn.functional.cross_entropy(each.flatten(0, 1), inputs["clean_samples"].flatten())
+        torch.testing.assert_close(loss, expected)
+    # What the trainer of rewards scores without the token itself is what such a network predicts
+    scores = []
+    for pipeline, is_loo in ((pipelines[0], False), (pipelines[1], True)):
+        trainer = enumeration.build_trainer(pipeline, str(tmp_path), leave_one_out=is_loo)
+        torch.manual_seed(0)
+        scores.append(enumeration.draw(trainer, enumeration.STATES))
+    torch.testing.assert_close(*scores)
+    scores.append(enumeration.draw(enumeration.build_trainer(pipelines[1], str(tmp_path)), enumeration.STATES))
+    assert not torch.allclose(scores[2], scores[0])
 
 
 def test_a_leave_one_out_score_is_finite_at_the_end_of_time():
@@ -170,6 +238,19 @@ def test_an_estimator_that_the_scheduler_lacks_is_refused(tmp_path, options, sch
     pipeline.scheduler = scheduler
     with pytest.raises(ValueError, match=f"`{[*options][0]}` must be False with a Kinetic.*{message}"):
         UDMGRPOTrainer(pipeline, count_a, build_args(tmp_path, **options), Dataset.from_dict({"prompt": ["ab"] * 4}))
+
+
+def test_what_a_network_without_the_token_itself_cannot_be_is_refused(tmp_path):
+    pipeline = build_toy_text_pipeline()
+    pipeline.scheduler = UniformDDIMScheduler(10, prediction_type="leave_one_out")
+    rows = Dataset.from_dict({"prompt": ["ab"] * 4})
+    args = build_args(tmp_path, kl_estimator="full", beta=0.1)
+    with pytest.raises(ValueError, match="`kl_estimator` must be 'k3' where the scheduler's `prediction_type` is"):
+        UDMGRPOTrainer(pipeline, count_a, args, rows)
+    with pytest.raises(ValueError, match="must have the `prediction_type` 'sample', got 'leave_one_out': the ratio"):
+        check_scheduler(DFlowGRPOConfig(str(tmp_path), bf16=False), pipeline.scheduler)
+    with pytest.raises(ValueError, match="`prediction_type` must be 'sample' or 'leave_one_out', got 'loo'"):
+        UniformDDIMScheduler(10, prediction_type="loo")
 
 
 @pytest.mark.parametrize(

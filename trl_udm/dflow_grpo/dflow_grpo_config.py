@@ -15,6 +15,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..schedulers.forward_process import predicts_leave_one_out
 from ..trainer.udm_grpo_config import UDMGRPOConfig
 
 
@@ -169,6 +170,11 @@ def check_scheduler(args: DFlowGRPOConfig, scheduler: Any) -> None:
             f"`remasking` of the scheduler must be 'random', got {scheduler.config.remasking!r}: the ratio of a step "
             "needs tokens that move independently. Set `pipeline.scheduler = MaskedDDIMScheduler.from_config("
             "pipeline.scheduler.config, remasking='random')`."
+        )
+    if predicts_leave_one_out(scheduler):
+        raise ValueError(
+            "`pipeline.scheduler` must have the `prediction_type` 'sample', got 'leave_one_out': the ratio of a step "
+            "is that of the network's own predictions."
         )
     if args.average_rates and not hasattr(scheduler, "velocity"):
         raise ValueError(

@@ -336,7 +336,10 @@ class LoraMixin:
         self._check_not_fused("fuse again")
         reason = reason_against_merging(model)
         if reason is not None:
-            raise ValueError(f"The adapters {names} cannot be fused: {reason}. Use them as they are.")
+            raise ValueError(
+                f"The adapters {names} cannot be fused: {reason}. Use them as they are, or load them into a pipeline "
+                "without `quantization_config` where weights are quantized."
+            )
         if lora_scale != 1.0 and not any(isinstance(layer, LoraLayer) for layer in tuner_layers(model)):
             raise ValueError(
                 f"`lora_scale` must be 1.0 for adapters of type {model.peft_type.value}, got {lora_scale}: PEFT "
@@ -406,13 +409,19 @@ class LoraMixin:
                 As in [`~diffusers.DiffusionPipeline.save_pretrained`].
 
         Raises:
-            ValueError: If the transformer has adapters, whose layers `from_pretrained` does not know.
+            ValueError: If the transformer has adapters, whose layers `from_pretrained` does not know, or its weights
+                are quantized.
         """
         if isinstance(self.transformer, PeftModel) or has_adapters(self.transformer):
             raise ValueError(
                 "The pipeline has adapters, and a folder of a pipeline holds none. Save the adapter alone with "
                 "`pipe.save_lora_weights(folder)`. Or add it to the weights and save those: `pipe.fuse_lora()`, "
                 "`pipe.unload_lora_weights()`, and again `pipe.save_pretrained(folder)`."
+            )
+        if any(is_quantized(parameter) for parameter in self.transformer.parameters()):
+            raise ValueError(
+                "The transformer has quantized weights, whose folder would not load again. Load the pipeline without "
+                "`quantization_config` to save it. An adapter is saved with `pipe.save_lora_weights(folder)`."
             )
         super().save_pretrained(save_directory, *args, **kwargs)
 
@@ -605,12 +614,17 @@ def remove_adapters(transformer: nn.Module) -> None:
         transformer._hf_peft_config_loaded = False
 
 
+def is_quantized(parameter: nn.Parameter) -> bool:
+    """Whether a weight has fewer bits than the numbers that are computed with it."""
+    return torch.utils._python_dispatch.is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point()
+
+
 def reason_against_merging(model: nn.Module) -> str | None:
     """Why the adapters of a model cannot be added to the weights under them, or `None` where they can."""
     if any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):
         return "they replace whole modules (`modules_to_save`), which is no sum"
     for parameter in base_parameters(model):
-        if torch.utils._python_dispatch.is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point():
+        if is_quantized(parameter):
             return "weights under them are quantized, and would be rounded anew"
     return None
 

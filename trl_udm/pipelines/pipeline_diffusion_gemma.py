@@ -12,8 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import copy
 import os
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from typing import Any, Literal, Self, overload
 
 import torch
 from diffusers.pipelines.diffusion_gemma.pipeline_diffusion_gemma import DiffusionGemmaPipeline
@@ -23,6 +24,7 @@ from torch import nn
 from torch.nn.functional import pad
 from transformers import (
     AutoTokenizer,
+    BitsAndBytesConfig,
     Cache,
     DiffusionGemmaForBlockDiffusion,
     DynamicCache,
@@ -40,6 +42,15 @@ from .text import TextMixin
 
 LORA_TARGET_MODULES = r".*\.decoder\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 """Layers for a LoRA: the decoder's attention and dense layers, without encoder, router, experts and embeddings."""
+
+UNQUANTIZED_MODULES = [
+    "lm_head",
+    "model.decoder.self_conditioning",
+    "model.encoder.embed_vision",
+    "model.encoder.vision_tower",
+    "router.proj",
+]
+"""Linear layers that keep their 16 bits where the others have 4: those without experts, attention and dense layers."""
 
 # diffusers 0.42 writes "diffusion_gemma" instead of "transformers". That is also a package of diffusers, which does
 # not have this class.
@@ -129,6 +140,11 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
         `"google/diffusiongemma-26B-A4B-it"`. The processor of a model is its tokenizer, and its scheduler a
         [`UniformDDIMScheduler`].
 
+        With `quantization_config=BitsAndBytesConfig(load_in_4bit=True)`, attention, dense layers and experts get 4
+        bits, and encoder and decoder go on sharing them. Transformers would quantize none of them: it keeps tied
+        weights, and experts are no linear layers. The experts are quantized where they are loaded, on the GPU if there
+        is one, and stay on that device.
+
         Args:
             pretrained_model_name_or_path (`str` or `Path`):
                 The folder or repository.
@@ -144,6 +160,10 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
             ValueError: If the weights of the network are not those that its configuration says.
         """
         path = pretrained_model_name_or_path
+        config = kwargs.get("quantization_config")
+        if isinstance(config, BitsAndBytesConfig) and config.llm_int8_skip_modules is None:
+            kwargs["quantization_config"] = config = copy.copy(config)
+            config.llm_int8_skip_modules = UNQUANTIZED_MODULES
         hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
         try:
             cls.load_config(path, **hub_kwargs)
@@ -156,27 +176,71 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
                 components["processor"] = AutoTokenizer.from_pretrained(path, **hub_kwargs)
             if "scheduler" not in components:
                 components["scheduler"] = UniformDDIMScheduler(model.config.get_text_config().vocab_size)
-            return cls(model, **components)
-        return super().from_pretrained(path, **kwargs)
+            pipeline = cls(model, **components)
+        else:
+            pipeline = super().from_pretrained(path, **kwargs)
+        if getattr(pipeline.model, "is_loaded_in_4bit", False):
+            quantize_experts(pipeline.model)
+        return pipeline
 
     @classmethod
     def load_config(cls, *args: Any, **kwargs: Any) -> Any:
         config: Any = super().load_config(*args, **kwargs)
         return {**config, "model": _MODEL_CLASS}
 
-    if TYPE_CHECKING:  # diffusers' own `__call__`, which has one type for both values of `return_dict`
+    @overload
+    def __call__(
+        self,
+        prompt: str | list[Any] | None = None,
+        *,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        return_dict: Literal[True] = True,
+        **kwargs: Any,
+    ) -> DiffusionGemmaPipelineOutput: ...
 
-        @overload
-        def __call__(
-            self, prompt: str | list[Any] | None = None, *, return_dict: Literal[True] = True, **kwargs: Any
-        ) -> DiffusionGemmaPipelineOutput: ...
+    @overload
+    def __call__(
+        self,
+        prompt: str | list[Any] | None = None,
+        *,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        return_dict: Literal[False],
+        **kwargs: Any,
+    ) -> tuple: ...
 
-        @overload
-        def __call__(
-            self, prompt: str | list[Any] | None = None, *, return_dict: Literal[False], **kwargs: Any
-        ) -> tuple: ...
+    def __call__(
+        self,
+        prompt: str | list[Any] | None = None,
+        *args: Any,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Generates text, as [`~diffusers.DiffusionGemmaPipeline`] does.
 
-        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+        Args:
+            prompt (`str`, `list[dict]`, `list[str]` or `list[list[dict]]`, *optional*):
+                One prompt, or several: texts, or lists of messages.
+            chat_template_kwargs (`dict[str, Any]`, *optional*):
+                Arguments of the chat template, such as `{"enable_thinking": True}`. They need a `prompt`.
+            args, kwargs:
+                Those of [`~diffusers.DiffusionGemmaPipeline`].
+
+        Returns:
+            [`~diffusers.DiffusionGemmaPipelineOutput`] or `tuple`: The texts.
+
+        Raises:
+            ValueError: If `chat_template_kwargs` are given without a `prompt`, or with an image.
+        """
+        if chat_template_kwargs:
+            if prompt is None or kwargs.get("image") is not None:
+                raise ValueError(
+                    f"`chat_template_kwargs` need a `prompt` and no `image`, got {chat_template_kwargs}. Messages may "
+                    "be the `prompt`."
+                )
+            options = {"add_generation_prompt": kwargs.pop("add_generation_prompt", True), **chat_template_kwargs}
+            prompt = [self._encode(one, **options) for one in self._as_list(prompt)]
+        return super().__call__(prompt, *args, **kwargs)
 
     @property
     def transformer(self) -> DiffusionGemmaForBlockDiffusion:
@@ -210,8 +274,10 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
             )
         return (gen_length // canvas_length, canvas_length)
 
-    def _encode(self, text_or_messages: str | list[dict[str, Any]], **chat_template_kwargs: Any) -> list[int]:
+    def _encode(self, text_or_messages: str | list[Any], **chat_template_kwargs: Any) -> list[int]:
         messages = text_or_messages
+        if isinstance(messages, list) and isinstance(messages[0], int):  # ids, which `__call__` has encoded
+            return messages
         if isinstance(messages, str):  # a user's message
             messages = [{"role": "user", "content": messages}]
         options = {"add_generation_prompt": True, **chat_template_kwargs}
@@ -357,6 +423,26 @@ class DiffusionGemmaUDMPipeline(TextMixin, UDMPipeline, DiffusionGemmaPipeline):
             prompt_ids = torch.cat([prompt_ids, output.clean_samples], dim=1)
             prompt_mask = torch.cat([prompt_mask, torch.ones_like(output.clean_samples)], dim=1)
         return UDMSamplerOutput.cat(outputs, dim=1)
+
+
+def quantize_experts(model: DiffusionGemmaForBlockDiffusion) -> None:
+    """
+    Quantizes the experts of a model whose linear layers have 4 bits, with the same settings. Encoder and decoder then
+    have the same modules as experts, where they had two modules with the same weights.
+
+    Args:
+        model ([`~transformers.DiffusionGemmaForBlockDiffusion`]):
+            The model, as transformers loads it with a [`~transformers.BitsAndBytesConfig`]. It is changed in place.
+    """
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    config = model.config.quantization_config
+    settings = {"compress_statistics": config.bnb_4bit_use_double_quant, "quant_type": config.bnb_4bit_quant_type}
+    layers = zip(model.model.encoder.language_model.layers, model.model.decoder.layers, strict=True)
+    for encoder_layer, decoder_layer in layers:
+        for name in ("gate_up_proj", "down_proj"):
+            replace_parameter_4bit(decoder_layer.experts, name, **settings)
+        encoder_layer.experts = decoder_layer.experts
 
 
 __all__ = ["DiffusionGemmaUDMPipeline"]

@@ -33,6 +33,7 @@ class TextCallArguments(CallArguments, total=False):
 
     max_completion_length: int | None
     num_completions_per_prompt: int
+    chat_template_kwargs: dict[str, Any] | None
 
 
 class TextUDMPipeline(TextMixin, UDMPipeline):
@@ -280,6 +281,7 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: list[str] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> TextUDMPipelineOutput | tuple:
         """
         Generates text.
@@ -314,6 +316,8 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
                 As in [`URSAPipeline`].
             callback_on_step_end_tensor_inputs (`list[str]`, *optional*, defaults to `["latents"]`):
                 As in [`URSAPipeline`].
+            chat_template_kwargs (`dict[str, Any]`, *optional*):
+                Arguments of the chat template, for prompts that are messages.
 
         Returns:
             [`TextUDMPipelineOutput`] or `tuple`: The completions, in the order of the prompts.
@@ -338,6 +342,7 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
             {"num_completions_per_prompt": num_completions_per_prompt},
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            chat_template_kwargs,
             guidance_scale=guidance_scale,
             latents=latents,
             generator=generator,

@@ -22,11 +22,13 @@ import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.quantizers import PipelineQuantizationConfig
 from huggingface_hub import snapshot_download
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..models.token_scores import compute_kl, score_tokens
 from ..random_tensor import check_generators
@@ -149,11 +151,15 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         """
         As in [`~diffusers.DiffusionPipeline.from_pretrained`], with `use_safetensors=True` by default. A weight that
         is missing in a model of transformers, or that it does not have, is an error, where transformers would warn.
+        A `quantization_config` of transformers, such as [`~transformers.BitsAndBytesConfig`], is for the transformer.
 
         Raises:
             ValueError: If the weights of such a model are not those that its configuration says.
         """
         kwargs = {"use_safetensors": True, **kwargs}
+        config = kwargs.get("quantization_config")
+        if isinstance(config, QuantizationConfigMixin):
+            kwargs["quantization_config"] = PipelineQuantizationConfig(quant_mapping={cls.transformer_name: config})
         pipeline = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         for name, component in pipeline.components.items():
             # ZeRO-3 refuses a device map
@@ -667,13 +673,14 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
         num_per_prompt: dict[str, int],
         callback_on_step_end: StepCallback | None,
         callback_on_step_end_tensor_inputs: list[str] | None,
+        chat_template_kwargs: dict[str, Any] | None = None,
         **kwargs,
     ) -> UDMSamplerOutput:
         """
         Samples of prompts, for `__call__`: with its checks, a progress bar, and diffusers' callbacks.
 
-        `num_per_prompt` is the number of samples of each prompt, under the name of the argument. `kwargs` are those of
-        `sample_tokens`.
+        `num_per_prompt` is the number of samples of each prompt, under the name of the argument.
+        `chat_template_kwargs` are those of a text family's `encode_prompt`, and `kwargs` those of `sample_tokens`.
         """
         self.check_components()
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -697,7 +704,8 @@ class UDMPipeline(LoraMixin, DiffusionPipeline):
             )
         (num,) = num_per_prompt.values()
         # Together, so that all are padded to one length
-        ids, mask = (x.repeat_interleave(num, dim=0) for x in self.encode_prompt([*prompts, *negative_prompts]))
+        encoded = self.encode_prompt([*prompts, *negative_prompts], **(chat_template_kwargs or {}))
+        ids, mask = (x.repeat_interleave(num, dim=0) for x in encoded)
         (prompt_ids, negative_prompt_ids), (prompt_mask, negative_prompt_mask) = ids.chunk(2), mask.chunk(2)
         with self.progress_bar(total=num_inference_steps) as progress_bar:
 

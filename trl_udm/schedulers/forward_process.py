@@ -21,6 +21,11 @@ import torch
 from ..random_tensor import randint_tensor
 
 
+def predicts_leave_one_out(scheduler: Any) -> bool:
+    """Whether a scheduler says that the network predicts a token from all other tokens of the state."""
+    return getattr(scheduler.config, "prediction_type", None) == "leave_one_out"
+
+
 class ForwardProcessMixin:
     """
     Noised samples x_t ~ p_t(· | x₁).
@@ -122,8 +127,7 @@ class ForwardProcessMixin:
         Returns:
             `torch.Tensor` of shape `(batch_size, num_tokens)`: The log-probabilities, in float32.
         """
-        t = self._expand_t(t, labels).clamp(max=1 - 1e-6)
-        evidence = torch.log1p(self.config.codebook_size * t / (1 - t))  # log(1 + r)
+        evidence = self._own_evidence(self._expand_t(t, labels))
         logps, state_logps = logps.float().unbind(dim=-1)
         # The normalizer is 1 − p + p / (1 + r), with p the probability of the token in the state
         normalizer = -torch.expm1(state_logps.clamp(max=0)) + torch.exp(state_logps - evidence)
@@ -143,6 +147,32 @@ class ForwardProcessMixin:
             `torch.Tensor` of shape `(batch_size, num_tokens, codebook_size)`: The logits.
         """
         return logits
+
+    def undo_leave_one_out(
+        self, logps: torch.Tensor, labels: torch.Tensor, noised_samples: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        r"""
+        Log-probabilities of tokens given a state, from those given all *other* tokens of it: the inverse of
+        `leave_one_out`. The probability of k = x_tⁿ is multiplied by 1 + r, and all are normalized again.
+
+        Args:
+            logps (`torch.Tensor` of shape `(batch_size, num_tokens, 2)`):
+                log p(k | x_t without token n) of the labels and of the noised tokens.
+            labels, noised_samples, t:
+                As in `leave_one_out`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_tokens)`: The log-probabilities, in float32.
+        """
+        evidence = self._own_evidence(self._expand_t(t, labels))
+        logps, state_logps = logps.float().unbind(dim=-1)
+        normalizer = torch.log1p(torch.expm1(evidence) * state_logps.exp())
+        return logps + evidence * (labels == noised_samples) - normalizer
+
+    def _own_evidence(self, t: torch.Tensor) -> torch.Tensor:
+        """log(1 + r), by which the logit of the noised token is higher in a prediction that sees it."""
+        t = t.clamp(max=1 - 1e-6)
+        return torch.log1p(self.config.codebook_size * t / (1 - t))
 
     def needs_model_output(self, timestep: int | torch.Tensor) -> bool:
         """Whether the next state depends on the model's output."""

@@ -80,8 +80,14 @@ class MaskedDDIMScheduler(UniformDDIMScheduler):
             raise ValueError(f"`mask_token_id` must be in [0, {codebook_size}), got {mask_token_id}.")
         if remasking not in ("random", "low_confidence"):
             raise ValueError(f"`remasking` must be 'random' or 'low_confidence', got {remasking!r}.")
-        super().__init__(codebook_size, num_inference_steps)
-        self.register_to_config(mask_token_id=mask_token_id, remasking=remasking)
+        # Without the parent's `__init__`, which would register a type of prediction
+        self.register_to_config(
+            codebook_size=codebook_size,
+            mask_token_id=mask_token_id,
+            num_inference_steps=num_inference_steps,
+            remasking=remasking,
+        )
+        self.set_timesteps(num_inference_steps)
 
     def draw_noise(
         self,

@@ -22,7 +22,7 @@ from diffusers.schedulers.scheduling_discrete_ddim import DiscreteDDIMScheduler,
 from diffusers.schedulers.scheduling_utils import SchedulerMixin as SchedulerMixin
 
 from ..random_tensor import check_generators, rand_tensor
-from .forward_process import ForwardProcessMixin
+from .forward_process import ForwardProcessMixin, predicts_leave_one_out
 
 
 @dataclass
@@ -71,6 +71,14 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
             Number of tokens V of the vocabulary, including special tokens.
         num_inference_steps (`int`, defaults to 32):
             Number of steps N, until `set_timesteps` is called.
+        prediction_type (`str`, defaults to `"sample"`):
+            What the network's logits are of: `"sample"` is p(x₁ⁿ | x_t), and `"leave_one_out"` is p(x₁ⁿ | x_t without
+            token n), from which a step and the trainers compute p(x₁ⁿ | x_t) by equation 13 of
+            https://huggingface.co/papers/2605.22765. TRL's script for DiffusionGemma trains such a network with
+            `--model_prediction_type mean_loo`.
+
+    Raises:
+        ValueError: If `prediction_type` is neither of the two.
 
     Example:
 
@@ -86,10 +94,19 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
     config: Any  # with attributes, where diffusers says `dict`
     can_mirror_noise = True
 
-    def __init__(self, codebook_size: int, num_inference_steps: int = 32):
+    def __init__(
+        self,
+        codebook_size: int,
+        num_inference_steps: int = 32,
+        prediction_type: Literal["sample", "leave_one_out"] = "sample",
+    ):
+        if prediction_type not in ("sample", "leave_one_out"):
+            raise ValueError(f"`prediction_type` must be 'sample' or 'leave_one_out', got {prediction_type!r}.")
         # The parent's `__init__` would register the settings of a corrector, which the sampler does not use.
         # Diffusers' decorator would mark arguments given by position as defaults, which `from_config` leaves out.
-        self.register_to_config(codebook_size=codebook_size, num_inference_steps=num_inference_steps)
+        self.register_to_config(
+            codebook_size=codebook_size, num_inference_steps=num_inference_steps, prediction_type=prediction_type
+        )
         self.set_timesteps(num_inference_steps)
 
     def timestep_to_t(self, timestep: int | torch.Tensor) -> float:
@@ -219,6 +236,10 @@ class UniformDDIMScheduler(ForwardProcessMixin, DiscreteDDIMScheduler):
             device = sample.device if generator is None else generator.device
             x_t = sample.to(device)
             logits = self.constrain_logits(model_output.to(device), x_t)
+            if predicts_leave_one_out(self):
+                evidence = self._own_evidence(torch.as_tensor(self._alpha(int(timestep)), device=device))
+                own = evidence.expand(*x_t.shape, 1)
+                logits = logits.float().scatter_add(-1, x_t.unsqueeze(-1), own)
             x_s, x_1, probabilities = self._take_step(logits, int(timestep), x_t, temperature, generator)
             if num_draws is not None:
                 others = [

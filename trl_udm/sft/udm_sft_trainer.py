@@ -23,6 +23,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..pipelines.pipeline_udm import UDMPipeline
+from ..schedulers.forward_process import predicts_leave_one_out
 from ..trainer.adapters import prepare_model
 from ..trainer.checkpoint import WeightsMixin
 
@@ -67,7 +68,8 @@ class UDMSFTTrainer(WeightsMixin, Trainer):
         x_t ~ p_t(· | x₁),    loss = −(1/N) Σ_n log p_θ(x₁ⁿ | x_t, c).
 
     All tokens count, also those after the end of a text, which the sampler meets too. With a [`MaskedDDIMScheduler`]
-    the logarithm is 0 at visible tokens.
+    the logarithm is 0 at visible tokens. With a scheduler whose `prediction_type` is `"leave_one_out"`, p_θ(x₁ⁿ | x_t,
+    c) is computed from the network's prediction that does not see token n.
 
     Args:
         pipeline ([`UDMPipeline`]):
@@ -179,8 +181,13 @@ class UDMSFTTrainer(WeightsMixin, Trainer):
         if self.pipeline.takes_token_times:
             t = t.unsqueeze(1).expand_as(clean_samples)
         prompt_ids, prompt_mask = self.pipeline.extend_prompt(prompt_ids, prompt_mask, clean_samples)
-        rows = (prompt_ids, prompt_mask, noised_samples, self.latent_shape, clean_samples, t)
+        labels, is_loo = clean_samples, predicts_leave_one_out(scheduler)
+        if is_loo:
+            labels = torch.stack([clean_samples, noised_samples], dim=-1)  # (B, N, 2)
+        rows = (prompt_ids, prompt_mask, noised_samples, self.latent_shape, labels, t)
         with self.accelerator.autocast():
-            logps, _, _ = self.pipeline.score_with_kl(model, None, *rows)  # (B, N)
+            logps, _, _ = self.pipeline.score_with_kl(model, None, *rows)
+        if is_loo:
+            logps = scheduler.undo_leave_one_out(logps, clean_samples, noised_samples, t)  # (B, N)
         loss = -logps.mean()
         return (loss, {}) if return_outputs else loss

@@ -35,6 +35,7 @@ from ..pipelines.lora import (
     can_merge,
     check_peft_config,
     has_adapters,
+    is_quantized,
     merged_adapter,
     starts_at_zero,
     try_merging,
@@ -57,10 +58,16 @@ class PolicyMixin:
     _kl: list[torch.Tensor] | None = None
     """Divergences of rows, while a loss is computed with `kl_estimator="full"`."""
 
-    def _prepare_policy(self, is_new_adapter: bool) -> None:
+    def _prepare_policy(self, is_new_adapter: bool, adapter_weights: dict[nn.Parameter, torch.Tensor]) -> None:
+        if any(is_quantized(parameter) for parameter in self.model.parameters()):
+            # TRL has rounded the adapter to bfloat16, in which small steps are lost
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = adapter_weights.get(parameter, parameter.data.float())
         self.initial_weights = self._copy_initial_weights(is_new_adapter)
         # TRL writes what ZeRO-3 needs under the name that transformers had for it before
         self.args.activation_checkpointing_kwargs = self.args.gradient_checkpointing_kwargs
+        self._forget_input_gradients()
         self.merge_adapter = self._resolve_merge_adapter()
         if self._dist.fsdp_version == 2 and self.accelerator.state.fsdp_plugin.mixed_precision_policy is not None:
             # Accelerate has FSDP2 return everything in half precision, log-probabilities too
@@ -70,6 +77,15 @@ class PolicyMixin:
             # Not by Accelerate, which compiles the whole of `self.model_wrapped`: rollouts do not call that
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
             compile_layers(self.model, self.args.torch_compile_backend, self.args.torch_compile_mode)
+
+    def _forget_input_gradients(self) -> None:
+        """
+        Undoes `enable_input_require_grads`, which TRL and transformers call for reentrant checkpointing. Otherwise
+        what lies before the first trained weight, such as a whole encoder, would keep its activations.
+        """
+        kwargs = self.args.activation_checkpointing_kwargs or {}
+        if kwargs.get("use_reentrant") is False or not kwargs.keys() - {"every_n_layers", "offload"}:
+            self.model.disable_input_require_grads()
 
     def _copy_initial_weights(self, is_new_adapter: bool) -> dict[nn.Parameter, torch.Tensor] | None:
         """The trained weights as they are before the first step, where the policy is not that without the adapter."""
@@ -205,6 +221,7 @@ def prepare_model(
             )
         pipeline.load_lora_weights(adapter)
     transformer = pipeline.transformer
+    check_quantized_weights(transformer, has_adapter=peft_config is not None or has_adapters(transformer))
     if peft_config is None and has_adapters(transformer):
         return unfreeze_adapter(pipeline.peft_model), None
     if has_adapters(transformer):
@@ -223,6 +240,23 @@ def prepare_model(
             "with `dtype=torch.float32`; `bf16=True` still computes in bfloat16."
         )
     return transformer, peft_config
+
+
+def check_quantized_weights(transformer: nn.Module, has_adapter: bool) -> None:
+    """Raises a `ValueError` where a transformer has quantized weights that cannot be trained, or not on its device."""
+    quantized = [parameter for parameter in transformer.parameters() if is_quantized(parameter)]
+    if quantized and not has_adapter:
+        raise ValueError(
+            "The transformer has quantized weights, which are not trained. Give a `peft_config`, in a script "
+            "`--use_peft`, or load the pipeline without `quantization_config` to train all weights."
+        )
+    packed = [module for module in transformer.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    if packed and any(parameter.device.type == "cpu" for parameter in quantized):
+        raise ValueError(
+            "On this CPU bitsandbytes packs 4-bit weights in the first rollout, and no gradient passes them "
+            "afterwards. Train on a GPU, or set `support_avx512bf16_for_cpu = False` on each `Linear4bit` of the "
+            "transformer."
+        )
 
 
 def copy_reference(transformer: PreTrainedModel) -> PreTrainedModel:

@@ -22,6 +22,8 @@ from typing import Any, Literal
 from datasets import Dataset, IterableDataset
 from trl import GRPOConfig
 
+from ..schedulers.forward_process import predicts_leave_one_out
+
 
 _FOREIGN_OPTIONS = (
     "use_transformers_continuous_batching use_transformers_paged transformers_continuous_batching_config top_p top_k "
@@ -518,6 +520,11 @@ def check_pipeline(args: UDMGRPOConfig, pipeline: Any) -> None:
         raise ValueError(
             f"`leave_one_out` must be False with a {type(pipeline.scheduler).__name__}, got True: by its "
             "`has_uniform_noise`, its corruption is not uniform."
+        )
+    if args.kl_estimator == "full" and args.beta != 0.0 and predicts_leave_one_out(pipeline.scheduler):
+        raise ValueError(
+            "`kl_estimator` must be 'k3' where the scheduler's `prediction_type` is 'leave_one_out', got 'full': the "
+            "network's distributions are not those that samples are drawn from."
         )
     if args.frame_timesteps and not pipeline.takes_token_times:
         raise ValueError(

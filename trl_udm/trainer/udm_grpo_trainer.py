@@ -34,6 +34,7 @@ from ..models.layers import without_checkpointing
 from ..pipelines.bidirectional import check_bidirectional
 from ..pipelines.pipeline_output import UDMSamplerOutput
 from ..pipelines.pipeline_udm import UDMPipeline
+from ..schedulers.forward_process import predicts_leave_one_out
 from ..throughput import ThroughputCallback
 from .adapters import PolicyMixin, copy_reference, prepare_model
 from .checkpoint import CheckpointMixin, EpochRepeatSampler, WeightsMixin
@@ -175,6 +176,7 @@ class UDMGRPOTrainer(
         transformer = pipeline.transformer
         with pipeline.keep_base_weights(peft_config) as base_weights:
             model, peft_config = prepare_model(pipeline, peft_config, args.adapter)
+            adapter_weights = {weight: weight.data for weight in model.parameters() if weight.requires_grad}
             has_reference = args.beta != 0.0 and peft_config is None and not is_peft_model(model)
             reference = copy_reference(transformer) if has_reference else None
             if not hasattr(transformer, "generation_config"):  # `GRPOTrainer` writes the padding token into it
@@ -205,7 +207,7 @@ class UDMGRPOTrainer(
             self.beta = self.args.beta = beta
             self.max_completion_length = math.prod(self.latent_shape)
             self.aux_loss_enabled = False  # families do not return what routers computed
-            self._prepare_policy(is_new_adapter=peft_config is not None)
+            self._prepare_policy(peft_config is not None, adapter_weights)
         self.add_callback(ThroughputCallback(self))
         if args.async_rewards:
             for runner in self._reward_runners:
@@ -229,6 +231,7 @@ class UDMGRPOTrainer(
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._restore_special_tokens()
+        self._forget_input_gradients()
         return super()._inner_training_loop(*args, **kwargs)
 
     # A sample has K rows, which lie side by side in the generation batch
@@ -467,8 +470,9 @@ class UDMGRPOTrainer(
             prompt_ids, noised_samples, actions = input_ids_batch.split(sizes, dim=1)
             prompt_mask, t, mask = mask_batch.split(sizes, dim=1)
             t = t.float() if self.pipeline.takes_token_times else t[:, 0].float()
-            is_loo = self.args.leave_one_out
-            labels = torch.stack([actions, noised_samples], dim=-1) if is_loo else actions
+            # The probability of the noised token, which relates predictions with and without it
+            needs_own = self.args.leave_one_out != predicts_leave_one_out(self.pipeline.scheduler)
+            labels = torch.stack([actions, noised_samples], dim=-1) if needs_own else actions
             rows = (prompt_ids, prompt_mask.long(), noised_samples, self.latent_shape, labels, t)
             with self.accelerator.autocast():
                 if self.args.kl_estimator == "full":
@@ -478,8 +482,10 @@ class UDMGRPOTrainer(
                         self._kl.append((kl * mask).sum(dim=1) / mask.sum(dim=1))
                 else:
                     logps, entropies = self.pipeline.score(model, *rows)
-            if is_loo:
-                logps = self.pipeline.scheduler.leave_one_out(logps, actions, noised_samples, t)
+            if needs_own:
+                scheduler = self.pipeline.scheduler
+                convert = scheduler.leave_one_out if self.args.leave_one_out else scheduler.undo_leave_one_out
+                logps = convert(logps, actions, noised_samples, t)
             if self.args.timestep_weighting == "elbo":
                 elbo_weights = self.pipeline.scheduler.elbo_weights
                 logps = logps * elbo_weights(actions, noised_samples, t, self.args.num_inference_steps)
