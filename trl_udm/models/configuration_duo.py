@@ -14,7 +14,7 @@
 
 from typing import Any, Self
 
-from transformers import LlamaConfig
+from transformers.models.llama.configuration_llama import LlamaConfig
 
 
 class DuoConfig(LlamaConfig):
@@ -45,11 +45,6 @@ class DuoConfig(LlamaConfig):
     hidden_act: str = "gelu_pytorch_tanh"
     max_position_embeddings: int = 1024
     use_cache: bool = False
-
-    def __post_init__(self, **kwargs):
-        if self.rope_parameters is None:
-            self.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
-        super().__post_init__(**kwargs)
 
     @classmethod
     def from_original_config(cls, config: dict[str, Any]) -> Self:

@@ -14,7 +14,7 @@
 
 from typing import Any, Self
 
-from transformers import LlamaConfig
+from transformers.models.llama.configuration_llama import LlamaConfig
 
 
 class GiddConfig(LlamaConfig):
@@ -33,9 +33,6 @@ class GiddConfig(LlamaConfig):
             A token that is never predicted.
         type_vocab_size (`int`, *optional*, defaults to `2`):
             2, by which [`TextUDMPipeline`] tells the network which tokens are the prompt.
-
-    Raises:
-        ValueError: If `mask_token_id` is no token.
     """
 
     model_type = "gidd"
@@ -55,13 +52,6 @@ class GiddConfig(LlamaConfig):
     eos_token_id: int | list[int] | None = 1
     mlp_bias: bool = True
     use_cache: bool = False
-
-    def __post_init__(self, **kwargs):
-        if self.rope_parameters is None:
-            self.rope_parameters = {"rope_type": "default", "rope_theta": 1e4}
-        if not 0 <= self.mask_token_id < self.vocab_size:
-            raise ValueError(f"`mask_token_id` must be in [0, {self.vocab_size}), got {self.mask_token_id}.")
-        super().__post_init__(**kwargs)
 
     @classmethod
     def from_original_config(cls, config: dict[str, Any]) -> Self:
@@ -99,8 +89,10 @@ class GiddConfig(LlamaConfig):
         for key, value in published.items():
             if config.get(key, value) != value:
                 raise ValueError(f"`{key}` in the original `config.json` must be {value}, got {config[key]!r}.")
-        same = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        same += ("max_position_embeddings", "rms_norm_eps", "attn_soft_cap", "resid_scale", "head_scaling")
+        same = [
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+            *("max_position_embeddings", "rms_norm_eps", "attn_soft_cap", "resid_scale", "head_scaling"),
+        ]
         return cls(
             **{key: config[key] for key in same},
             rope_parameters={"rope_type": "default", "rope_theta": float(config["rope_theta"])},

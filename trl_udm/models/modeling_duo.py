@@ -31,7 +31,7 @@ NUM_FREQUENCIES = 256
 """Sines and cosines of the noise level that the embedding of the time is made of."""
 
 
-def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def _modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The adaptive part of a norm, https://huggingface.co/papers/2212.09748."""
     return hidden_states * (1 + scale) + shift
 
@@ -59,9 +59,9 @@ class DuoLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, time_embeds: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         parts = self.modulation(time_embeds).unsqueeze(1).chunk(6, dim=-1)  # (B, 1, D) each
-        inputs = modulate(self.input_layernorm(hidden_states), *parts[:2])
+        inputs = _modulate(self.input_layernorm(hidden_states), *parts[:2])
         hidden_states = hidden_states + parts[2] * self.self_attn(inputs, **kwargs)[0]
-        inputs = modulate(self.post_attention_layernorm(hidden_states), *parts[3:5])
+        inputs = _modulate(self.post_attention_layernorm(hidden_states), *parts[3:5])
         return hidden_states + parts[5] * self.mlp(inputs)
 
 
@@ -148,7 +148,7 @@ class DuoForMaskedLM(PreTrainedModel):
                 hidden_states, time_embeds, attention_mask=mask, position_embeddings=position_embeddings
             )
         shift, scale = self.modulation(time_embeds).unsqueeze(1).chunk(2, dim=-1)
-        return MaskedLMOutput(logits=self.lm_head(modulate(self.norm(hidden_states), shift, scale)))
+        return MaskedLMOutput(logits=self.lm_head(_modulate(self.norm(hidden_states), shift, scale)))
 
 
 __all__ = ["DuoForMaskedLM", "DuoLayer"]
