@@ -61,7 +61,7 @@ def test_the_families_of_the_page_score_what_they_predict(namespace, name):
 
 def test_another_convention_of_the_time_reaches_the_network(namespace):
     base = namespace["pipeline"]
-    pipeline = namespace["DuoPipeline"](base.transformer, base.scheduler, base.tokenizer, max_completion_length=2)
+    pipeline = namespace["SigmaPipeline"](base.transformer, base.scheduler, base.tokenizer, max_completion_length=2)
     inputs = pipeline.prepare_denoiser_inputs(
         *pipeline.encode_prompt(["what"]), torch.tensor([[3, 4]]), (2,), t=torch.tensor([0.5])
     )

@@ -39,12 +39,16 @@ _MODULES = {
     "DiagnosticsCallback": ".callbacks.diagnostics",
     "DiffusionGemmaUDMPipeline": ".pipelines.pipeline_diffusion_gemma",
     "DiversityReward": ".rewards.diversity",
+    "DuoConfig": ".models.configuration_duo",
+    "DuoForMaskedLM": ".models.modeling_duo",
     "EMACallback": ".trainer.ema",
     "FUDOKIForImageGeneration": ".models.modeling_fudoki",
     "FUDOKIPipeline": ".pipelines.pipeline_fudoki",
     "FUDOKIUnderstandingPipeline": ".pipelines.fudoki_understanding",
     "FrameReward": ".rewards.frames",
     "GenEvalReward": ".rewards.geneval",
+    "GiddConfig": ".models.configuration_gidd",
+    "GiddForMaskedLM": ".models.modeling_gidd",
     "GuardrailCallback": ".callbacks.guardrails",
     "HPSv2Reward": ".rewards.clip",
     "HPSv3Reward": ".rewards.hpsv3",
@@ -88,8 +92,12 @@ if TYPE_CHECKING:
     from .memory import estimate_memory as estimate_memory
     from .models.autoencoder_vq import AutoencoderVQ as AutoencoderVQ
     from .models.autoencoder_vq_cosmos3d import AutoencoderVQCosmos3D as AutoencoderVQCosmos3D
+    from .models.configuration_duo import DuoConfig as DuoConfig
+    from .models.configuration_gidd import GiddConfig as GiddConfig
     from .models.configuration_ursa import URSAConfig as URSAConfig
+    from .models.modeling_duo import DuoForMaskedLM as DuoForMaskedLM
     from .models.modeling_fudoki import FUDOKIForImageGeneration as FUDOKIForImageGeneration
+    from .models.modeling_gidd import GiddForMaskedLM as GiddForMaskedLM
     from .models.modeling_ursa import URSAForImageGeneration as URSAForImageGeneration
     from .models.modeling_ursa import URSAModel as URSAModel
     from .pipelines.fudoki_understanding import FUDOKIUnderstandingPipeline as FUDOKIUnderstandingPipeline

@@ -40,6 +40,7 @@ INTERNAL = {
     "trl_udm.pipelines.lora",
     "trl_udm.pipelines.original_checkpoint",
     "trl_udm.pipelines.original_fudoki",
+    "trl_udm.pipelines.original_text",
     "trl_udm.rewards.images",
     "trl_udm.rewards.model_reward",
     "trl_udm.rewards.remote.wire",

@@ -44,12 +44,16 @@ from trl_udm import (
     DiffusionGemmaUDMPipeline,
     DiversityReward,
     DPGReward,
+    DuoConfig,
+    DuoForMaskedLM,
     EMACallback,
     FrameReward,
     FUDOKIForImageGeneration,
     FUDOKIPipeline,
     FUDOKIUnderstandingPipeline,
     GenEvalReward,
+    GiddConfig,
+    GiddForMaskedLM,
     GuardrailCallback,
     HPSv2Reward,
     HPSv3Reward,
@@ -202,6 +206,10 @@ vocabulary_size: int = uniform.config.codebook_size
 masked = AutoModelForMaskedLM.from_pretrained("folder")
 text_pipe = TextUDMPipeline(masked, uniform, AutoTokenizer.from_pretrained("folder"), max_completion_length=4)
 assert_type(text_pipe.to("cuda"), TextUDMPipeline)
+duo = DuoForMaskedLM(DuoConfig(vocab_size=30, hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+gidd = GiddForMaskedLM(GiddConfig(vocab_size=30, hidden_size=32, num_hidden_layers=2, num_attention_heads=2))
+duo_pipe = TextUDMPipeline(duo, uniform, AutoTokenizer.from_pretrained("folder"), time_argument="t")
+assert_type(TextUDMPipeline.from_pretrained("s-sahoo/duo", tokenizer=duo_pipe.tokenizer), TextUDMPipeline)
 assert_type(TextUDMPipeline.from_pretrained(Path("folder")), TextUDMPipeline)
 assert_type(text_pipe("17+45="), TextUDMPipelineOutput[list[str]])
 assert_type(text_pipe(["17+45=", "1+1="], max_completion_length=8, guidance_scale=2.0).texts[0], str)

@@ -135,11 +135,9 @@ def load_original_components(
     if unknown:
         raise TypeError(f"Arguments not supported for checkpoints in the original format: {unknown}.")
     dtype = dtype or torch_dtype or torch.float32
-    folder = Path(pretrained_model_name_or_path)
-    if not folder.is_dir():
-        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
-        patterns = [f"{name}/*" for name in _CONFIG_NAMES]
-        folder = Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **hub_kwargs))
+    hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+    patterns = [f"{name}/*" for name in _CONFIG_NAMES]
+    folder = find_folder(pretrained_model_name_or_path, patterns, **hub_kwargs)
 
     components = {name: value for name, value in kwargs.items() if name not in HUB_KWARGS}
     check_configs(folder, **components)
@@ -164,6 +162,14 @@ def load_original_components(
     if "tokenizer" not in components:
         components["tokenizer"] = AutoTokenizer.from_pretrained(folder / "tokenizer")
     return components
+
+
+def find_folder(pretrained_model_name_or_path: str | os.PathLike, patterns: list[str], **hub_kwargs: Any) -> Path:
+    """The folder, or that into which files of a repository are downloaded."""
+    folder = Path(pretrained_model_name_or_path)
+    if folder.is_dir():
+        return folder
+    return Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **hub_kwargs))
 
 
 def find_vae_class(config: dict[str, Any]) -> type[AutoencoderVQ] | type[AutoencoderVQCosmos3D]:

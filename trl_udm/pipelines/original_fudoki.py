@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from huggingface_hub import snapshot_download
 from peft.utils import CONFIG_NAME
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.janus import JanusConfig, JanusForConditionalGeneration, JanusVisionConfig, JanusVQVAE
@@ -31,7 +30,7 @@ from ..models.modeling_fudoki import FUDOKIForImageGeneration
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
 from ..weights import check_state_dict, find_file, load_embedding, load_state_dict, read_shapes
 from .lora import PREFIX, Adapter, read_adapter
-from .original_checkpoint import is_original_fudoki, load_json
+from .original_checkpoint import find_folder, is_original_fudoki, load_json
 from .pipeline_udm import HUB_KWARGS, UDMPipeline
 
 
@@ -308,14 +307,6 @@ def _load_model(
     with torch.device("meta"):
         check_state_dict(weights, model_class(config).state_dict(), folder)
     return model_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
-
-
-def find_folder(pretrained_model_name_or_path: str | os.PathLike, patterns: list[str], **hub_kwargs: Any) -> Path:
-    """The folder, or that into which files of a repository are downloaded."""
-    folder = Path(pretrained_model_name_or_path)
-    if folder.is_dir():
-        return folder
-    return Path(snapshot_download(str(pretrained_model_name_or_path), allow_patterns=patterns, **hub_kwargs))
 
 
 def load_original_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -32,8 +32,8 @@ from ..models.modeling_fudoki import FUDOKIForImageGeneration
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
 from .conditions import read_frames
 from .images import check_image_prompts
-from .original_checkpoint import is_original_fudoki, load_json
-from .original_fudoki import OriginalFUDOKIMixin, find_folder, load_original_tokenizer, read_original_config
+from .original_checkpoint import find_folder, is_original_fudoki, load_json
+from .original_fudoki import OriginalFUDOKIMixin, load_original_tokenizer, read_original_config
 from .pipeline_output import URSAPipelineOutput
 from .pipeline_udm import CallArguments, StepCallback
 

@@ -14,7 +14,8 @@
 
 import inspect
 import math
-from typing import Any, Literal, Unpack, overload
+import os
+from typing import Any, Literal, Self, Unpack, overload
 
 import torch
 from torch import nn
@@ -23,8 +24,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..schedulers.scheduling_kinetic_optimal import KineticOptimalScheduler
 from ..schedulers.scheduling_masked import MaskedDDIMScheduler
 from ..schedulers.scheduling_uniform_ddim import UniformDDIMScheduler
+from .original_text import find_original_text, load_original_text
 from .pipeline_output import TextUDMPipelineOutput
-from .pipeline_udm import CallArguments, StepCallback, UDMPipeline
+from .pipeline_udm import HUB_KWARGS, CallArguments, StepCallback, UDMPipeline
 from .text import TextMixin
 
 
@@ -120,6 +122,36 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
                 "`tokenizer` must have a `pad_token`, and an `eos_token` or a `sep_token`, got "
                 f"{tokenizer.special_tokens_map}. Set them, such as `tokenizer.pad_token = tokenizer.eos_token`."
             )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> Self:
+        """
+        Loads a pipeline from a folder or a Hub repository, in this library's layout or in that of Duo, UDLM or the
+        uniform models of GIDD. No code of theirs is run.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`):
+                A folder, or a repository such as `"s-sahoo/duo"`.
+            kwargs:
+                As in [`~diffusers.DiffusionPipeline.from_pretrained`], with `use_safetensors=True` by default. The
+                layouts of Duo, UDLM and GIDD take `dtype`, `cache_dir`, `revision`, `token`, `local_files_only`,
+                `force_download`, `max_completion_length` and components. They need a `tokenizer` where there is none.
+
+        Returns:
+            The pipeline, in evaluation mode.
+
+        Raises:
+            OSError: If a part is missing.
+            ValueError: If a part is damaged, lacks a weight, or is of a model that is not supported.
+        """
+        hub_kwargs = {name: kwargs[name] for name in HUB_KWARGS if name in kwargs}
+        family = find_original_text(pretrained_model_name_or_path, **hub_kwargs)
+        if family is None:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        pipeline = cls(**load_original_text(pretrained_model_name_or_path, family, **kwargs))
+        # As `DiffusionPipeline.from_pretrained` does, for `name_or_path`
+        pipeline.register_to_config(_name_or_path=str(pretrained_model_name_or_path))
+        return pipeline
 
     @property
     def end_token_id(self) -> int | None:
