@@ -22,7 +22,16 @@ from ..random_tensor import randint_tensor
 
 
 def predicts_leave_one_out(scheduler: Any) -> bool:
-    """Whether a scheduler says that the network predicts a token from all other tokens of the state."""
+    """
+    Whether a scheduler says that the network predicts a token from all other tokens of the state.
+
+    Args:
+        scheduler (`SchedulerMixin`):
+            The scheduler.
+
+    Returns:
+        `bool`: Its `prediction_type` is `"leave_one_out"`.
+    """
     return getattr(scheduler.config, "prediction_type", None) == "leave_one_out"
 
 
