@@ -95,7 +95,6 @@ class DuoForMaskedLM(PreTrainedModel):
     _no_split_modules = ["DuoLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
-    _supports_flex_attn = True
 
     def __init__(self, config: DuoConfig):
         super().__init__(config)

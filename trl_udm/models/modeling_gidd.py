@@ -60,23 +60,16 @@ class GiddAttention(LlamaAttention):
             return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, L, D / H)
 
         def prepend(bias: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-            return torch.cat(
-                [bias.unsqueeze(1).expand(len(states), -1, -1, -1), states], dim=2
-            )  # (B, H, 1 + L, D / H)
+            bias = bias.unsqueeze(1).expand(len(states), -1, -1, -1)
+            return torch.cat([bias, states], dim=2)  # (B, H, 1 + L, D / H)
 
         query = split(self.q_norm(self.q_proj(hidden_states)))
         key = split(self.k_norm(self.k_proj(hidden_states)))
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        value = split(self.v_proj(hidden_states))
-        output, _ = eager_attention_forward(
-            self,
-            query,
-            prepend(self.k_bias, key),
-            prepend(self.v_bias, value),
-            attention_mask,
-            scaling=self.scaling,
-            softcap=self.config.attn_soft_cap,
-        )
+        key = prepend(self.k_bias, key)
+        value = prepend(self.v_bias, split(self.v_proj(hidden_states)))
+        options = {"scaling": self.scaling, "softcap": self.config.attn_soft_cap}
+        output, _ = eager_attention_forward(self, query, key, value, attention_mask, **options)
         return self.o_proj(output.flatten(2))
 
 
