@@ -14,23 +14,11 @@
 
 """What is measured in the world of Countdown: the share of right expressions in 400 evaluation puzzles."""
 
-from collections.abc import Callable
 from typing import Any
 
-from ...data.puzzles import generate_puzzles, puzzle_answer_reward
-
-
-PROMPT_OPTIONS: dict[str, Any] = {}
-
-
-def make_reward() -> Callable[..., list[float]]:
-    """
-    Makes the reward of the world.
-
-    Returns:
-        `Callable`: [`~trl_udm.data.puzzles.puzzle_answer_reward`].
-    """
-    return puzzle_answer_reward
+from ...data.puzzles import generate_puzzles
+from ..sudoku.benchmark import PROMPT_OPTIONS as PROMPT_OPTIONS
+from ..sudoku.benchmark import make_reward as make_reward  # one verifier for all puzzles
 
 
 def load_eval_rows() -> list[dict[str, Any]]:
