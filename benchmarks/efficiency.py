@@ -277,9 +277,10 @@ def train(folder: Path, run: dict[str, Any]) -> None:
     """Makes one run in a process of its own, unless that has been done."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.json"
-    if path.exists() and json.loads(path.read_text()) != run:
+    text = json.dumps(run, indent=1)
+    if path.exists() and path.read_text() != text:
         raise ValueError(f"`--output_dir` holds a run with other options: {path}. Give another folder.")
-    path.write_text(json.dumps(run, indent=1))
+    path.write_text(text)
     if (folder / "done").exists():
         return
     with (folder / "log.txt").open("a") as log:

@@ -108,6 +108,23 @@ def test_a_run_that_was_stopped_continues_as_an_unbroken_one(tmp_path, module, m
     assert (tmp_path / "curves.png").exists()
 
 
+@pytest.mark.parametrize("setting", ["paper", "diffu-GRPO"])  # the second has an option that JSON turns into a list
+def test_a_run_is_made_once_and_never_with_other_options(tmp_path, module, monkeypatch, setting):
+    def run_process(command, **kwargs):
+        (tmp_path / "done").touch()
+        calls.append(command)
+
+    calls = []
+    monkeypatch.setattr("subprocess.run", run_process)
+    options = module["build_options"]("sums", module["SETTINGS"][setting], seed=1, num_samples=1280)
+    run = {"world": "sums", "setting": setting, "pipeline": None, "options": options}
+    for _ in range(2):
+        module["train"](tmp_path, run)
+    assert len(calls) == 1
+    with pytest.raises(ValueError, match="`--output_dir` holds a run with other options: .*run.json"):
+        module["train"](tmp_path, {**run, "options": {**options, "seed": 2}})
+
+
 def test_the_summary_compares_at_equal_samples_and_at_equal_passes(module):
     def make_run(setting, seed, accuracies):
         options = module["build_options"]("shapes", module["SETTINGS"][setting], seed, num_samples=2560)
