@@ -159,11 +159,12 @@ def test_aesthetic_head_scores_the_normalized_features(folder, reward, tmp_path,
             states = np.maximum(states, 0)
     expected = states[:, 0].tolist()
     assert max(expected) - min(expected) > 1e-2
-    assert aesthetic(prompts=PROMPTS, completions=IMAGES) == pytest.approx(expected, rel=1e-6)
-    assert aesthetic(prompts=["", *PROMPTS[1:]], completions=IMAGES) == pytest.approx(expected, rel=1e-6)
+    # Five layers whose terms cancel: float32 kernels of other CPUs or batches differ by up to 1e-6, relatively
+    assert aesthetic(prompts=PROMPTS, completions=IMAGES) == pytest.approx(expected, rel=1e-5)
+    assert aesthetic(prompts=["", *PROMPTS[1:]], completions=IMAGES) == pytest.approx(expected, rel=1e-5)
     scores = aesthetic(prompts=PROMPTS, completions=IMAGES)
     singly = AestheticReward(str(tmp_path / "head.pth"), folder, batch_size=1)(prompts=PROMPTS, completions=IMAGES)
-    assert singly == pytest.approx(scores, rel=1e-6)
+    assert singly == pytest.approx(scores, rel=1e-5)
     assert get_callable_name(aesthetic) == "aesthetic"
 
 
