@@ -37,7 +37,7 @@ from trl_udm.data.puzzles import DIGITS, MAX_TARGET, generate_puzzles, puzzle_an
 TOKENS = {"sudoku": [*DIGITS, "."], "countdown": [*map(str, range(MAX_TARGET + 1)), *",=+-*"]}
 MAX_COMPLETION_LENGTH = {"sudoku": 17, "countdown": 6}
 MAX_LENGTH = {"sudoku": 36, "countdown": 14}
-NUM_PUZZLES = {"sudoku": 40000, "countdown": 40000}
+NUM_PUZZLES = 40000
 SLIPS = {"sudoku": DIGITS, "countdown": "+-*"}  # a slip takes another of these
 
 
@@ -48,7 +48,7 @@ def main():
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    rows = generate_puzzles(args.task, NUM_PUZZLES[args.task])
+    rows = generate_puzzles(args.task, NUM_PUZZLES)
     eval_rows = generate_puzzles(args.task, 200, "eval")
     slips = SLIPS[args.task]
 

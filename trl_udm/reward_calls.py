@@ -27,7 +27,7 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 
-from .reward_values import get_reward_name, read_rewards, unwrap_reward
+from .reward_values import get_reward_flag, get_reward_name, read_rewards
 from .threads import Worker, call_in_thread
 
 
@@ -88,8 +88,8 @@ class RewardRunner:
         self.on_error = on_error
         self.abstains = abstains
         self.get_group_size = get_group_size
-        self.logs_samples = getattr(unwrap_reward(reward_func), "logs_samples", False)
-        self.is_groupwise = getattr(unwrap_reward(reward_func), "groupwise", False)
+        self.logs_samples = get_reward_flag(reward_func, "logs_samples")
+        self.is_groupwise = get_reward_flag(reward_func, "groupwise")
         self.rewards: list[float | None] = []
         """The last rewards, without padding: `None` where the function abstained, NaN where it failed."""
         self._submitted: list[Future] = []  # by micro-batch

@@ -37,6 +37,22 @@ def get_reward_name(reward_func: Callable) -> str:
     return getattr(reward_func, "__name__", type(reward_func).__name__)
 
 
+def get_reward_flag(reward_func: Callable, name: str) -> bool:
+    """
+    Whether a reward function has an attribute that is true, such as `groupwise`.
+
+    Args:
+        reward_func (`Callable`):
+            A function, a partial of one, or an object that can be called.
+        name (`str`):
+            The attribute.
+
+    Returns:
+        `bool`: It is true, of the function that a partial is of.
+    """
+    return bool(getattr(unwrap_reward(reward_func), name, False))
+
+
 def unwrap_reward(reward_func: Callable) -> Callable:
     """
     The reward function itself, which has its name and attributes such as `groupwise`.

@@ -47,7 +47,7 @@ from tqdm.auto import tqdm
 from ..cut_prompts import expect_prompts
 from ..image_grid import Picture, load_picture, save_picture
 from ..pipelines.original_checkpoint import load_json
-from ..reward_values import get_reward_name, read_rewards, unwrap_reward
+from ..reward_values import get_reward_flag, get_reward_name, read_rewards
 from .report import write_json, write_report
 
 
@@ -177,7 +177,7 @@ def score_images(
     folders = _prompt_folders(images_dir)
     if not folders:
         raise ValueError(f"`images_dir` must have folders like 00000 with a metadata.jsonl, got {images_dir}.")
-    batch_size = 1 if getattr(unwrap_reward(reward_func), "groupwise", False) else batch_size
+    batch_size = 1 if get_reward_flag(reward_func, "groupwise") else batch_size
     groups: list[list] = [[]]
     for folder in folders:
         row = load_json(folder / "metadata.jsonl")

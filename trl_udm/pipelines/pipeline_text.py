@@ -12,6 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 
+import functools
 import inspect
 import math
 import os
@@ -36,6 +37,12 @@ class TextCallArguments(CallArguments, total=False):
     max_completion_length: int | None
     num_completions_per_prompt: int
     chat_template_kwargs: dict[str, Any] | None
+
+
+@functools.cache  # for each pass of the network
+def _takes_position_ids(model_class: type[nn.Module]) -> bool:
+    arguments = inspect.signature(model_class.forward).parameters.values()
+    return any(argument.name == "position_ids" or argument.kind is argument.VAR_KEYWORD for argument in arguments)
 
 
 class TextUDMPipeline(TextMixin, UDMPipeline):
@@ -216,8 +223,7 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
             "input_ids": torch.cat([prompt_ids, noised_samples], dim=1),
             "attention_mask": attention_mask,
         }
-        arguments = inspect.signature(type(self.transformer).forward).parameters.values()
-        if any(argument.name == "position_ids" or argument.kind is argument.VAR_KEYWORD for argument in arguments):
+        if _takes_position_ids(type(self.transformer)):
             inputs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         if getattr(self.transformer.config, "type_vocab_size", 1) > 1:
             inputs["token_type_ids"] = torch.cat(

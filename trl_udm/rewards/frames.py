@@ -27,7 +27,7 @@ from PIL import Image
 
 from ..cut_prompts import PromptCutter, expect_prompts
 from ..image_grid import Picture, pick_frames
-from ..reward_values import get_reward_name, read_rewards, unwrap_reward
+from ..reward_values import get_reward_flag, get_reward_name, read_rewards, unwrap_reward
 
 
 class FrameReward(PromptCutter):
@@ -82,8 +82,8 @@ class FrameReward(PromptCutter):
         if reduce not in ("mean", "min"):
             raise ValueError(f"`reduce` must be 'mean' or 'min', got {reduce!r}.")
         self.__name__ = get_reward_name(reward)
-        self.logs_samples = getattr(unwrap_reward(reward), "logs_samples", False)
-        self.groupwise = getattr(unwrap_reward(reward), "groupwise", False)
+        self.logs_samples = get_reward_flag(reward, "logs_samples")
+        self.groupwise = get_reward_flag(reward, "groupwise")
         if self.groupwise and frames not in ("first", "middle", "last", 1):
             raise ValueError(
                 f"`frames` must be 'first', 'middle', 'last' or 1 for a reward of whole groups, got {frames!r}: "
@@ -94,8 +94,8 @@ class FrameReward(PromptCutter):
         self.reduce = reduce
 
     # `GRPOTrainer` awaits what has an asynchronous `__call__`
-    def __new__(cls, reward: Callable | None = None, *args: Any, **kwargs: Any):
-        function = unwrap_reward(reward) if reward is not None else None
+    def __new__(cls, reward: Any = None, *args: Any, **kwargs: Any):
+        function = unwrap_reward(reward)
         is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
         return super().__new__(_AsyncFrameReward if is_async else cls)
 

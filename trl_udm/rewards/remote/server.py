@@ -32,7 +32,7 @@ from typing import Any
 
 from PIL import Image
 
-from ...reward_values import get_reward_name, read_rewards, unwrap_reward
+from ...reward_values import get_reward_flag, get_reward_name, read_rewards
 from .wire import MEDIA_TYPE, REWARDS_PATH, RequestError, check_token, pack_response, unpack_request
 
 
@@ -265,7 +265,7 @@ def serve(
     def load_in_background() -> None:
         try:
             reward = load()
-            if getattr(unwrap_reward(reward), "groupwise", False):
+            if get_reward_flag(reward, "groupwise"):
                 raise ValueError(
                     f"The reward must not be one of whole groups, got '{get_reward_name(reward)}': a request may have "
                     "a part of a group. Compute it in the training process."
