@@ -16,6 +16,7 @@ import functools
 import inspect
 import math
 import os
+from collections.abc import Callable
 from typing import Any, Literal, Self, Unpack, overload
 
 import torch
@@ -40,8 +41,8 @@ class TextCallArguments(CallArguments, total=False):
 
 
 @functools.cache  # for each pass of the network
-def _takes_position_ids(model_class: type[nn.Module]) -> bool:
-    arguments = inspect.signature(model_class.forward).parameters.values()
+def _takes_position_ids(forward: Callable) -> bool:
+    arguments = inspect.signature(forward).parameters.values()
     return any(argument.name == "position_ids" or argument.kind is argument.VAR_KEYWORD for argument in arguments)
 
 
@@ -223,7 +224,7 @@ class TextUDMPipeline(TextMixin, UDMPipeline):
             "input_ids": torch.cat([prompt_ids, noised_samples], dim=1),
             "attention_mask": attention_mask,
         }
-        if _takes_position_ids(type(self.transformer)):
+        if _takes_position_ids(type(self.transformer).forward):
             inputs["position_ids"] = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
         if getattr(self.transformer.config, "type_vocab_size", 1) > 1:
             inputs["token_type_ids"] = torch.cat(
