@@ -17,6 +17,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
 from trl.trainer.utils import add_fused_lm_head
 
 from trl_udm import FUDOKIPipeline, KineticOptimalScheduler, TextUDMPipeline, URSAPipeline
@@ -141,6 +142,30 @@ def test_several_labels_of_a_token_have_the_scores_that_they_have_alone(pipe, fa
         one, expected_entropies = pipe.score(model, *inputs, labels[..., i], torch.full((2,), 0.5))
         torch.testing.assert_close(log_probs[..., i], one, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(entropies, expected_entropies, atol=1e-5, rtol=1e-5)
+
+
+def test_ddp_finds_all_weights_that_scores_use(pipe, family, tmp_path):
+    """Also those of a head that is applied after the network's `forward`."""
+    latent_shape = pipe.latent_shape()
+    state, labels = torch.randint(8, (2, 2, torch.Size(latent_shape).numel()), generator=seeded())
+    rows = (*pipe.encode_prompt(PROMPTS[family]), state, latent_shape, labels, torch.tensor([0.2, 0.7]))
+    with torch.no_grad():
+        reference = pipe.predict_tokens(pipe.transformer, *rows)
+    reference = (reference[0].roll(1, dims=0), reference[1])  # of the other sample, so that there is a divergence
+    parameters = [parameter for parameter in pipe.transformer.parameters() if parameter.requires_grad]
+    gradients = []
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(pipe.transformer, find_unused_parameters=True)
+        for model in (pipe.transformer, wrapped):
+            pipe.transformer.zero_grad()
+            logps, _, kl = pipe.score_with_kl(model, reference, *rows)
+            (logps + kl).sum().backward()
+            gradients.append([parameter.grad.clone() for parameter in parameters if parameter.grad is not None])
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(gradients[0]) > 10 and sum(gradient.norm() for gradient in gradients[0]) > 1
+    torch.testing.assert_close(gradients[1], gradients[0], atol=1e-6, rtol=1e-5)
 
 
 def test_guidance_without_negative_prompts_is_refused(pipe, family):

@@ -23,6 +23,8 @@ from transformers.models.janus.modeling_janus import JanusVQVAEAlignerMLP, Janus
 from transformers.models.llama import LlamaModel
 from transformers.utils import can_return_tuple
 
+from .token_scores import HeadInputsOutput
+
 
 class FUDOKIModel(JanusPreTrainedModel):
     """
@@ -91,7 +93,7 @@ class FUDOKIForImageGeneration(JanusPreTrainedModel):
     @can_return_tuple
     def forward(
         self, input_ids: torch.Tensor, logits_to_keep: int = 0, skip_logits: bool = False, **kwargs: Any
-    ) -> MaskedLMOutput | BaseModelOutput:
+    ) -> MaskedLMOutput | HeadInputsOutput:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
@@ -105,12 +107,12 @@ class FUDOKIForImageGeneration(JanusPreTrainedModel):
 
         Returns:
             [`~transformers.modeling_outputs.MaskedLMOutput`]: With `logits` of shape `(batch_size, sequence_length,
-            codebook_size)`. With `skip_logits` a [`~transformers.modeling_outputs.BaseModelOutput`] instead.
+            codebook_size)`. With `skip_logits` a `HeadInputsOutput` instead.
         """
         outputs = self.model(input_ids, **kwargs)
         outputs.last_hidden_state = outputs.last_hidden_state[:, -logits_to_keep:]
         if skip_logits:
-            return outputs
+            return HeadInputsOutput.from_backbone(outputs, self.get_output_embeddings())
         return MaskedLMOutput(
             logits=self.get_output_embeddings()(outputs.last_hidden_state),
             hidden_states=outputs.hidden_states,

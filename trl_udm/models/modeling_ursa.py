@@ -29,7 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from ..weights import load_every_weight
 from .configuration_ursa import URSAConfig
-from .token_scores import score_tokens
+from .token_scores import HeadInputsOutput, score_tokens
 
 
 class URSARotaryEmbedding(Qwen3RotaryEmbedding):
@@ -220,7 +220,7 @@ class URSAForImageGeneration(URSAPreTrainedModel):
         shift_labels: torch.Tensor | None = None,
         skip_logits: bool = False,
         **kwargs,
-    ) -> MaskedLMOutput | URSAScoreOutput | BaseModelOutput:
+    ) -> MaskedLMOutput | URSAScoreOutput | HeadInputsOutput:
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
@@ -245,7 +245,7 @@ class URSAForImageGeneration(URSAPreTrainedModel):
         Returns:
             [`~transformers.modeling_outputs.MaskedLMOutput`]: With `logits` of shape `(batch_size, sequence_length,
             codebook_size)`, and with `labels` the `loss`. With `shift_labels` a [`URSAScoreOutput`] instead, and with
-            `skip_logits` a [`~transformers.modeling_outputs.BaseModelOutput`].
+            `skip_logits` a `HeadInputsOutput`.
 
         Raises:
             ValueError: If inputs are missing or have another shape, or a label is no image code.
@@ -274,7 +274,7 @@ class URSAForImageGeneration(URSAPreTrainedModel):
             )
         if skip_logits:
             outputs.last_hidden_state = outputs.last_hidden_state[:, -logits_to_keep:]
-            return outputs
+            return HeadInputsOutput.from_backbone(outputs, self.lm_head)
         # In two dimensions: on a CPU, PyTorch multiplies a batch of slices in bfloat16 many times slower
         hidden_states = outputs.last_hidden_state[:, -logits_to_keep:]
         logits, loss = self.lm_head(hidden_states.flatten(0, 1)).unflatten(0, hidden_states.shape[:2]), None

@@ -15,12 +15,14 @@
 """Log-probabilities of tokens under a head with many codes, where TRL's fused head has no Triton kernel."""
 
 import itertools
+from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutput
 
 
 TILE_WIDTH = 512
@@ -29,6 +31,25 @@ MAX_KEPT_LOGITS = 2**27
 """Number of logits that are kept for the backward pass at most: 512 MiB in float32. More are computed again."""
 CHUNK_LENGTH = 256
 """Number of tokens in a chunk, for heads that are more than a matrix."""
+
+
+@dataclass
+class HeadInputsOutput(BaseModelOutput):
+    """
+    Inputs of a head that the caller applies, as `last_hidden_state`.
+
+    Args:
+        head_parameters (`tuple[torch.Tensor, ...]`, *optional*):
+            An empty slice of each parameter of the head. DDP follows the outputs of `forward` to find the parameters
+            that a step uses. Without these it would take those of the head for unused ones.
+    """
+
+    head_parameters: tuple[torch.Tensor, ...] | None = None
+
+    @classmethod
+    def from_backbone(cls, outputs: BaseModelOutput, head: nn.Module) -> "HeadInputsOutput":
+        """What a backbone returned, with the empty slices of the head that follows it."""
+        return cls(**outputs, head_parameters=tuple(parameter[:0] for parameter in head.parameters()))
 
 
 def score_tokens(
