@@ -55,7 +55,9 @@ class World:
             Draws images or videos, and captions, given their number, the share of wrong captions and a
             `random.Random`.
         build_autoencoder (`Callable`):
-            Builds the untrained tokenizer.
+            Builds the untrained tokenizer, given its number of codes.
+        num_vq_embeddings (`int`):
+            Default number of codes.
         tokenizer (`PreTrainedTokenizerFast`):
             Text tokenizer, from [`build_tokenizer`].
         max_prompt_length (`int`):
@@ -79,7 +81,8 @@ class World:
     """
 
     sample_captioned_images: Callable[[int, float, random.Random], tuple[list[Any], list[str]]]
-    build_autoencoder: Callable[[], Autoencoder]
+    build_autoencoder: Callable[[int], Autoencoder]
+    num_vq_embeddings: int
     tokenizer: PreTrainedTokenizerFast
     max_prompt_length: int
     image_size: tuple[int, ...]
@@ -107,20 +110,13 @@ def farthest_points(points: torch.Tensor, num_points: int) -> torch.Tensor:
     return points[picked].clone()
 
 
-def train_autoencoder(world: World, output_dir: Path, num_steps: int, batch_size: int, seed: int) -> AutoencoderVQ:
+def train_autoencoder(world: World, autoencoder: AutoencoderVQ, num_steps: int, rng: random.Random) -> None:
     """
     Trains the image tokenizer: first without codes, then with a codebook that is initialized with latents.
 
     Codes have norm 1, and only the direction of a latent counts. So the nearest code is the one with the largest inner
     product. Unused codes are moved onto latents that are far from all codes.
     """
-    path = output_dir / "vae"
-    if path.exists():
-        autoencoder = AutoencoderVQ.from_pretrained(path)
-        autoencoder.register_to_config(_name_or_path=None)  # else the pipeline would be saved with this folder's name
-        return autoencoder
-    rng = random.Random(seed)
-    autoencoder = world.build_autoencoder()
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = OneCycleLR(optimizer, max_lr=2e-3, total_steps=num_steps, pct_start=0.05)
     num_warmup_steps = num_steps // 5
@@ -128,7 +124,7 @@ def train_autoencoder(world: World, output_dir: Path, num_steps: int, batch_size
     usage = torch.zeros(codebook.size(0))
     start = time.perf_counter()
     for step in range(num_steps):
-        images = to_tensor(world.sample_captioned_images(batch_size, 0.0, rng)[0])
+        images = to_tensor(world.sample_captioned_images(world.vq_batch_size, 0.0, rng)[0])
         latents = functional.normalize(autoencoder.encode(images).latents.permute(0, 2, 3, 1), dim=-1)  # (B, h, w, d)
         codes, quantization_loss = latents, torch.zeros(())
         if step < num_warmup_steps:
@@ -161,8 +157,6 @@ def train_autoencoder(world: World, output_dir: Path, num_steps: int, batch_size
                 flush=True,
             )
     codebook.data = functional.normalize(codebook.data, dim=-1)
-    autoencoder.save_pretrained(path)
-    return autoencoder.eval()
 
 
 def encode_frames(encode: Callable[[torch.Tensor], torch.Tensor], frames: torch.Tensor, dim: int) -> torch.Tensor:
@@ -337,12 +331,15 @@ def train_network(
     network.eval()
 
 
-def main(world: World, train_autoencoder: Callable[..., Autoencoder] = train_autoencoder):
+def main(world: World, train_autoencoder: Callable[..., None] = train_autoencoder):
     parser = argparse.ArgumentParser(
         description=world.description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="Folder of the checkpoint.")
     parser.add_argument("--num_vq_steps", type=int, default=world.num_vq_steps, help="Steps of the tokenizer.")
+    parser.add_argument(
+        "--num_vq_embeddings", type=int, default=world.num_vq_embeddings, help="Codes of the tokenizer."
+    )
     parser.add_argument(
         "--num_images", type=int, default=65536, help="Number of scenes on which the network is trained."
     )
@@ -355,7 +352,14 @@ def main(world: World, train_autoencoder: Callable[..., Autoencoder] = train_aut
     args.output_dir.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
 
-    autoencoder = train_autoencoder(world, args.output_dir, args.num_vq_steps, world.vq_batch_size, args.seed)
+    autoencoder, path = world.build_autoencoder(args.num_vq_embeddings), args.output_dir / "vae"
+    if path.exists():
+        autoencoder = type(autoencoder).from_pretrained(path)
+        autoencoder.register_to_config(_name_or_path=None)  # else the pipeline would be saved with this folder's name
+    else:
+        train_autoencoder(world, autoencoder, args.num_vq_steps, random.Random(args.seed))
+        autoencoder.save_pretrained(path)
+    autoencoder.eval()
     tokens, captions = build_token_dataset(
         world, args.output_dir, autoencoder, args.num_images, args.caption_error, args.seed
     )

@@ -26,7 +26,6 @@ finished tokenizer, and continues the network's training from its last checkpoin
 
 import random
 import time
-from pathlib import Path
 
 import torch
 from embedded_world import World, build_tokenizer, encode_frames, main, to_tensor, update
@@ -53,16 +52,16 @@ def sample_captioned_videos(num_videos: int, caption_error: float, rng: random.R
     return videos, captions
 
 
-def build_autoencoder() -> AutoencoderVQCosmos3D:
+def build_autoencoder(num_vq_embeddings: int) -> AutoencoderVQCosmos3D:
     return AutoencoderVQCosmos3D(
         block_out_channels=(40, 40),
         layers_per_block=1,
         latent_channels=16,
         sample_size=IMAGE_SIZE,
         sample_frames=NUM_FRAMES,
-        # With three values a channel, no code is a multiple of another: the path's codes are normalized
-        num_vq_embeddings=3**6,
+        num_vq_embeddings=num_vq_embeddings,
         vq_embed_dim=6,
+        # With three values a channel, no code is a multiple of another: the path's codes are normalized
         levels=(3,) * 6,
         patch_size=4,
         spatial_stride=CELL_SIZE,
@@ -70,22 +69,13 @@ def build_autoencoder() -> AutoencoderVQCosmos3D:
     )
 
 
-def train_autoencoder(
-    world: World, output_dir: Path, num_steps: int, batch_size: int, seed: int
-) -> AutoencoderVQCosmos3D:
+def train_autoencoder(world: World, autoencoder: AutoencoderVQCosmos3D, num_steps: int, rng: random.Random) -> None:
     """Trains the video tokenizer. The gradient passes the rounding of the codes as if there were none."""
-    path = output_dir / "vae"
-    if path.exists():
-        autoencoder = AutoencoderVQCosmos3D.from_pretrained(path)
-        autoencoder.register_to_config(_name_or_path=None)  # else the pipeline would be saved with this folder's name
-        return autoencoder
-    rng = random.Random(seed)
-    autoencoder = world.build_autoencoder()
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=2e-3, weight_decay=0.0)
     schedule = OneCycleLR(optimizer, max_lr=2e-3, total_steps=num_steps, pct_start=0.05)
     start = time.perf_counter()
     for step in range(num_steps):
-        videos = to_tensor(world.sample_captioned_images(batch_size, 0.0, rng)[0])
+        videos = to_tensor(world.sample_captioned_images(world.vq_batch_size, 0.0, rng)[0])
         latents = encode_frames(lambda frames: autoencoder.encode(frames).latents, videos, dim=2)
         bounded = autoencoder.quantizer.bound(latents)
         codes = bounded + (bounded.round() - bounded).detach()  # of a channel with three values: -1, 0 or 1
@@ -96,8 +86,6 @@ def train_autoencoder(
                 f"tokenizer {step + 1}/{num_steps} mse {loss.item():.5f} {time.perf_counter() - start:.0f} s",
                 flush=True,
             )
-    autoencoder.save_pretrained(path)
-    return autoencoder.eval()
 
 
 if __name__ == "__main__":
@@ -106,6 +94,7 @@ if __name__ == "__main__":
         World(
             sample_captioned_images=sample_captioned_videos,
             build_autoencoder=build_autoencoder,
+            num_vq_embeddings=3**6,
             tokenizer=build_tokenizer(words, Whitespace()),
             max_prompt_length=11,
             image_size=(IMAGE_SIZE, IMAGE_SIZE, NUM_FRAMES),

@@ -47,7 +47,7 @@ def sample_captioned_images(num_images: int, caption_error: float, rng: random.R
     return images, captions
 
 
-def build_autoencoder() -> AutoencoderVQ:
+def build_autoencoder(num_vq_embeddings: int) -> AutoencoderVQ:
     return AutoencoderVQ(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -56,7 +56,7 @@ def build_autoencoder() -> AutoencoderVQ:
         latent_channels=16,
         norm_num_groups=8,
         sample_size=IMAGE_SIZE,
-        num_vq_embeddings=128,
+        num_vq_embeddings=num_vq_embeddings,
         vq_embed_dim=8,
     )
 
@@ -67,6 +67,7 @@ if __name__ == "__main__":
         World(
             sample_captioned_images=sample_captioned_images,
             build_autoencoder=build_autoencoder,
+            num_vq_embeddings=128,
             tokenizer=build_tokenizer(words, Whitespace()),
             max_prompt_length=10,
             image_size=(IMAGE_SIZE, IMAGE_SIZE),

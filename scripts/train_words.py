@@ -45,7 +45,7 @@ def sample_captioned_images(num_images: int, caption_error: float, rng: random.R
     return images, captions
 
 
-def build_autoencoder() -> AutoencoderVQ:
+def build_autoencoder(num_vq_embeddings: int) -> AutoencoderVQ:
     return AutoencoderVQ(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -54,7 +54,7 @@ def build_autoencoder() -> AutoencoderVQ:
         latent_channels=16,
         norm_num_groups=8,
         sample_size=IMAGE_SIZE,
-        num_vq_embeddings=512,
+        num_vq_embeddings=num_vq_embeddings,
         vq_embed_dim=8,
     )
 
@@ -65,6 +65,7 @@ if __name__ == "__main__":
         World(
             sample_captioned_images=sample_captioned_images,
             build_autoencoder=build_autoencoder,
+            num_vq_embeddings=512,
             tokenizer=build_tokenizer(
                 {*words, '"', *string.ascii_uppercase}, Sequence([Whitespace(), Split(Regex("[A-Z]"), "isolated")])
             ),
