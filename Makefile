@@ -17,6 +17,8 @@ GPU_WHEELS_MIB ?= 60
 HF_HUB_OFFLINE ?= 1
 # `accelerate launch` would give a process one thread where it is not told a number.
 NUM_THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+# The world of shapes trains in bfloat16 on CPUs that have instructions for it, in half the time. BF16= trains in float32.
+BF16 ?= $(shell grep -qw avx512_bf16 /proc/cpuinfo 2>/dev/null && echo --bf16 True --attn_implementation eager)
 
 export HF_HUB_OFFLINE
 
@@ -37,7 +39,8 @@ install: .venv/.installed ## make the virtual environment .venv
 
 geneval: .venv/.installed ## train on the GenEval reward, on one GPU or the CPU
 	.venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		--num_cpu_threads_per_process $(NUM_THREADS) examples/train_geneval.py $(ARGS)
+		--num_cpu_threads_per_process $(NUM_THREADS) examples/train_geneval.py \
+		$(if $(findstring --config,$(ARGS))$(findstring --model_name_or_path,$(ARGS)),,$(BF16)) $(ARGS)
 
 # Each worker is one process: more than one thread in it would only compete with the other workers.
 run_tests = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

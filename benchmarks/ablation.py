@@ -44,10 +44,11 @@ from trl_udm.drawing import open_figure
 
 
 ROOT = Path(__file__).parents[1]
-NUM_SAMPLES = 64  # per rollout: half of those in examples/configs/shapes.yaml
+CONFIG = ROOT / "examples" / "configs" / "shapes_paper.yaml"
+NUM_SAMPLES = 64  # per rollout: half of those in `CONFIG`
 NUM_STEPS = 10  # of the time grid
 
-# As in examples/configs/shapes.yaml, which also has the options that are not varied
+# As in `CONFIG`, which also has the options that are not varied
 METHOD = {
     "action": "clean",
     "trajectory": "forward",
@@ -145,7 +146,7 @@ def trained_share(options: dict[str, Any]) -> float:
 
 def run(options: dict[str, Any], seed: int, output_dir: Path, extra: list[str]) -> None:
     """Trains one setting with one seed, unless that has been done."""
-    flags = ["--output_dir", str(output_dir), "--seed", str(seed)]
+    flags = ["--config", str(CONFIG), "--output_dir", str(output_dir), "--seed", str(seed)]
     flags += ["--per_device_train_batch_size", str(NUM_SAMPLES * options["num_train_timesteps"])]
     for name, value in options.items():
         flags += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]

@@ -51,7 +51,7 @@ SAMPLES_BETWEEN_EVALUATIONS = 1280
 TARGET = 0.90
 NUM_EVAL_SAMPLES = 4  # per held-out prompt
 NUM_DIAGNOSED_PROMPTS = 64
-WORLDS = {"shapes": "shapes.yaml", "words": "words.yaml", "sums": "arithmetic.yaml"}
+WORLDS = {"shapes": "shapes_paper.yaml", "words": "words.yaml", "sums": "arithmetic.yaml"}
 
 ALL_STEPS = {"num_train_timesteps": 8, "timestep_window": [0, 2], "timestep_sampling": "stratified"}
 # Rows of a rollout in four parts, with an update for each. The average stands in for a schedule that ends.
@@ -65,13 +65,17 @@ FAST = {
     "lr_scheduler_kwargs": {},
 }
 # The KL divergence over the whole vocabulary, and a learning rate that ends at 0
-FULL_KL = {**FAST, "kl_estimator": "full", "beta": 0.03}
+LEASH = {"kl_estimator": "full", "beta": 0.03}
+FULL_KL = {**FAST, **LEASH}
 DECAY = {**FULL_KL, "lr_scheduler_type": "linear"}
 # For each name, the options that differ from the paper's recipe
 SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {},
     "grid": {"timestep_window": [0, 7]},
     "grid, beta 0.5": {"timestep_window": [0, 7], "beta": 0.5},
+    "paper, full KL": LEASH,
+    "grid, full KL": {"timestep_window": [0, 7], **LEASH},
+    "3 of 10 steps, full KL": {"timestep_window": [0, 7], "timestep_sampling": "stratified", **LEASH},
     "grid, beta 0.5, 4 updates": {
         "timestep_window": [0, 7],
         "beta": 0.5,
@@ -89,6 +93,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fast, full KL, 8 parts": {**FULL_KL, "steps_per_generation": 8},
     "fast, full KL, decay": DECAY,
     "fast, full KL, decay, beta 0.1": {**DECAY, "beta": 0.1},
+    "fast, full KL, decay, beta 0.01": {**DECAY, "beta": 0.01},
+    "fast, decay, beta 0": {**DECAY, "beta": 0.0, "kl_estimator": "k3"},
+    "fast, decay, beta 0, epsilon 3e-3": {**DECAY, "beta": 0.0, "kl_estimator": "k3", "epsilon": 3e-3},
+    "fast, full KL, decay, epsilon 3e-3": {**DECAY, "epsilon": 3e-3},
+    "fast, full KL, decay, G = 16": {**DECAY, "num_generations": 16},
+    "fast, full KL, decay, no std": {**DECAY, "scale_rewards": "none"},
+    "fast, full KL, decay, each part twice": {**DECAY, "num_iterations": 2},
+    "fast, full KL, decay, strict reward": {**DECAY, "reward_mode": "official"},
     "fast, full KL, decay, 4 of 10 steps": {**DECAY, "num_train_timesteps": 4, "timestep_window": [0, 6]},
     "fast, full KL, decay, rollouts of 5 steps": {
         **DECAY,
@@ -126,9 +138,11 @@ def load_trainer(folder: Path, run: dict[str, Any]):
 
     from trl_udm import GenEvalReward, TextUDMPipeline, URSAPipeline
 
+    options = {**run["options"], "output_dir": str(folder)}
+    mode = options.pop("reward_mode", "dense")
     if run["world"] == "shapes":
         path, *judges, train_dataset, eval_dataset = train_geneval.load_task(train_geneval.ScriptArguments(), None)
-        reward_funcs, accuracy = [GenEvalReward(*judges, mode="dense")], GenEvalReward(*judges, mode="official")
+        reward_funcs, accuracy = [GenEvalReward(*judges, mode=mode)], GenEvalReward(*judges, mode="official")
     else:
         script = {"words": train_ocr, "sums": train_text}[run["world"]]
         arguments = script.ScriptArguments()
@@ -142,7 +156,6 @@ def load_trainer(folder: Path, run: dict[str, Any]):
     pipeline = pipeline_class.from_pretrained(path)
     if run["options"]["bf16"]:
         pipeline.transformer.set_attn_implementation("eager")  # on a CPU the fastest one in bfloat16
-    options = {**run["options"], "output_dir": str(folder)}
     config_class, trainer_class = ALGORITHMS[options.pop("algorithm", "udm_grpo")]
     trainer = trainer_class(
         pipeline,

@@ -126,7 +126,8 @@ def parse_arguments(
         argv (`list[str]`):
             Command line.
         default_config (`str`, *optional*):
-            File in `configs` that is used where neither `--config` nor `--model_name_or_path` is given.
+            File in `configs` that is used where neither `--config` nor `--model_name_or_path` is given. Another
+            algorithm than UDM-GRPO has the file of the paper's settings, where there is one.
         lora_target_modules (`str`, *optional*, defaults to `"all-linear"`):
             Default of `--lora_target_modules`.
 
@@ -137,12 +138,15 @@ def parse_arguments(
         ValueError: If the command line is wrong, or there is no whole checkpoint to resume from.
     """
     silence_libraries()
-    names = {argument.partition("=")[0] for argument in argv}
-    if default_config is not None and not names & {"--config", "--model_name_or_path"}:
-        argv = ["--config", str(CONFIGS_DIR / default_config), *argv]
     # Without what has no value here: the whole parser says what is wrong, and prints the help
     known = [argument for argument in argv if argument not in ("-h", "--help")]
     choice, *_ = Parser(AlgorithmArguments).parse_args_and_config(args=known, return_remaining_strings=True)
+    names = {argument.partition("=")[0] for argument in argv}
+    if default_config is not None and not names & {"--config", "--model_name_or_path"}:
+        config = CONFIGS_DIR / default_config
+        paper = config.with_stem(f"{config.stem}_paper")
+        config = paper if choice.algorithm != "udm_grpo" and paper.exists() else config
+        argv = ["--config", str(config), *argv]
     parser = Parser((script_arguments, ALGORITHMS[choice.algorithm][0], ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config(args=argv)
     for name, value in vars(script_args).items():

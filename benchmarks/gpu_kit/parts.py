@@ -200,8 +200,8 @@ def run_kernels(kind: str, batch_size: int, folder: Path) -> dict[str, Any]:
 
 
 def run_learning(folder: Path) -> dict[str, Any]:
-    command = [sys.executable, "examples/train_geneval.py", "--max_steps", str(NUM_STEPS), "--output_dir", str(folder)]
-    command += ["--use_cpu", str(IS_REHEARSAL)]
+    command = [sys.executable, "examples/train_geneval.py", "--config", "examples/configs/shapes_paper.yaml"]
+    command += ["--max_steps", str(NUM_STEPS), "--output_dir", str(folder), "--use_cpu", str(IS_REHEARSAL)]
     command += ["--per_device_train_batch_size", "24"] * IS_REHEARSAL
     subprocess.run(command, cwd=ROOT, check=True)
     return read_learning(folder)

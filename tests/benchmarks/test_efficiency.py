@@ -36,6 +36,7 @@ def test_every_setting_of_every_world_is_a_valid_configuration(tmp_path, module)
     for world in module["WORLDS"]:
         for name, overrides in module["SETTINGS"].items():
             options = module["build_options"](world, overrides, seed=1, num_samples=2560)
+            assert options.pop("reward_mode", "official") == "official"
             config_class = CONFIGS[options.pop("algorithm", "udm_grpo")]
             args = config_class(**{**options, "output_dir": str(tmp_path)})
             rollouts = args.max_steps / (args.num_iterations * args.steps_per_generation)

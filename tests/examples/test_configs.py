@@ -26,7 +26,7 @@ from . import EXAMPLES_DIR, load_example
 @pytest.mark.parametrize(
     ("config", "example", "num_generations"),
     [
-        ("shapes", "train_geneval", 8),
+        ("shapes_paper", "train_geneval", 8),
         ("words", "train_ocr", 8),
         ("arithmetic", "train_text", 8),
         ("moving", "train_video", 8),
@@ -77,12 +77,31 @@ def test_the_settings_of_a_file_are_those_of_the_paper(tmp_path, config, example
         assert model_args.model_name_or_path is None
 
 
-def test_a_file_may_choose_another_algorithm(tmp_path):
+def parse(argv, output_dir, default_config=None):
     load_example("train_geneval")  # so that `common` is found
     from common import ImageArguments, parse_arguments
 
-    argv = ["--config", str(EXAMPLES_DIR / "configs" / "fudoki_dflow.yaml"), "--output_dir", str(tmp_path)]
-    script_args, args, model_args = parse_arguments(ImageArguments, [*argv, "--use_cpu", "True"])
+    return parse_arguments(ImageArguments, [*argv, "--output_dir", str(output_dir)], default_config)
+
+
+def test_the_worlds_train_by_the_recipe_of_few_samples(tmp_path):
+    _, args, _ = parse([], tmp_path, "shapes.yaml")
+    # 16 prompts x 8 samples a rollout, and four updates with a quarter of the rows each
+    assert args.generation_batch_size == 16 * 8 * args.num_train_timesteps and args.num_generations == 8
+    assert args.steps_per_generation == 4 * args.gradient_accumulation_steps
+    assert (args.num_train_timesteps, args.timestep_window, args.timestep_sampling) == (8, [0, 2], "stratified")
+    assert (args.kl_estimator, args.beta, args.epsilon) == ("full", 0.01, 1e-3)
+
+
+def test_another_algorithm_has_the_settings_of_the_paper(tmp_path):
+    script_args, args, _ = parse(["--algorithm", "dflow_grpo"], tmp_path, "shapes.yaml")
+    assert script_args.trainer_class is DFlowGRPOTrainer and isinstance(args, DFlowGRPOConfig)
+    assert (args.num_train_timesteps, args.kl_estimator, args.generation_batch_size) == (3, "k3", 384)
+
+
+def test_a_file_may_choose_another_algorithm(tmp_path):
+    argv = ["--config", str(EXAMPLES_DIR / "configs" / "fudoki_dflow.yaml"), "--use_cpu", "True"]
+    script_args, args, model_args = parse(argv, tmp_path)
     assert script_args.trainer_class is DFlowGRPOTrainer and isinstance(args, DFlowGRPOConfig)
     assert args.generation_batch_size == 16 * 24 * args.num_train_timesteps and args.num_generations == 24
     assert args.steps_per_generation == args.gradient_accumulation_steps

@@ -896,6 +896,10 @@ def test_a_bad_dataset_is_refused(tmp_path, dataset, error, message):
             {"timestep_window": [0, 3]},
             r"`timestep_window` must end at 2 at the latest, for 3 training .* got \[0, 3\]",
         ),
+        (
+            {"num_inference_steps": 2},
+            "`num_train_timesteps` must be at most 2, the .* grid, got 3. Lower it, or raise `num_inference_steps`.",
+        ),
         ({"timestep_window": [2, 1]}, r"`timestep_window` must be \[first, last\].* got \[2, 1\]"),
         ({"timestep_window": [-1, 1]}, r"`timestep_window` must be \[first, last\].* got \[-1, 1\]"),
         ({"guidance_trunc": 1.5}, r"`guidance_trunc` must be in \[0, 1\], got 1.5"),

@@ -457,6 +457,11 @@ class UDMGRPOConfig(GRPOConfig):
         window = self.timestep_window
         if len(window) != 2 or not 0 <= window[0] <= window[1]:
             raise ValueError(f"`timestep_window` must be [first, last] with 0 <= first <= last, got {window}.")
+        if last_start < 0:
+            raise ValueError(
+                f"`num_train_timesteps` must be at most {num_steps}, the steps of the grid, got "
+                f"{self.num_train_timesteps}. Lower it, or raise `{name}`."
+            )
         if window[1] > last_start:
             raise ValueError(
                 f"`timestep_window` must end at {last_start} at the latest, for {self.num_train_timesteps} training "
