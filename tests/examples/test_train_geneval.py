@@ -24,17 +24,8 @@ from . import load_example
     "extra", [[], ["--use_peft", "--lora_r", "4", "--diagnostics_steps", "2", "--ema_decay", "0.9"]]
 )
 def test_the_example_trains_on_shapes_and_leaves_its_results(tmp_path, capsys, extra):
-    small = [
-        "--max_steps",
-        "2",
-        "--num_generations",
-        "4",
-        "--per_device_train_batch_size",
-        "24",
-        "--logging_steps",
-        "1",
-    ]
-    small += ["--num_train_timesteps", "3"]
+    small = ["--max_steps", "2", "--num_generations", "4", "--per_device_train_batch_size", "24"]
+    small += ["--num_train_timesteps", "3", "--logging_steps", "1"]
     small += ["--num_eval_images", "1", "--num_inference_steps", "5", "--num_inference_steps_eval", "5"]
     results = load_example("train_geneval").main(
         ["--output_dir", str(tmp_path), "--disable_tqdm", "True", *small, *extra]
