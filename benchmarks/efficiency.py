@@ -68,6 +68,7 @@ FAST = {
 LEASH = {"kl_estimator": "full", "beta": 0.03}
 FULL_KL = {**FAST, **LEASH}
 DECAY = {**FULL_KL, "lr_scheduler_type": "linear"}
+LOW_BETA = {**DECAY, "beta": 0.01}
 # For each name, the options that differ from the paper's recipe
 SETTINGS: dict[str, dict[str, Any]] = {
     "paper": {},
@@ -93,7 +94,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fast, full KL, 8 parts": {**FULL_KL, "steps_per_generation": 8},
     "fast, full KL, decay": DECAY,
     "fast, full KL, decay, beta 0.1": {**DECAY, "beta": 0.1},
-    "fast, full KL, decay, beta 0.01": {**DECAY, "beta": 0.01},
+    "fast, full KL, decay, beta 0.01": LOW_BETA,
+    "fast, full KL, decay, beta 0.01, 5 of 10 steps": {
+        **LOW_BETA,
+        "num_train_timesteps": 5,
+        "timestep_window": [0, 5],
+    },
+    "fast, full KL, decay, beta 0.01, 3 of 10 steps": {
+        **LOW_BETA,
+        "num_train_timesteps": 3,
+        "timestep_window": [0, 7],
+    },
     "fast, decay, beta 0": {**DECAY, "beta": 0.0, "kl_estimator": "k3"},
     "fast, decay, beta 0, epsilon 3e-3": {**DECAY, "beta": 0.0, "kl_estimator": "k3", "epsilon": 3e-3},
     "fast, full KL, decay, epsilon 3e-3": {**DECAY, "epsilon": 3e-3},

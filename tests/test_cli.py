@@ -531,6 +531,10 @@ def test_merge_refuses_an_adapter_that_lacks_a_weight(tmp_path, adapter, capsys)
     assert not (tmp_path / "merged").exists()
 
 
+def find_peak(report, stage):
+    return float(re.search(rf"peak of the {stage} \| ([0-9.]+)", report).group(1))
+
+
 def test_memory_prints_each_stage_and_whether_it_fits(capsys, adapter):
     argv = ["memory", "--model", "shapes", "--no-bf16", "--per_device_train_batch_size", "48", "--gpu_memory"]
     main([*argv, "24"])
@@ -539,9 +543,12 @@ def test_memory_prints_each_stage_and_whether_it_fits(capsys, adapter):
     lora = capsys.readouterr().out
     main([*argv, "24", "--adapter", str(adapter), "--ema_decay", "0.9"])
     further = capsys.readouterr().out
+    main([*argv, "24", "--kl_estimator", "full"])
+    full_kl = capsys.readouterr().out
     for stage in ("rollout", "decode", "scoring", "update"):
         assert f"| peak of the {stage} | 0." in full and f"| peak of the {stage} | 0." in lora
     assert "24 GiB: fits, 23." in full
+    assert find_peak(full_kl, "scoring") < find_peak(full, "scoring")  # the reference scores in the update
     assert "0.6 GiB: 0." in lora and "GiB too much." in lora
     assert "| reference weights | 0.00 |" in lora
     assert "| ema weights | 0.00 |" in full and "| ema weights | 0.00 |" in further

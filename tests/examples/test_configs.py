@@ -89,7 +89,7 @@ def test_the_worlds_train_by_the_recipe_of_few_samples(tmp_path):
     # 16 prompts x 8 samples a rollout, and four updates with a quarter of the rows each
     assert args.generation_batch_size == 16 * 8 * args.num_train_timesteps and args.num_generations == 8
     assert args.steps_per_generation == 4 * args.gradient_accumulation_steps
-    assert (args.num_train_timesteps, args.timestep_window, args.timestep_sampling) == (8, [0, 2], "stratified")
+    assert (args.num_train_timesteps, args.timestep_window, args.timestep_sampling) == (5, [0, 5], "stratified")
     assert (args.kl_estimator, args.beta, args.epsilon) == ("full", 0.01, 1e-3)
 
 

@@ -58,7 +58,7 @@ class Arguments(ModelArguments):
         every_n_layers (`int`, *optional*, defaults to `1`):
             One layer of every so many is recomputed, > 0.
         per_device_train_batch_size, rollout_batch_size, decode_batch_size, num_generations, num_train_timesteps,
-        guidance_scale, beta, ema_decay, bf16, activation_checkpointing (*optional*):
+        guidance_scale, beta, kl_estimator, ema_decay, bf16, activation_checkpointing (*optional*):
             With their defaults.
 
         > Parameters that control the comparison
@@ -99,6 +99,9 @@ class Arguments(ModelArguments):
         default=1.0, metadata={"help": "Weight of classifier-free guidance in rollouts. 1 is no guidance (CFG-Free)."}
     )
     beta: float = field(default=0.05, metadata={"help": "Weight of the KL divergence to the reference policy."})
+    kl_estimator: Literal["k3", "full"] = field(
+        default="k3", metadata={"help": "Of log-probabilities, or of distributions over the whole vocabulary."}
+    )
     ema_decay: float | None = field(
         default=None, metadata={"help": "Decay per step of an average of the weights, in [0, 1). By default none."}
     )
