@@ -51,7 +51,7 @@ SAMPLES_BETWEEN_EVALUATIONS = 1280
 TARGET = 0.90
 NUM_EVAL_SAMPLES = 4  # per held-out prompt
 NUM_DIAGNOSED_PROMPTS = 64
-WORLDS = {"shapes": "shapes_paper.yaml", "words": "words.yaml", "sums": "arithmetic.yaml"}
+WORLDS = {"shapes": "shapes_paper.yaml", "words": "words.yaml", "sums": "arithmetic_paper.yaml"}
 
 ALL_STEPS = {"num_train_timesteps": 8, "timestep_window": [0, 2], "timestep_sampling": "stratified"}
 # Rows of a rollout in four parts, with an update for each. The average stands in for a schedule that ends.

@@ -28,7 +28,7 @@ from . import EXAMPLES_DIR, load_example
     [
         ("shapes_paper", "train_geneval", 8),
         ("words", "train_ocr", 8),
-        ("arithmetic", "train_text", 8),
+        ("arithmetic_paper", "train_text", 8),
         ("moving", "train_video", 8),
         ("ursa_geneval", "train_geneval", 8),
         ("ursa_ocr", "train_ocr", 16),
@@ -84,8 +84,9 @@ def parse(argv, output_dir, default_config=None):
     return parse_arguments(ImageArguments, [*argv, "--output_dir", str(output_dir)], default_config)
 
 
-def test_the_worlds_train_by_the_recipe_of_few_samples(tmp_path):
-    _, args, _ = parse([], tmp_path, "shapes.yaml")
+@pytest.mark.parametrize("config", ["shapes", "arithmetic"])
+def test_the_worlds_train_by_the_recipe_of_few_samples(tmp_path, config):
+    _, args, _ = parse([], tmp_path, f"{config}.yaml")
     # 16 prompts x 8 samples a rollout, and four updates with a quarter of the rows each
     assert args.generation_batch_size == 16 * 8 * args.num_train_timesteps and args.num_generations == 8
     assert args.steps_per_generation == 4 * args.gradient_accumulation_steps
