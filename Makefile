@@ -30,12 +30,11 @@ help: ## list the targets
 
 install: .venv/.installed ## make the virtual environment .venv
 
-# PyTorch goes first and alone, so that nothing but the constraint chooses its version. Python compiles what a command
-# imports; to compile all that is installed takes half a minute more.
+# PyTorch goes first and alone, so that nothing but the constraint chooses its version.
 .venv/.installed: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --no-compile -c constraints.txt torch
-	.venv/bin/python -m pip install --no-compile -c constraints.txt -e ".[dev,geneval]"
+	.venv/bin/python -m pip install -c constraints.txt torch
+	.venv/bin/python -m pip install -c constraints.txt -e ".[dev,geneval]"
 	touch $@
 
 geneval: .venv/.installed ## train on the GenEval reward, on one GPU or the CPU

@@ -92,6 +92,11 @@ def test_the_worlds_train_by_the_recipe_of_few_samples(tmp_path, config):
     assert args.steps_per_generation == 4 * args.gradient_accumulation_steps
     assert (args.num_train_timesteps, args.timestep_window, args.timestep_sampling) == (5, [0, 5], "stratified")
     assert (args.kl_estimator, args.beta, args.epsilon) == ("full", 0.01, 1e-3)
+    # The window is the whole grid, of whatever length
+    _, args, _ = parse(["--num_inference_steps", "7"], tmp_path, f"{config}.yaml")
+    assert args.timestep_window == [0, 2]
+    with pytest.raises(ValueError, match="`num_train_timesteps` must be at most 4, the steps of the grid, got 5"):
+        parse(["--num_inference_steps", "4"], tmp_path, f"{config}.yaml")
 
 
 def test_another_algorithm_has_the_settings_of_the_paper(tmp_path):

@@ -44,7 +44,7 @@ def test_an_unknown_world_is_refused(capsys):
 @pytest.mark.parametrize(
     "extra",
     [
-        ["--timestep_window", "0", "0", "--per_device_train_batch_size", "20"],
+        ["--per_device_train_batch_size", "20"],
         ["--use_peft", "--lora_r", "4", "--algorithm", "dflow_grpo", "--num_draws", "2"],
     ],
 )

@@ -100,7 +100,7 @@ class DFlowGRPOConfig(UDMGRPOConfig):
     num_train_timesteps: int = field(
         default=6, metadata={"help": "Consecutive steps of the rollout that a sample is trained on."}
     )
-    timestep_window: list[int] = field(
+    timestep_window: list[int] | None = field(
         default_factory=lambda: [1, 1], metadata={"help": "First and last step at which they may start."}
     )
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL divergence."})

@@ -104,7 +104,8 @@ class UDMGRPOConfig(GRPOConfig):
         num_train_timesteps (`int`, *optional*, defaults to `3`):
             Consecutive steps K of the rollout's grid that a sample is trained on (*Reduced-Step*).
         timestep_window (`list[int]`, *optional*, defaults to `[0, 2]`):
-            First and last step at which the K steps may start. The start is drawn uniformly for each sample.
+            First and last step at which the K steps may start. The start is drawn uniformly for each sample. `None` is
+            the whole grid, and becomes `[0, num_inference_steps - K]`.
         timestep_sampling (`str`, *optional*, defaults to `"consecutive"`):
             How the K steps are drawn. `"consecutive"`: from a start on. `"stratified"`: one from each of K equal parts
             of the steps that the window reaches, which are `timestep_window[0]` to `timestep_window[1] + K - 1`.
@@ -269,8 +270,9 @@ class UDMGRPOConfig(GRPOConfig):
     num_train_timesteps: int = field(
         default=3, metadata={"help": "Consecutive steps (K) of the rollout's grid that a sample is trained on."}
     )
-    timestep_window: list[int] = field(
-        default_factory=lambda: [0, 2], metadata={"help": "First and last step at which the K steps may start."}
+    timestep_window: list[int] | None = field(
+        default_factory=lambda: [0, 2],
+        metadata={"help": "First and last step at which the K steps may start. None is the whole grid."},
     )
 
     timestep_sampling: Literal["consecutive", "stratified"] = field(
@@ -454,6 +456,8 @@ class UDMGRPOConfig(GRPOConfig):
         name = min(("num_inference_steps", "num_inference_steps_eval"), key=lambda name: getattr(self, name))
         num_steps = getattr(self, name)
         last_start = num_steps - self.num_train_timesteps
+        if self.timestep_window is None:
+            self.timestep_window = [0, max(last_start, 0)]
         window = self.timestep_window
         if len(window) != 2 or not 0 <= window[0] <= window[1]:
             raise ValueError(f"`timestep_window` must be [first, last] with 0 <= first <= last, got {window}.")
