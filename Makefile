@@ -30,14 +30,19 @@ help: ## list the targets
 
 install: .venv/.installed ## make the virtual environment .venv
 
-# PyTorch goes first and alone, so that nothing but the constraint chooses its version.
-.venv/.installed: pyproject.toml constraints.txt
+# What training needs. PyTorch goes first and alone, so that nothing but the constraint chooses its version.
+.venv/.geneval: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install -c constraints.txt torch
+	.venv/bin/python -m pip install -c constraints.txt -e ".[geneval]"
+	touch $@
+
+# What tests and documentation need besides
+.venv/.installed: .venv/.geneval
 	.venv/bin/python -m pip install -c constraints.txt -e ".[dev,geneval]"
 	touch $@
 
-geneval: .venv/.installed ## train on the GenEval reward, on one GPU or the CPU
+geneval: .venv/.geneval ## train on the GenEval reward, on one GPU or the CPU
 	.venv/bin/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(NUM_THREADS) examples/train_geneval.py \
 		$(if $(findstring --config,$(ARGS))$(findstring --model_name_or_path,$(ARGS)),,$(BF16)) $(ARGS)

@@ -456,16 +456,16 @@ class UDMGRPOConfig(GRPOConfig):
         name = min(("num_inference_steps", "num_inference_steps_eval"), key=lambda name: getattr(self, name))
         num_steps = getattr(self, name)
         last_start = num_steps - self.num_train_timesteps
-        if self.timestep_window is None:
-            self.timestep_window = [0, max(last_start, 0)]
-        window = self.timestep_window
-        if len(window) != 2 or not 0 <= window[0] <= window[1]:
-            raise ValueError(f"`timestep_window` must be [first, last] with 0 <= first <= last, got {window}.")
         if last_start < 0:
             raise ValueError(
                 f"`num_train_timesteps` must be at most {num_steps}, the steps of the grid, got "
                 f"{self.num_train_timesteps}. Lower it, or raise `{name}`."
             )
+        if self.timestep_window is None:
+            self.timestep_window = [0, last_start]
+        window = self.timestep_window
+        if len(window) != 2 or not 0 <= window[0] <= window[1]:
+            raise ValueError(f"`timestep_window` must be [first, last] with 0 <= first <= last, got {window}.")
         if window[1] > last_start:
             raise ValueError(
                 f"`timestep_window` must end at {last_start} at the latest, for {self.num_train_timesteps} training "
