@@ -51,7 +51,7 @@ SAMPLES_BETWEEN_EVALUATIONS = 1280
 TARGET = 0.90
 NUM_EVAL_SAMPLES = 4  # per held-out prompt
 NUM_DIAGNOSED_PROMPTS = 64
-WORLDS = {"shapes": "shapes_paper.yaml", "words": "words.yaml", "sums": "arithmetic_paper.yaml"}
+WORLDS = {"shapes": "shapes_paper.yaml", "words": "words_paper.yaml", "sums": "arithmetic_paper.yaml"}
 
 ALL_STEPS = {"num_train_timesteps": 8, "timestep_window": [0, 2], "timestep_sampling": "stratified"}
 # Rows of a rollout in four parts, with an update for each. The average stands in for a schedule that ends.
@@ -310,7 +310,9 @@ def train(folder: Path, run: dict[str, Any]) -> None:
     with (folder / "log.txt").open("a") as log:
         command = [sys.executable, __file__, "--output_dir", str(folder), "--work"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False)
+        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+    if code != 0:
+        tqdm.write(f"A run failed with exit code {code}: {folder / 'log.txt'}", file=sys.stderr)
 
 
 def read_runs(output_dir: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@
 
 import json
 import runpy
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,7 @@ def test_a_run_is_made_once_and_never_with_other_options(tmp_path, module, monke
     def run_process(command, **kwargs):
         (tmp_path / "done").touch()
         calls.append(command)
+        return subprocess.CompletedProcess(command, returncode=0)
 
     calls = []
     monkeypatch.setattr("subprocess.run", run_process)
@@ -163,3 +165,10 @@ def test_the_best_learning_rate_of_the_tuning_seed_is_taken(module, monkeypatch,
     assert made == [(5, 0.2), (5, 0.1), (5, 0.3), (1, 0.1), (2, 0.1)]
     (line,) = (tmp_path / "summary.md").read_text().splitlines()[2:]
     assert line.startswith("| shapes | paper | 0.1 | 2 | 21 | 0.600 | 0.900 ")
+
+
+def test_a_run_that_fails_is_told(module, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("sys.executable", "false")  # a program that ends with 1
+    module["train"](tmp_path / "run", {"world": "shapes"})
+    assert f"A run failed with exit code 1: {tmp_path / 'run' / 'log.txt'}" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "done").exists()

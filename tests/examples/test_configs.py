@@ -27,7 +27,7 @@ from . import EXAMPLES_DIR, load_example
     ("config", "example", "num_generations"),
     [
         ("shapes_paper", "train_geneval", 8),
-        ("words", "train_ocr", 8),
+        ("words_paper", "train_ocr", 8),
         ("arithmetic_paper", "train_text", 8),
         ("moving", "train_video", 8),
         ("ursa_geneval", "train_geneval", 8),
@@ -84,19 +84,26 @@ def parse(argv, output_dir, default_config=None):
     return parse_arguments(ImageArguments, [*argv, "--output_dir", str(output_dir)], default_config)
 
 
-@pytest.mark.parametrize("config", ["shapes", "arithmetic"])
-def test_the_worlds_train_by_the_recipe_of_few_samples(tmp_path, config):
+@pytest.mark.parametrize(
+    ("config", "num_train_timesteps", "num_updates", "beta"),
+    [("shapes", 5, 4, 0.01), ("arithmetic", 5, 4, 0.01), ("words", 3, 1, 0.03)],
+)
+def test_the_worlds_train_by_the_recipe_of_few_samples(tmp_path, config, num_train_timesteps, num_updates, beta):
     _, args, _ = parse([], tmp_path, f"{config}.yaml")
-    # 16 prompts x 8 samples a rollout, and four updates with a quarter of the rows each
+    # 16 prompts x 8 samples a rollout, and each update has its share of the rows
     assert args.generation_batch_size == 16 * 8 * args.num_train_timesteps and args.num_generations == 8
-    assert args.steps_per_generation == 4 * args.gradient_accumulation_steps
-    assert (args.num_train_timesteps, args.timestep_window, args.timestep_sampling) == (5, [0, 5], "stratified")
-    assert (args.kl_estimator, args.beta, args.epsilon) == ("full", 0.01, 1e-3)
+    assert args.steps_per_generation == num_updates * args.gradient_accumulation_steps
+    assert (args.num_train_timesteps, args.timestep_sampling) == (num_train_timesteps, "stratified")
+    assert (args.kl_estimator, args.beta) == ("full", beta)
+    if num_updates > 1:
+        assert args.epsilon == 1e-3
     # The window is the whole grid, of whatever length
+    assert args.timestep_window == [0, 10 - num_train_timesteps]
     _, args, _ = parse(["--num_inference_steps", "7"], tmp_path, f"{config}.yaml")
-    assert args.timestep_window == [0, 2]
-    with pytest.raises(ValueError, match="`num_train_timesteps` must be at most 4, the steps of the grid, got 5"):
-        parse(["--num_inference_steps", "4"], tmp_path, f"{config}.yaml")
+    assert args.timestep_window == [0, 7 - num_train_timesteps]
+    most = num_train_timesteps - 1
+    with pytest.raises(ValueError, match=f"`num_train_timesteps` must be at most {most}, the steps of the grid, got"):
+        parse(["--num_inference_steps", str(most)], tmp_path, f"{config}.yaml")
 
 
 def test_another_algorithm_has_the_settings_of_the_paper(tmp_path):
